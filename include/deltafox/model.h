@@ -1,0 +1,122 @@
+// A loaded language model and the memory of the sequences it reads.
+//
+// Letters: B sequences, T tokens of all sequences together, N vocabulary. Sequences of a batch may
+// have any lengths: they are packed one after the other, and what one gets does not depend on which
+// others are in the batch, on how its tokens were split into calls, or on the number of threads
+// (bitwise for batch and threads; to rounding for the split).
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <optional>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "deltafox/dtype.h"
+
+namespace deltafox {
+
+struct LoadOptions {
+  // How the weight matrices are kept: as stored when empty; kF32 is the exact mode. Vectors (norms,
+  // convolutions, biases) and all arithmetic are float32.
+  std::optional<DType> dtype;
+  int threads = 0;  // 0: one for each core this process may use
+  std::string revision = "main";
+};
+
+struct ModelInfo {
+  std::string directory;    // where it was loaded from
+  std::string model_type;   // as in config.json
+  std::int64_t vocab_size = 0;
+  std::int64_t hidden_size = 0;
+  std::int64_t num_hidden_layers = 0;
+  std::int64_t num_parameters = 0;            // all, tied embeddings counted once
+  std::int64_t num_non_embedding_parameters = 0;  // without embedding and LM head, as the paper counts
+  std::int64_t weight_bytes = 0;              // memory of the weights as kept
+  std::int64_t state_bytes = 0;               // one sequence's state when new
+  std::optional<std::int32_t> bos_token_id;
+  std::vector<std::int32_t> eos_token_ids;    // generation_config.json first, else config.json
+  std::optional<std::int32_t> pad_token_id;
+  std::string config_json;                    // the text of config.json
+  bool random_weights = false;                // config.json says the weights were never trained
+};
+
+// What a model remembers of one sequence. A value: copying it forks the sequence.
+class State {
+ public:
+  State();
+  State(const State&);
+  State(State&&) noexcept;
+  State& operator=(const State&);
+  State& operator=(State&&) noexcept;
+  ~State();
+
+  std::int64_t position() const;  // tokens read so far
+  std::size_t bytes() const;      // memory held
+
+  struct Impl;
+  explicit State(std::unique_ptr<Impl> impl);
+  Impl& impl() { return *impl_; }
+  const Impl& impl() const { return *impl_; }
+
+ private:
+  std::unique_ptr<Impl> impl_;
+};
+
+// Token ids of B sequences, packed.
+struct Batch {
+  std::span<const std::int32_t> input_ids;   // [T]
+  std::span<const std::int64_t> cu_seqlens;  // [B+1], from 0 to T; sequence b is [cu[b], cu[b+1])
+};
+
+// Receives `rows` rows of N logits, those of tokens first_row... of the packed batch, in order.
+using LogitsSink = std::function<void(std::int64_t first_row, std::int64_t rows, const float* logits)>;
+
+// Receives the hidden states [T', C] of a piece of the batch at a layer: 0 is the embedding, l the
+// output of layer l, num_hidden_layers + 1 the final norm. (transformers' hidden_states omits the
+// output of the last layer before the norm.)
+using HiddenSink =
+    std::function<void(std::int64_t layer, std::int64_t first_row, std::int64_t rows, const float* hidden)>;
+
+// Immutable once loaded; all members may be called from several threads at once, on different states.
+// Every call checks its ids and sizes and throws Error before it changes a state.
+class Model {
+ public:
+  // `path_or_id`: a checkpoint directory in the Hugging Face layout, or a hub id that the cache holds.
+  static Model load(const std::string& path_or_id, const LoadOptions& options = {});
+
+  const ModelInfo& info() const;
+
+  State new_state() const;
+  // A versioned safetensors file that names the model by a hash of its weights.
+  void save_state(const State& state, const std::string& path) const;
+  // Throws Error if the file is damaged, of another version, or of another model.
+  State load_state(const std::string& path) const;
+
+  // Reads the batch, continuing from `states` [B] and updating them. `last_logits` [B,N] receives the
+  // logits of each sequence's last token; it may be empty if only the states are wanted.
+  void forward(const Batch& batch, std::span<State* const> states, std::span<float> last_logits) const;
+
+  // One token for each of B sequences: the same as forward with B sequences of length one.
+  void step(std::span<const std::int32_t> input_ids, std::span<State* const> states,
+            std::span<float> logits) const;
+
+  // As forward, with the logits of every token handed to `sink` in pieces, so that no [T,N] buffer is
+  // needed.
+  void logits(const Batch& batch, std::span<State* const> states, const LogitsSink& sink,
+              const HiddenSink& hidden_sink = {}) const;
+
+  // As forward, with loss[t] = -log softmax(logits_t)[labels_t] for all T tokens. Labels are not
+  // shifted; a negative label gives 0.
+  void loss(const Batch& batch, std::span<const std::int32_t> labels, std::span<State* const> states,
+            std::span<float> loss) const;
+
+ private:
+  struct Impl;
+  explicit Model(std::shared_ptr<Impl> impl);
+  std::shared_ptr<Impl> impl_;
+};
+
+}  // namespace deltafox
