@@ -1,0 +1,42 @@
+#include "core/context.h"
+
+#include <algorithm>
+
+namespace deltafox {
+namespace {
+constexpr std::size_t kAlignment = 64;
+constexpr std::size_t kMinBlock = std::size_t{1} << 20;
+}  // namespace
+
+std::byte* Scratch::allocate(std::size_t bytes) {
+  bytes = (bytes + kAlignment - 1) / kAlignment * kAlignment;
+  if (blocks_.empty() || used_ + bytes > blocks_[block_].size()) {
+    // Blocks behind the one in use are unused: what they hold has been released.
+    blocks_.resize(blocks_.empty() ? 0 : block_ + 1);
+    blocks_.emplace_back(std::max({bytes, capacity(), kMinBlock}));
+    block_ = blocks_.size() - 1;
+    used_ = 0;
+  }
+  std::byte* result = blocks_[block_].data() + used_;
+  used_ += bytes;
+  return result;
+}
+
+void Scratch::release(Mark mark) {
+  block_ = mark.block;
+  used_ = mark.used;
+  if (block_ == 0 && used_ == 0 && blocks_.size() > 1) {
+    // Nothing is in use: replace the pieces by one block that holds what they held together.
+    const std::size_t total = capacity();
+    blocks_.clear();
+    blocks_.emplace_back(total);
+  }
+}
+
+std::size_t Scratch::capacity() const {
+  std::size_t total = 0;
+  for (const Buffer& block : blocks_) total += block.size();
+  return total;
+}
+
+}  // namespace deltafox

@@ -1,0 +1,18 @@
+#include "ops/embedding.h"
+
+#include <cstring>
+
+#include "core/float_convert.h"
+
+namespace deltafox::cpu {
+
+void embedding(Context& ctx, const EmbeddingArgs& args) {
+  const std::int64_t width = args.table.shape[1];
+  const auto tokens = static_cast<std::int64_t>(args.ids.size());
+  ctx.threads().parallel_for(tokens, [&](std::int64_t t) {
+    const std::int64_t row = args.ids[static_cast<std::size_t>(t)];
+    to_f32(args.table, row * width, {args.y.f32() + t * width, static_cast<std::size_t>(width)});
+  });
+}
+
+}  // namespace deltafox::cpu

@@ -1,0 +1,125 @@
+// y = x wᵀ by dot products: both operands are read along K, so weights are used as they lie in the
+// file. A tile of kRows × kColumns sums is kept in registers; each sum is one vector accumulated over K
+// in steps of a vector and added up across lanes at the end, whatever the tile.
+#include "ops/linear.h"
+
+#undef HWY_TARGET_INCLUDE
+#define HWY_TARGET_INCLUDE "cpu/linear.cc"
+#include <hwy/foreach_target.h>
+
+#include "cpu/simd-inl.h"
+
+HWY_BEFORE_NAMESPACE();
+namespace deltafox::cpu::HWY_NAMESPACE {
+
+// 4 × 6 sums, 4 + 1 operands: within the 32 registers of AVX-512; a smaller tile for the 16 of AVX2.
+#if HWY_TARGET <= HWY_AVX3
+constexpr int kTileRows = 4;
+constexpr int kTileColumns = 6;
+#else
+constexpr int kTileRows = 3;
+constexpr int kTileColumns = 4;
+#endif
+
+template <int kRows, int kColumns, typename W>
+HWY_INLINE void tile(const float* x, const W* w, float* y, std::int64_t depth, std::int64_t stride,
+                     bool accumulate) {
+  VF32 sums[kRows][kColumns];
+  for (auto& row : sums) {
+    for (VF32& sum : row) sum = hn::Zero(kF32);
+  }
+  const auto step = [&](auto&& load_vector, std::int64_t k) HWY_ATTR {
+    VF32 xs[kRows];
+    for (int r = 0; r < kRows; ++r) xs[r] = load_vector(x + r * depth + k);
+    for (int c = 0; c < kColumns; ++c) {
+      const VF32 column = load_vector(w + c * depth + k);
+      for (int r = 0; r < kRows; ++r) sums[r][c] = hn::MulAdd(xs[r], column, sums[r][c]);
+    }
+  };
+  std::int64_t k = 0;
+  for (; k + lanes() <= depth; k += lanes()) {
+    step([](const auto* p) HWY_ATTR { return load(p); }, k);
+  }
+  if (k < depth) {
+    step([n = depth - k](const auto* p) HWY_ATTR { return load_first(p, n); }, k);
+  }
+  for (int r = 0; r < kRows; ++r) {
+    for (int c = 0; c < kColumns; ++c) {
+      float& out = y[r * stride + c];
+      const float sum = sum_of(sums[r][c]);
+      out = accumulate ? out + sum : sum;
+    }
+  }
+}
+
+template <int kRows, typename W>
+HWY_INLINE void row_of_tiles(const float* x, const W* w, float* y, std::int64_t depth,
+                             std::int64_t columns, std::int64_t stride, bool accumulate) {
+  std::int64_t n = 0;
+  for (; n + kTileColumns <= columns; n += kTileColumns) {
+    tile<kRows, kTileColumns>(x, w + n * depth, y + n, depth, stride, accumulate);
+  }
+  for (; n < columns; ++n) tile<kRows, 1>(x, w + n * depth, y + n, depth, stride, accumulate);
+}
+
+// Rows [0, rows) × columns [0, columns) of y. The rows of x stay in the second-level cache while w
+// passes by once.
+template <typename W>
+void block(const float* x, const W* w, float* y, std::int64_t rows, std::int64_t depth,
+           std::int64_t columns, std::int64_t stride, bool accumulate) {
+  for (std::int64_t n = 0; n < columns; n += kTileColumns) {
+    const std::int64_t width = std::min<std::int64_t>(kTileColumns, columns - n);
+    std::int64_t m = 0;
+    for (; m + kTileRows <= rows; m += kTileRows) {
+      row_of_tiles<kTileRows>(x + m * depth, w + n * depth, y + m * stride + n, depth, width, stride,
+                              accumulate);
+    }
+    for (; m < rows; ++m) {
+      row_of_tiles<1>(x + m * depth, w + n * depth, y + m * stride + n, depth, width, stride,
+                      accumulate);
+    }
+  }
+}
+
+template <typename W>
+void linear_of(Context& ctx, const LinearArgs& args) {
+  const std::int64_t rows = args.x.shape[0];
+  const std::int64_t depth = args.w.shape[1];
+  const std::int64_t columns = args.w.shape[0];
+  constexpr std::int64_t kCacheFloats = 512 * 1024 / 4;  // half of a common second-level cache
+  const std::int64_t block_rows =
+      std::max<std::int64_t>(kTileRows, kCacheFloats / depth / kTileRows * kTileRows);
+  constexpr std::int64_t kBlockColumns = 16 * kTileColumns;
+  const std::int64_t row_blocks = (rows + block_rows - 1) / block_rows;
+  const std::int64_t column_blocks = (columns + kBlockColumns - 1) / kBlockColumns;
+  ctx.threads().parallel_for(row_blocks * column_blocks, [&](std::int64_t task) {
+    const std::int64_t m = task / column_blocks * block_rows;
+    const std::int64_t n = task % column_blocks * kBlockColumns;
+    block(args.x.f32() + m * depth, static_cast<const W*>(args.w.data) + n * depth,
+          args.y.f32() + m * columns + n, std::min(block_rows, rows - m), depth,
+          std::min(kBlockColumns, columns - n), columns, args.accumulate);
+  });
+}
+
+void linear_target(Context& ctx, const LinearArgs& args) {
+  switch (args.w.dtype) {
+    case DType::kF32:
+      return linear_of<float>(ctx, args);
+    case DType::kBF16:
+      return linear_of<hwy::bfloat16_t>(ctx, args);
+    case DType::kF16:
+      return linear_of<hwy::float16_t>(ctx, args);
+    default:
+      assert(false);
+  }
+}
+
+}  // namespace deltafox::cpu::HWY_NAMESPACE
+HWY_AFTER_NAMESPACE();
+
+#if HWY_ONCE
+namespace deltafox::cpu {
+HWY_EXPORT(linear_target);
+void linear(Context& ctx, const LinearArgs& args) { HWY_DYNAMIC_DISPATCH(linear_target)(ctx, args); }
+}  // namespace deltafox::cpu
+#endif

@@ -1,0 +1,114 @@
+#include "ops/short_conv.h"
+
+#undef HWY_TARGET_INCLUDE
+#define HWY_TARGET_INCLUDE "cpu/short_conv.cc"
+#include <hwy/foreach_target.h>
+
+#include "cpu/simd-inl.h"
+
+HWY_BEFORE_NAMESPACE();
+namespace deltafox::cpu::HWY_NAMESPACE {
+
+// Channels of a task: rows of x are read in stretches of this many, and weights and history are first
+// turned so that neighbouring channels lie side by side.
+constexpr std::int64_t kBlock = 256;
+
+struct ConvBlock {
+  const ShortConvArgs& args;
+  std::int64_t channel;   // the first of the block
+  std::int64_t channels;  // of the block
+  std::int64_t width;     // W
+  float* taps;            // [W, kBlock]
+  float* history;         // [W - 1, kBlock], the rows before the sequence's first
+
+  // Row t of the sequence that starts at row `begin` of x; negative rows are history.
+  const float* row(std::int64_t begin, std::int64_t t) const {
+    if (t < 0) return history + (t + width - 1) * kBlock;
+    return args.x.f32() + (begin + t) * args.x.shape[1] + channel;
+  }
+
+  void load_taps() const {
+    for (std::int64_t c = 0; c < channels; ++c) {
+      for (std::int64_t i = 0; i < width; ++i) {
+        taps[i * kBlock + c] = args.w.f32()[(channel + c) * width + i];
+      }
+    }
+  }
+
+  void load_history(const float* state) const {
+    for (std::int64_t c = 0; c < channels; ++c) {
+      for (std::int64_t i = 1; i < width; ++i) {
+        history[(i - 1) * kBlock + c] = state[(channel + c) * width + i];
+      }
+    }
+  }
+
+  void update(float* state, std::int64_t begin, std::int64_t length) const {
+    for (std::int64_t c = 0; c < channels; ++c) {
+      float* window = state + (channel + c) * width;
+      for (std::int64_t i = 0; i < width; ++i) {
+        const std::int64_t t = length - width + i;
+        window[i] = t < 0 ? window[i + length] : row(begin, t)[c];
+      }
+    }
+  }
+
+  void convolve(std::int64_t begin, std::int64_t t) const {
+    float* y = args.y.f32() + (begin + t) * args.x.shape[1] + channel;
+    const float* bias = args.bias.data != nullptr ? args.bias.f32() + channel : nullptr;
+    for_row(
+        channels,
+        [&](std::int64_t c) HWY_ATTR {
+          VF32 sum = bias != nullptr ? load(bias + c) : hn::Zero(kF32);
+          for (std::int64_t i = 0; i < width; ++i) {
+            const float* x = row(begin, t - width + 1 + i);
+            sum = hn::MulAdd(load(taps + i * kBlock + c), load(x + c), sum);
+          }
+          store(activate(args.activation, sum), y + c);
+        },
+        [&](std::int64_t c, std::int64_t n) HWY_ATTR {
+          VF32 sum = bias != nullptr ? load_first(bias + c, n) : hn::Zero(kF32);
+          for (std::int64_t i = 0; i < width; ++i) {
+            const float* x = row(begin, t - width + 1 + i);
+            sum = hn::MulAdd(load_first(taps + i * kBlock + c, n), load_first(x + c, n), sum);
+          }
+          store_first(activate(args.activation, sum), y + c, n);
+        });
+  }
+};
+
+void short_conv_target(Context& ctx, const ShortConvArgs& args) {
+  const std::int64_t channels = args.x.shape[1];
+  const std::int64_t width = args.w.shape[1];
+  const std::int64_t blocks = (channels + kBlock - 1) / kBlock;
+  ScratchScope scratch(ctx);
+  const std::int64_t slot_floats = (2 * width - 1) * kBlock;
+  float* slots = scratch.tensor({ctx.threads().size(), slot_floats}).f32();
+  ctx.threads().parallel_for(args.sequences.count() * blocks, [&](std::int64_t task, int slot) {
+    const std::int64_t b = task / blocks;
+    const std::int64_t channel = task % blocks * kBlock;
+    const std::int64_t length = args.sequences.length(b);
+    if (length == 0) return;
+    float* memory = slots + slot * slot_floats;
+    const ConvBlock block{args,  channel, std::min(kBlock, channels - channel),
+                          width, memory,  memory + width * kBlock};
+    float* state = args.states[static_cast<std::size_t>(b)];
+    block.load_taps();
+    block.load_history(state);
+    const std::int64_t begin = args.sequences.begin(b);
+    for (std::int64_t t = 0; t < length; ++t) block.convolve(begin, t);
+    block.update(state, begin, length);
+  });
+}
+
+}  // namespace deltafox::cpu::HWY_NAMESPACE
+HWY_AFTER_NAMESPACE();
+
+#if HWY_ONCE
+namespace deltafox::cpu {
+HWY_EXPORT(short_conv_target);
+void short_conv(Context& ctx, const ShortConvArgs& args) {
+  HWY_DYNAMIC_DISPATCH(short_conv_target)(ctx, args);
+}
+}  // namespace deltafox::cpu
+#endif

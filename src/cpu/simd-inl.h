@@ -1,0 +1,111 @@
+// What the kernels of src/cpu share, compiled once for each instruction set by foreach_target.
+//
+// Vectors have up to 16 lanes. Rows whose length is not a multiple of that end in a partial vector: loads
+// beyond the end read zeros, and stores write only what is inside.
+#if defined(DELTAFOX_CPU_SIMD_INL_H_) == defined(HWY_TARGET_TOGGLE)
+#ifdef DELTAFOX_CPU_SIMD_INL_H_
+#undef DELTAFOX_CPU_SIMD_INL_H_
+#else
+#define DELTAFOX_CPU_SIMD_INL_H_
+#endif
+
+#include <hwy/contrib/math/math-inl.h>
+#include <hwy/highway.h>
+
+#include <cstdint>
+
+#include "core/tensor.h"
+#include "ops/activation.h"
+
+HWY_BEFORE_NAMESPACE();
+namespace deltafox::cpu::HWY_NAMESPACE {
+
+namespace hn = hwy::HWY_NAMESPACE;
+
+using F32 = hn::CappedTag<float, 16>;
+using VF32 = hn::Vec<F32>;
+constexpr F32 kF32;
+
+inline std::int64_t lanes() { return static_cast<std::int64_t>(hn::Lanes(kF32)); }
+
+// Reads rows of a weight matrix as float32.
+HWY_INLINE VF32 load(const float* p) { return hn::LoadU(kF32, p); }
+HWY_INLINE VF32 load(const hwy::bfloat16_t* p) {
+  const hn::Rebind<std::uint16_t, F32> narrow;
+  const hn::Rebind<std::uint32_t, F32> wide;
+  const auto bits = hn::LoadU(narrow, reinterpret_cast<const std::uint16_t*>(p));
+  return hn::BitCast(kF32, hn::ShiftLeft<16>(hn::PromoteTo(wide, bits)));
+}
+HWY_INLINE VF32 load(const hwy::float16_t* p) {
+  const hn::Rebind<hwy::float16_t, F32> narrow;
+  return hn::PromoteTo(kF32, hn::LoadU(narrow, p));
+}
+
+// The first n < lanes() elements at p, then zeros.
+template <typename T>
+HWY_INLINE VF32 load_first(const T* p, std::int64_t n) {
+  HWY_ALIGN T buffer[16] = {};
+  for (std::int64_t i = 0; i < n; ++i) buffer[i] = p[i];
+  return load(buffer);
+}
+HWY_INLINE VF32 load_first(const float* p, std::int64_t n) {
+  return hn::MaskedLoad(hn::FirstN(kF32, static_cast<std::size_t>(n)), kF32, p);
+}
+HWY_INLINE void store(VF32 v, float* p) { hn::StoreU(v, kF32, p); }
+HWY_INLINE void store_first(VF32 v, float* p, std::int64_t n) {
+  hn::BlendedStore(v, hn::FirstN(kF32, static_cast<std::size_t>(n)), kF32, p);
+}
+
+HWY_INLINE float sum_of(VF32 v) { return hn::GetLane(hn::SumOfLanes(kF32, v)); }
+
+// f(i, n) for each vector of a row of `size` elements: n = lanes(), or what is left at the end.
+// Called with two functions so that the whole vectors take no masks.
+template <typename Whole, typename Rest>
+HWY_INLINE void for_row(std::int64_t size, Whole&& whole, Rest&& rest) {
+  std::int64_t i = 0;
+  for (; i + lanes() <= size; i += lanes()) whole(i);
+  if (i < size) rest(i, size - i);
+}
+
+HWY_INLINE VF32 sigmoid(VF32 x) {
+  const VF32 one = hn::Set(kF32, 1.0f);
+  return hn::Div(one, hn::Add(one, hn::Exp(kF32, hn::Neg(x))));
+}
+
+HWY_INLINE VF32 activate(Activation activation, VF32 x) {
+  switch (activation) {
+    case Activation::kIdentity:
+      return x;
+    case Activation::kSilu:
+      return hn::Mul(x, sigmoid(x));
+    case Activation::kSigmoid:
+      return sigmoid(x);
+    case Activation::kRelu:
+      return hn::Max(x, hn::Zero(kF32));
+    case Activation::kEluPlusOne:
+      return hn::IfThenElse(hn::Gt(x, hn::Zero(kF32)), hn::Add(x, hn::Set(kF32, 1.0f)),
+                            hn::Exp(kF32, x));
+  }
+  return x;
+}
+
+// Σ x²
+HWY_INLINE float sum_of_squares(const float* x, std::int64_t size) {
+  VF32 sum = hn::Zero(kF32);
+  for_row(
+      size,
+      [&](std::int64_t i) {
+        const VF32 v = load(x + i);
+        sum = hn::MulAdd(v, v, sum);
+      },
+      [&](std::int64_t i, std::int64_t n) {
+        const VF32 v = load_first(x + i, n);
+        sum = hn::MulAdd(v, v, sum);
+      });
+  return sum_of(sum);
+}
+
+}  // namespace deltafox::cpu::HWY_NAMESPACE
+HWY_AFTER_NAMESPACE();
+
+#endif  // per-target include guard

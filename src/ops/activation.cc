@@ -1,0 +1,29 @@
+#include "ops/activation.h"
+
+#include "ops/check.h"
+
+namespace deltafox::ops {
+
+void activation(Context& ctx, const ActivationArgs& args) {
+  switch (ctx.device()) {
+    case Device::kCpu:
+      return cpu::activation(ctx, args);
+  }
+}
+
+void glu(Context& ctx, const GluArgs& args) {
+  check("glu", "gate_up", args.gate_up, {args.y.shape[0], 2 * args.y.shape[1]});
+  switch (ctx.device()) {
+    case Device::kCpu:
+      return cpu::glu(ctx, args);
+  }
+}
+
+void feature_map(Context& ctx, const FeatureMapArgs& args) {
+  switch (ctx.device()) {
+    case Device::kCpu:
+      return cpu::feature_map(ctx, args);
+  }
+}
+
+}  // namespace deltafox::ops

@@ -1,0 +1,28 @@
+// y = x wᵀ (+ y)
+//
+// Each element is the sum of its K products in an order that depends on K and the instruction set
+// alone: not on T, N, the position in the matrix or the number of threads. So a token's result does
+// not depend on the tokens beside it.
+#pragma once
+
+#include "core/context.h"
+
+namespace deltafox {
+
+struct LinearArgs {
+  ConstTensorView x;        // [T, K] F32
+  ConstTensorView w;        // [N, K] F32, BF16 or F16; products and sums are float32
+  TensorView y;             // [T, N] F32
+  bool accumulate = false;  // y += x wᵀ
+};
+
+namespace ops {
+void linear(Context& ctx, const LinearArgs& args);
+}
+namespace cpu {
+void linear(Context& ctx, const LinearArgs& args);
+}
+namespace reference {
+void linear(const LinearArgs& args);
+}
+}  // namespace deltafox
