@@ -27,20 +27,21 @@ struct LoadOptions {
 };
 
 struct ModelInfo {
-  std::string directory;    // where it was loaded from
-  std::string model_type;   // as in config.json
+  std::string directory;   // where it was loaded from
+  std::string model_type;  // as in config.json
   std::int64_t vocab_size = 0;
   std::int64_t hidden_size = 0;
   std::int64_t num_hidden_layers = 0;
-  std::int64_t num_parameters = 0;            // all, tied embeddings counted once
-  std::int64_t num_non_embedding_parameters = 0;  // without embedding and LM head, as the paper counts
-  std::int64_t weight_bytes = 0;              // memory of the weights as kept
-  std::int64_t state_bytes = 0;               // one sequence's state when new
+  std::int64_t num_parameters = 0;  // all, tied embeddings counted once
+  std::int64_t num_non_embedding_parameters =
+      0;                          // without embedding and LM head, as the paper counts
+  std::int64_t weight_bytes = 0;  // memory of the weights as kept
+  std::int64_t state_bytes = 0;   // one sequence's state when new
   std::optional<std::int32_t> bos_token_id;
-  std::vector<std::int32_t> eos_token_ids;    // generation_config.json first, else config.json
+  std::vector<std::int32_t> eos_token_ids;  // generation_config.json first, else config.json
   std::optional<std::int32_t> pad_token_id;
-  std::string config_json;                    // the text of config.json
-  bool random_weights = false;                // config.json says the weights were never trained
+  std::string config_json;      // the text of config.json
+  bool random_weights = false;  // config.json says the weights were never trained
 };
 
 // What a model remembers of one sequence. A value: copying it forks the sequence.
@@ -72,19 +73,21 @@ struct Batch {
 };
 
 // Receives `rows` rows of N logits, those of tokens first_row... of the packed batch, in order.
-using LogitsSink = std::function<void(std::int64_t first_row, std::int64_t rows, const float* logits)>;
+using LogitsSink =
+    std::function<void(std::int64_t first_row, std::int64_t rows, const float* logits)>;
 
 // Receives the hidden states [T', C] of a piece of the batch at a layer: 0 is the embedding, l the
 // output of layer l, num_hidden_layers + 1 the final norm. (transformers' hidden_states omits the
 // output of the last layer before the norm.)
-using HiddenSink =
-    std::function<void(std::int64_t layer, std::int64_t first_row, std::int64_t rows, const float* hidden)>;
+using HiddenSink = std::function<void(std::int64_t layer, std::int64_t first_row, std::int64_t rows,
+                                      const float* hidden)>;
 
-// Immutable once loaded; all members may be called from several threads at once, on different states.
-// Every call checks its ids and sizes and throws Error before it changes a state.
+// Immutable once loaded; all members may be called from several threads at once, on different
+// states. Every call checks its ids and sizes and throws Error before it changes a state.
 class Model {
  public:
-  // `path_or_id`: a checkpoint directory in the Hugging Face layout, or a hub id that the cache holds.
+  // `path_or_id`: a checkpoint directory in the Hugging Face layout, or a hub id that the cache
+  // holds.
   static Model load(const std::string& path_or_id, const LoadOptions& options = {});
 
   const ModelInfo& info() const;
@@ -95,23 +98,24 @@ class Model {
   // Throws Error if the file is damaged, of another version, or of another model.
   State load_state(const std::string& path) const;
 
-  // Reads the batch, continuing from `states` [B] and updating them. `last_logits` [B,N] receives the
-  // logits of each sequence's last token; it may be empty if only the states are wanted.
-  void forward(const Batch& batch, std::span<State* const> states, std::span<float> last_logits) const;
+  // Reads the batch, continuing from `states` [B] and updating them. `last_logits` [B,N] receives
+  // the logits of each sequence's last token; it may be empty if only the states are wanted.
+  void forward(const Batch& batch, std::span<State* const> states,
+               std::span<float> last_logits) const;
 
   // One token for each of B sequences: the same as forward with B sequences of length one.
   void step(std::span<const std::int32_t> input_ids, std::span<State* const> states,
             std::span<float> logits) const;
 
-  // As forward, with the logits of every token handed to `sink` in pieces, so that no [T,N] buffer is
-  // needed.
+  // As forward, with the logits of every token handed to `sink` in pieces, so that no [T,N] buffer
+  // is needed.
   void logits(const Batch& batch, std::span<State* const> states, const LogitsSink& sink,
               const HiddenSink& hidden_sink = {}) const;
 
   // As forward, with loss[t] = -log softmax(logits_t)[labels_t] for all T tokens. Labels are not
   // shifted; a negative label gives 0.
-  void loss(const Batch& batch, std::span<const std::int32_t> labels, std::span<State* const> states,
-            std::span<float> loss) const;
+  void loss(const Batch& batch, std::span<const std::int32_t> labels,
+            std::span<State* const> states, std::span<float> loss) const;
 
  private:
   struct Impl;

@@ -1,8 +1,8 @@
 // Text to token ids and back: GPT-2's byte-level BPE, plain or over JSON-escaped text.
 //
-// The released checkpoints were trained on JSON-escaped text (the official JSONGPT2Tokenizer): encode
-// is BPE of json.dumps(text)[1:-1], decode undoes the escapes. tokenizer_config.json tells which of
-// the two a directory holds. A Tokenizer is immutable and may be shared by threads.
+// The released checkpoints were trained on JSON-escaped text (the official JSONGPT2Tokenizer):
+// encode is BPE of json.dumps(text)[1:-1], decode undoes the escapes. tokenizer_config.json tells
+// which of the two a directory holds. A Tokenizer is immutable and may be shared by threads.
 #pragma once
 
 #include <cstdint>
@@ -17,17 +17,18 @@ namespace deltafox {
 
 class Tokenizer {
  public:
-  // Reads a checkpoint directory: tokenizer_config.json and special_tokens_map.json where present, and
-  // vocab.json + merges.txt or else tokenizer.json. Throws Error that names the file and entry at fault.
+  // Reads a checkpoint directory: tokenizer_config.json and special_tokens_map.json where present,
+  // and vocab.json + merges.txt or else tokenizer.json. Throws Error that names the file and entry
+  // at fault.
   static Tokenizer load(const std::string& directory);
 
   // Token ids of UTF-8 text. `add_special_tokens` prepends the BOS token where the directory's
-  // add_bos_token says so. Special tokens written in the text become their ids. Throws Error (with the
-  // byte offset) if the text is not UTF-8.
+  // add_bos_token says so. Special tokens written in the text become their ids. Throws Error (with
+  // the byte offset) if the text is not UTF-8.
   std::vector<std::int32_t> encode(std::string_view text, bool add_special_tokens = true) const;
 
-  // Text of token ids, always valid UTF-8 (bytes that are not become U+FFFD). Throws Error for an id
-  // out of range.
+  // Text of token ids, always valid UTF-8 (bytes that are not become U+FFFD). Throws Error for an
+  // id out of range.
   std::string decode(std::span<const std::int32_t> ids, bool skip_special_tokens = false) const;
 
   // Overrides the directory's add_bos_token.

@@ -13,7 +13,9 @@ namespace {
 constexpr std::size_t kCacheLine = 64;
 constexpr std::size_t kHugePage = std::size_t{2} << 20;
 
-constexpr bool mapped(std::size_t bytes) { return bytes >= kHugePage; }
+constexpr bool mapped(std::size_t bytes) {
+  return bytes >= kHugePage;
+}
 
 // Anonymous pages come zeroed, so a large buffer costs nothing until it is touched.
 std::byte* map_pages(std::size_t bytes) {
@@ -22,7 +24,8 @@ std::byte* map_pages(std::size_t bytes) {
   void* base = mmap(nullptr, reserve, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
   if (base == MAP_FAILED) return nullptr;
   auto* begin = static_cast<std::byte*>(base);
-  const std::size_t head = (kHugePage - reinterpret_cast<std::uintptr_t>(begin) % kHugePage) % kHugePage;
+  const std::size_t head =
+      (kHugePage - reinterpret_cast<std::uintptr_t>(begin) % kHugePage) % kHugePage;
   if (head != 0) munmap(begin, head);
   const std::size_t page = 4096;
   const std::size_t used = (bytes + page - 1) / page * page;

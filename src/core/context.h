@@ -14,8 +14,8 @@ namespace deltafox {
 
 enum class Device : std::uint8_t { kCpu };
 
-// Memory that is handed out in stack order. It grows while a shape is new and is one block from then
-// on, so the second call with the same shapes allocates nothing.
+// Memory that is handed out in stack order. It grows while a shape is new and is one block from
+// then on, so the second call with the same shapes allocates nothing.
 class Scratch {
  public:
   struct Mark {
@@ -57,7 +57,8 @@ class ScratchScope {
   ScratchScope& operator=(const ScratchScope&) = delete;
 
   TensorView tensor(const Shape& shape, DType dtype = DType::kF32) {
-    return {scratch_.allocate(static_cast<std::size_t>(shape.size()) * size_of(dtype)), dtype, shape};
+    return {scratch_.allocate(static_cast<std::size_t>(shape.size()) * size_of(dtype)), dtype,
+            shape};
   }
   template <typename T>
   std::span<T> array(std::int64_t n) {

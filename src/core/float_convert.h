@@ -1,5 +1,5 @@
-// bfloat16 and IEEE half to float32 and back. Widening is exact; narrowing rounds to nearest even and
-// keeps NaN a NaN.
+// bfloat16 and IEEE half to float32 and back. Widening is exact; narrowing rounds to nearest even
+// and keeps NaN a NaN.
 #pragma once
 
 #include <bit>

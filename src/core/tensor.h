@@ -6,6 +6,7 @@
 #include <cassert>
 #include <cstdint>
 #include <initializer_list>
+#include <span>
 #include <string>
 
 #include "core/buffer.h"
@@ -19,7 +20,9 @@ class Shape {
   static constexpr int kMaxRank = 4;
 
   Shape() = default;
-  Shape(std::initializer_list<std::int64_t> dims) : rank_(static_cast<int>(dims.size())) {
+  Shape(std::initializer_list<std::int64_t> dims)
+      : Shape(std::span<const std::int64_t>(dims.begin(), dims.size())) {}
+  explicit Shape(std::span<const std::int64_t> dims) : rank_(static_cast<int>(dims.size())) {
     assert(dims.size() <= kMaxRank);
     std::copy(dims.begin(), dims.end(), dims_.begin());
   }
@@ -43,7 +46,6 @@ class Shape {
 
 // "[2, 64, 128]"
 std::string to_string(const Shape& shape);
-
 
 struct TensorView {
   void* data = nullptr;
@@ -86,7 +88,9 @@ class Tensor {
  public:
   Tensor() = default;
   Tensor(DType dtype, const Shape& shape)
-      : buffer_(static_cast<std::size_t>(shape.size()) * size_of(dtype)), dtype_(dtype), shape_(shape) {}
+      : buffer_(static_cast<std::size_t>(shape.size()) * size_of(dtype)),
+        dtype_(dtype),
+        shape_(shape) {}
 
   TensorView view() { return {buffer_.data(), dtype_, shape_}; }
   ConstTensorView view() const { return {buffer_.data(), dtype_, shape_}; }

@@ -7,8 +7,8 @@
 namespace deltafox {
 namespace {
 
-// A token is a few hundred loops of some ten microseconds: a worker that slept between them would wake
-// too late for most. It spins for about as long as a gap between loops lasts, then sleeps.
+// A token is a few hundred loops of some ten microseconds: a worker that slept between them would
+// wake too late for most. It spins for about as long as a gap between loops lasts, then sleeps.
 constexpr int kSpins = 4000;
 
 inline void relax() {

@@ -10,10 +10,10 @@
 
 namespace deltafox {
 
-// Runs loops over tasks 0..n-1 on `threads` threads, the caller among them. Which thread runs a task is
-// not determined, so a task's result must not depend on it: then results are the same for any number of
-// threads. If another thread is using the pool, the loop runs on the caller alone: callers never wait
-// for one another and the machine is not oversubscribed.
+// Runs loops over tasks 0..n-1 on `threads` threads, the caller among them. Which thread runs a
+// task is not determined, so a task's result must not depend on it: then results are the same for
+// any number of threads. If another thread is using the pool, the loop runs on the caller alone:
+// callers never wait for one another and the machine is not oversubscribed.
 class ThreadPool {
  public:
   // 0: one for each core this process may use.
@@ -24,8 +24,8 @@ class ThreadPool {
 
   int size() const { return static_cast<int>(workers_.size()) + 1; }
 
-  // task(i) for i in [0, n), or task(i, slot), where slot < size() belongs to one thread at a time: an
-  // index for scratch memory. Tasks must not throw.
+  // task(i) for i in [0, n), or task(i, slot), where slot < size() belongs to one thread at a time:
+  // an index for scratch memory. Tasks must not throw.
   template <typename Task>
   void parallel_for(std::int64_t n, Task&& task) {
     using Plain = std::remove_reference_t<Task>;

@@ -63,8 +63,8 @@ HWY_INLINE void feature_row(const FeatureMapArgs& args, float* x, std::int64_t w
         store_first(v, x + i, n);
       });
   if (args.norm == FeatureNorm::kNone) return;
-  const float scale = args.norm == FeatureNorm::kL2 ? 1 / std::sqrt(sum_of(squares) + 1e-6f)
-                                                    : 1 / sum_of(sums);
+  const float scale =
+      args.norm == FeatureNorm::kL2 ? 1 / std::sqrt(sum_of(squares) + 1e-6f) : 1 / sum_of(sums);
   const VF32 scales = hn::Set(kF32, scale);
   for_row(
       width, [&](std::int64_t i) HWY_ATTR { store(hn::Mul(load(x + i), scales), x + i); },
@@ -93,7 +93,9 @@ HWY_EXPORT(feature_map_target);
 void activation(Context& ctx, const ActivationArgs& args) {
   HWY_DYNAMIC_DISPATCH(activation_target)(ctx, args);
 }
-void glu(Context& ctx, const GluArgs& args) { HWY_DYNAMIC_DISPATCH(glu_target)(ctx, args); }
+void glu(Context& ctx, const GluArgs& args) {
+  HWY_DYNAMIC_DISPATCH(glu_target)(ctx, args);
+}
 void feature_map(Context& ctx, const FeatureMapArgs& args) {
   HWY_DYNAMIC_DISPATCH(feature_map_target)(ctx, args);
 }

@@ -30,9 +30,8 @@ HWY_INLINE double sum_exp(const float* x, std::int64_t size, float max) {
     const float* stretch = x + begin;
     for_row(
         std::min(kStretch, size - begin),
-        [&](std::int64_t i) HWY_ATTR {
-          sum = hn::Add(sum, hn::Exp(kF32, hn::Sub(load(stretch + i), shift)));
-        },
+        [&](std::int64_t i)
+            HWY_ATTR { sum = hn::Add(sum, hn::Exp(kF32, hn::Sub(load(stretch + i), shift))); },
         [&](std::int64_t i, std::int64_t n) HWY_ATTR {
           const auto inside = hn::FirstN(kF32, static_cast<std::size_t>(n));
           const VF32 e = hn::Exp(kF32, hn::Sub(load_first(stretch + i, n), shift));

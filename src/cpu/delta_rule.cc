@@ -1,5 +1,5 @@
-// See ops/delta_rule.h for the equations. One task is one head of one sequence: its chunks follow one
-// another, so a task's result does not depend on the number of threads or on other sequences.
+// See ops/delta_rule.h for the equations. One task is one head of one sequence: its chunks follow
+// one another, so a task's result does not depend on the number of threads or on other sequences.
 #include "ops/delta_rule.h"
 
 #undef HWY_TARGET_INCLUDE
@@ -17,7 +17,9 @@ constexpr std::int64_t kBlock = 16;
 // Shorter chunks cost less by the recurrence.
 constexpr std::int64_t kMinChunk = 12;
 
-constexpr std::int64_t round_up(std::int64_t n) { return (n + kBlock - 1) / kBlock * kBlock; }
+constexpr std::int64_t round_up(std::int64_t n) {
+  return (n + kBlock - 1) / kBlock * kBlock;
+}
 
 // Rows of one head of one sequence: element d of row t is at data[t · stride + d].
 struct HeadRows {
@@ -43,13 +45,13 @@ struct Head {
 // Memory of a chunk; K and V are rounded up to 16, and what is beyond a row's end is zero.
 struct Chunk {
   std::int64_t key_stride, value_stride;
-  float* q;        // [64, K], scaled by 1 / √K
-  float* k;        // [64, K]
-  float* k_t;      // [K, 64]
-  float* u;        // [64, V]
-  float* o;        // [64, V]
-  float* scores;   // [64, 64]
-  float* state;    // [K, V]
+  float* q;       // [64, K], scaled by 1 / √K
+  float* k;       // [64, K]
+  float* k_t;     // [K, 64]
+  float* u;       // [64, V]
+  float* o;       // [64, V]
+  float* scores;  // [64, 64]
+  float* state;   // [K, V]
 
   static std::int64_t floats(std::int64_t key_dim, std::int64_t value_dim) {
     const std::int64_t keys = round_up(key_dim);
@@ -69,8 +71,8 @@ struct Chunk {
   }
 };
 
-// One token by the recurrence. One pass over the state yields both Sᵀk and Sᵀq of the state before the
-// update; o = (Sᵀq + (q·k) u) / √K.
+// One token by the recurrence. One pass over the state yields both Sᵀk and Sᵀq of the state before
+// the update; o = (Sᵀq + (q·k) u) / √K.
 HWY_INLINE void recurrent_step(const Head& head, std::int64_t t, float* u) {
   const float* q = head.q.row(t);
   const float* k = head.k.row(t);
@@ -109,15 +111,16 @@ HWY_INLINE void recurrent_step(const Head& head, std::int64_t t, float* u) {
     const VF32 key = hn::Set(kF32, k[i]);
     for_row(
         head.value_dim,
-        [&](std::int64_t j) HWY_ATTR { store(hn::MulAdd(key, load(u + j), load(row + j)), row + j); },
+        [&](std::int64_t j)
+            HWY_ATTR { store(hn::MulAdd(key, load(u + j), load(row + j)), row + j); },
         [&](std::int64_t j, std::int64_t n) HWY_ATTR {
           store_first(hn::MulAdd(key, load_first(u + j, n), load_first(row + j, n)), row + j, n);
         });
   }
 }
 
-HWY_INLINE void load_rows(HeadRows rows, std::int64_t begin, std::int64_t length, std::int64_t width,
-                          float scale, float* to, std::int64_t stride) {
+HWY_INLINE void load_rows(HeadRows rows, std::int64_t begin, std::int64_t length,
+                          std::int64_t width, float scale, float* to, std::int64_t stride) {
   std::fill(to, to + round_up(length) * stride, 0.0f);
   for (std::int64_t t = 0; t < length; ++t) {
     const float* from = rows.row(begin + t);
@@ -125,12 +128,14 @@ HWY_INLINE void load_rows(HeadRows rows, std::int64_t begin, std::int64_t length
   }
 }
 
-// scores = tril(left · k_tᵀ): rows [0, length), the diagonal included; garbage above it in its blocks.
+// scores = tril(left · k_tᵀ): rows [0, length), the diagonal included; garbage above it in its
+// blocks.
 HWY_INLINE void lower_scores(const Chunk& chunk, const float* left, std::int64_t length) {
   std::fill(chunk.scores, chunk.scores + round_up(length) * kChunk, 0.0f);
   for (std::int64_t r = 0; r < length; r += kBlock) {
-    small_gemm(kBlock, r + kBlock, chunk.key_stride, {left + r * chunk.key_stride, chunk.key_stride, 1},
-               chunk.k_t, kChunk, chunk.scores + r * kChunk, kChunk);
+    small_gemm(kBlock, r + kBlock, chunk.key_stride,
+               {left + r * chunk.key_stride, chunk.key_stride, 1}, chunk.k_t, kChunk,
+               chunk.scores + r * kChunk, kChunk);
   }
 }
 
@@ -152,8 +157,8 @@ HWY_INLINE void forward_substitution(const Chunk& chunk, const Head& head, std::
   }
 }
 
-HWY_INLINE void chunk_forward(const Head& head, const Chunk& chunk, float* state, std::int64_t begin,
-                              std::int64_t length) {
+HWY_INLINE void chunk_forward(const Head& head, const Chunk& chunk, float* state,
+                              std::int64_t begin, std::int64_t length) {
   const std::int64_t keys = chunk.key_stride;
   const std::int64_t values = chunk.value_stride;
   const std::int64_t rows = round_up(length);
@@ -194,7 +199,8 @@ HWY_INLINE void chunk_forward(const Head& head, const Chunk& chunk, float* state
 
 HWY_INLINE void head_forward(const Head& head, std::int64_t length, float* memory) {
   const Chunk chunk(memory, head.key_dim, head.value_dim);
-  // The chunked form wants the state with padded rows; where they need no padding it works in place.
+  // The chunked form wants the state with padded rows; where they need no padding it works in
+  // place.
   const bool in_place = head.key_dim == chunk.key_stride && head.value_dim == chunk.value_stride;
   const std::int64_t tail = length % kChunk;
   const std::int64_t chunked = tail < kMinChunk ? length - tail : length;

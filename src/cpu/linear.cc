@@ -1,6 +1,6 @@
 // y = x wᵀ by dot products: both operands are read along K, so weights are used as they lie in the
-// file. A tile of kRows × kColumns sums is kept in registers; each sum is one vector accumulated over K
-// in steps of a vector and added up across lanes at the end, whatever the tile.
+// file. A tile of kRows × kColumns sums is kept in registers; each sum is one vector accumulated
+// over K in steps of a vector and added up across lanes at the end, whatever the tile.
 #include "ops/linear.h"
 
 #undef HWY_TARGET_INCLUDE
@@ -12,7 +12,8 @@
 HWY_BEFORE_NAMESPACE();
 namespace deltafox::cpu::HWY_NAMESPACE {
 
-// 4 × 6 sums, 4 + 1 operands: within the 32 registers of AVX-512; a smaller tile for the 16 of AVX2.
+// 4 × 6 sums, 4 + 1 operands: within the 32 registers of AVX-512; a smaller tile for the 16 of
+// AVX2.
 #if HWY_TARGET <= HWY_AVX3
 constexpr int kTileRows = 4;
 constexpr int kTileColumns = 6;
@@ -71,8 +72,8 @@ void block(const float* x, const W* w, float* y, std::int64_t rows, std::int64_t
     const std::int64_t width = std::min<std::int64_t>(kTileColumns, columns - n);
     std::int64_t m = 0;
     for (; m + kTileRows <= rows; m += kTileRows) {
-      row_of_tiles<kTileRows>(x + m * depth, w + n * depth, y + m * stride + n, depth, width, stride,
-                              accumulate);
+      row_of_tiles<kTileRows>(x + m * depth, w + n * depth, y + m * stride + n, depth, width,
+                              stride, accumulate);
     }
     for (; m < rows; ++m) {
       row_of_tiles<1>(x + m * depth, w + n * depth, y + m * stride + n, depth, width, stride,
@@ -120,6 +121,8 @@ HWY_AFTER_NAMESPACE();
 #if HWY_ONCE
 namespace deltafox::cpu {
 HWY_EXPORT(linear_target);
-void linear(Context& ctx, const LinearArgs& args) { HWY_DYNAMIC_DISPATCH(linear_target)(ctx, args); }
+void linear(Context& ctx, const LinearArgs& args) {
+  HWY_DYNAMIC_DISPATCH(linear_target)(ctx, args);
+}
 }  // namespace deltafox::cpu
 #endif

@@ -25,7 +25,8 @@ HWY_INLINE void norm_row(const RmsNormArgs& args, std::int64_t r, std::int64_t w
       },
       [&](std::int64_t i, std::int64_t n) HWY_ATTR {
         VF32 v = hn::Mul(hn::Mul(load_first(x + i, n), scale), load_first(w + i, n));
-        if (gate != nullptr) v = hn::Mul(v, activate(args.gate_activation, load_first(gate + i, n)));
+        if (gate != nullptr)
+          v = hn::Mul(v, activate(args.gate_activation, load_first(gate + i, n)));
         store_first(v, y + i, n);
       });
 }

@@ -9,8 +9,8 @@
 HWY_BEFORE_NAMESPACE();
 namespace deltafox::cpu::HWY_NAMESPACE {
 
-// Channels of a task: rows of x are read in stretches of this many, and weights and history are first
-// turned so that neighbouring channels lie side by side.
+// Channels of a task: rows of x are read in stretches of this many, and weights and history are
+// first turned so that neighbouring channels lie side by side.
 constexpr std::int64_t kBlock = 256;
 
 struct ConvBlock {

@@ -1,7 +1,7 @@
 // What the kernels of src/cpu share, compiled once for each instruction set by foreach_target.
 //
-// Vectors have up to 16 lanes. Rows whose length is not a multiple of that end in a partial vector: loads
-// beyond the end read zeros, and stores write only what is inside.
+// Vectors have up to 16 lanes. Rows whose length is not a multiple of that end in a partial vector:
+// loads beyond the end read zeros, and stores write only what is inside.
 #if defined(DELTAFOX_CPU_SIMD_INL_H_) == defined(HWY_TARGET_TOGGLE)
 #ifdef DELTAFOX_CPU_SIMD_INL_H_
 #undef DELTAFOX_CPU_SIMD_INL_H_
@@ -26,10 +26,14 @@ using F32 = hn::CappedTag<float, 16>;
 using VF32 = hn::Vec<F32>;
 constexpr F32 kF32;
 
-inline std::int64_t lanes() { return static_cast<std::int64_t>(hn::Lanes(kF32)); }
+inline std::int64_t lanes() {
+  return static_cast<std::int64_t>(hn::Lanes(kF32));
+}
 
 // Reads rows of a weight matrix as float32.
-HWY_INLINE VF32 load(const float* p) { return hn::LoadU(kF32, p); }
+HWY_INLINE VF32 load(const float* p) {
+  return hn::LoadU(kF32, p);
+}
 HWY_INLINE VF32 load(const hwy::bfloat16_t* p) {
   const hn::Rebind<std::uint16_t, F32> narrow;
   const hn::Rebind<std::uint32_t, F32> wide;
@@ -51,12 +55,16 @@ HWY_INLINE VF32 load_first(const T* p, std::int64_t n) {
 HWY_INLINE VF32 load_first(const float* p, std::int64_t n) {
   return hn::MaskedLoad(hn::FirstN(kF32, static_cast<std::size_t>(n)), kF32, p);
 }
-HWY_INLINE void store(VF32 v, float* p) { hn::StoreU(v, kF32, p); }
+HWY_INLINE void store(VF32 v, float* p) {
+  hn::StoreU(v, kF32, p);
+}
 HWY_INLINE void store_first(VF32 v, float* p, std::int64_t n) {
   hn::BlendedStore(v, hn::FirstN(kF32, static_cast<std::size_t>(n)), kF32, p);
 }
 
-HWY_INLINE float sum_of(VF32 v) { return hn::GetLane(hn::SumOfLanes(kF32, v)); }
+HWY_INLINE float sum_of(VF32 v) {
+  return hn::GetLane(hn::SumOfLanes(kF32, v));
+}
 
 // f(i, n) for each vector of a row of `size` elements: n = lanes(), or what is left at the end.
 // Called with two functions so that the whole vectors take no masks.

@@ -57,9 +57,9 @@ HWY_INLINE void small_rows(LeftMatrix a, const float* b, std::int64_t b_stride, 
 }
 
 // c [rows, columns] += alpha · a [rows, depth] · b [depth, columns]; columns is a multiple of 16.
-HWY_INLINE void small_gemm(std::int64_t rows, std::int64_t columns, std::int64_t depth, LeftMatrix a,
-                           const float* b, std::int64_t b_stride, float* c, std::int64_t c_stride,
-                           float alpha = 1) {
+HWY_INLINE void small_gemm(std::int64_t rows, std::int64_t columns, std::int64_t depth,
+                           LeftMatrix a, const float* b, std::int64_t b_stride, float* c,
+                           std::int64_t c_stride, float alpha = 1) {
   constexpr int kRows = HWY_TARGET <= HWY_AVX3 ? 6 : 2;
   std::int64_t m = 0;
   for (; m + kRows <= rows; m += kRows) {

@@ -1,11 +1,12 @@
 // The delta rule, per head, on a state S [K,V]:
 //   u = β (v − Sᵀk),  S ← S + k uᵀ,  o = Sᵀ q / √K
 //
-// cpu::delta_rule works in chunks of 64 tokens (Yang et al., "Parallelizing Linear Transformers with
-// the Delta Rule over Sequence Length", 2024): with G = tril(K Kᵀ, −1) and S the state before the chunk,
+// cpu::delta_rule works in chunks of 64 tokens (Yang et al., "Parallelizing Linear Transformers
+// with the Delta Rule over Sequence Length", 2024): with G = tril(K Kᵀ, −1) and S the state before
+// the chunk,
 //   (I + diag(β) G) U = diag(β) (V − K S),  O = (Q S + tril(Q Kᵀ) U) / √K,  S ← S + Kᵀ U.
-// Chunks start at the first row of each sequence of the call, so splitting a call elsewhere than at a
-// multiple of 64 changes results by rounding; short chunks use the recurrence itself.
+// Chunks start at the first row of each sequence of the call, so splitting a call elsewhere than at
+// a multiple of 64 changes results by rounding; short chunks use the recurrence itself.
 #pragma once
 
 #include <span>
@@ -21,7 +22,7 @@ struct DeltaRuleArgs {
   ConstTensorView q;     // [T, H, K]
   ConstTensorView k;     // [T, H, K]
   ConstTensorView v;     // [T, H, V]
-  ConstTensorView beta;  // [T, H], or no data for β = 1
+  ConstTensorView beta = {};  // [T, H], or no data for β = 1
   Sequences sequences;
   std::span<float* const> states;  // [B], each [H, K, V]; updated
   TensorView o;                    // [T, H, V]

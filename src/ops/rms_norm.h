@@ -10,7 +10,7 @@ struct RmsNormArgs {
   ConstTensorView x;  // [R, D]
   ConstTensorView w;  // [D]
   // Where given, the normed row is multiplied by gate_activation(gate).
-  ConstTensorView gate;  // [R, D] or no data
+  ConstTensorView gate = {};  // [R, D] or no data
   Activation gate_activation = Activation::kSilu;
   TensorView y;  // [R, D], may be x
   float eps = 0;

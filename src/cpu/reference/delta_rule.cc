@@ -14,7 +14,8 @@ void delta_rule(const DeltaRuleArgs& args) {
   for (std::int64_t b = 0; b < args.sequences.count(); ++b) {
     for (std::int64_t t = args.sequences.begin(b); t < args.sequences.end(b); ++t) {
       for (std::int64_t h = 0; h < heads; ++h) {
-        float* state = args.states[static_cast<std::size_t>(b)] + h * key_dim * value_dim;  // [K, V]
+        float* state =
+            args.states[static_cast<std::size_t>(b)] + h * key_dim * value_dim;  // [K, V]
         const float* q = args.q.f32() + (t * heads + h) * key_dim;
         const float* k = args.k.f32() + (t * heads + h) * key_dim;
         const float* v = args.v.f32() + (t * heads + h) * value_dim;

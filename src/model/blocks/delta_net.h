@@ -1,0 +1,97 @@
+// The DeltaNet mixer: h += o_proj(norm(delta_rule(q, k, v, β)))
+//
+// q, k, v are projections of x, each through a short convolution (or, without it, v through SiLU);
+// q and k get an activation and a norm per head; β = sigmoid(b_proj x). See ops/delta_rule.h for
+// the recurrence and Yang et al., "Parallelizing Linear Transformers with the Delta Rule over
+// Sequence Length" (2024).
+#pragma once
+
+#include <optional>
+#include <span>
+#include <string>
+
+#include "core/context.h"
+#include "core/sequences.h"
+#include "model/param.h"
+#include "ops/activation.h"
+
+namespace deltafox {
+
+class DeltaNetMixer {
+ public:
+  struct Config {
+    std::int64_t hidden_size;    // C
+    std::int64_t num_heads;      // H
+    std::int64_t key_dim;        // H·K
+    std::int64_t value_dim;      // H·V
+    std::int64_t conv_size = 4;  // W
+    bool use_gate = false;
+    bool use_short_conv = true;
+    bool use_beta = true;
+    Activation qk_activation = Activation::kSilu;
+    FeatureNorm qk_norm = FeatureNorm::kL2;
+    bool norm_first = false;
+    float norm_eps = 1e-6F;
+  };
+  struct Weights {
+    std::optional<Param> norm;                          // [C], with norm_first
+    Param q_proj, k_proj;                               // [H·K, C]
+    Param v_proj;                                       // [H·V, C]
+    std::optional<Param> b_proj;                        // [H, C]
+    std::optional<Param> q_conv1d, k_conv1d, v_conv1d;  // [channels, 1, W]
+    std::optional<Param> g_proj;                        // [H·V, C]
+    Param o_norm;                                       // [V]
+    Param o_proj;                                       // [C, H·V]
+  };
+  struct State {
+    Tensor q_conv, k_conv,
+        v_conv;        // [channels, W], the last inputs of the convolutions, oldest first
+    Tensor recurrent;  // [H, K, V]
+
+    template <typename Visitor>
+    void visit(Visitor&& visitor) {
+      visitor("q_conv", q_conv);
+      visitor("k_conv", k_conv);
+      visitor("v_conv", v_conv);
+      visitor("recurrent", recurrent);
+    }
+  };
+
+  explicit DeltaNetMixer(const Config& config);
+
+  State new_state() const;
+
+  // hidden [T, C] += mixer(x [T, C]), continuing each sequence from its state; x may be hidden with
+  // norm_first.
+  void forward(Context& ctx, const ConstTensorView& x, const Sequences& sequences,
+               std::span<State* const> states, const TensorView& hidden) const;
+
+  template <typename Visitor>
+  void visit_params(const std::string& prefix, Visitor&& visit) {
+    const auto visit_optional = [&](const char* name, std::optional<Param>& param) {
+      if (param) visit(prefix + name, *param);
+    };
+    visit_optional("norm.weight", weights_.norm);
+    visit(prefix + "q_proj.weight", weights_.q_proj);
+    visit(prefix + "k_proj.weight", weights_.k_proj);
+    visit(prefix + "v_proj.weight", weights_.v_proj);
+    visit_optional("b_proj.weight", weights_.b_proj);
+    visit_optional("q_conv1d.weight", weights_.q_conv1d);
+    visit_optional("k_conv1d.weight", weights_.k_conv1d);
+    visit_optional("v_conv1d.weight", weights_.v_conv1d);
+    visit_optional("g_proj.weight", weights_.g_proj);
+    visit(prefix + "o_norm.weight", weights_.o_norm);
+    visit(prefix + "o_proj.weight", weights_.o_proj);
+  }
+
+ private:
+  TensorView project(Context& ctx, ScratchScope& scratch, const ConstTensorView& x,
+                     const Sequences& sequences, const Param& proj,
+                     const std::optional<Param>& conv, std::span<State* const> states,
+                     Tensor State::*conv_state, Activation activation) const;
+
+  Config config_;
+  Weights weights_;
+};
+
+}  // namespace deltafox

@@ -1,0 +1,50 @@
+// h += down_proj(act(gate) · up), where (gate, up) are the halves of gate_proj(norm(x))
+//
+// The official code keeps gate and up in the one matrix gate_proj. `norm` is there with norm_first
+// only; else the layer has normed x.
+#pragma once
+
+#include <optional>
+#include <string>
+
+#include "core/context.h"
+#include "model/param.h"
+#include "ops/activation.h"
+
+namespace deltafox {
+
+class Mlp {
+ public:
+  struct Config {
+    std::int64_t hidden_size;        // C
+    std::int64_t intermediate_size;  // F
+    Activation activation = Activation::kSilu;
+    bool norm_first = false;
+    float norm_eps = 1e-6F;
+    Init gate_init;
+    Init down_init;
+  };
+  struct Weights {
+    std::optional<Param> norm;  // [C]
+    Param gate_proj;            // [2F, C]
+    Param down_proj;            // [C, F]
+  };
+
+  explicit Mlp(const Config& config);
+
+  // hidden [T, C] += mlp(x [T, C]); x may be hidden with norm_first.
+  void forward(Context& ctx, const ConstTensorView& x, const TensorView& hidden) const;
+
+  template <typename Visitor>
+  void visit_params(const std::string& prefix, Visitor&& visit) {
+    if (weights_.norm) visit(prefix + "norm.weight", *weights_.norm);
+    visit(prefix + "gate_proj.weight", weights_.gate_proj);
+    visit(prefix + "down_proj.weight", weights_.down_proj);
+  }
+
+ private:
+  Config config_;
+  Weights weights_;
+};
+
+}  // namespace deltafox

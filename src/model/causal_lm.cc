@@ -1,0 +1,78 @@
+#include "model/causal_lm.h"
+
+#include "ops/embedding.h"
+#include "ops/linear.h"
+#include "ops/rms_norm.h"
+
+namespace deltafox {
+namespace {
+
+template <typename M>
+void mix(Context& ctx, const M& mixer, const ConstTensorView& x, const Sequences& sequences,
+         std::span<SequenceState* const> states, std::size_t layer, const TensorView& hidden) {
+  using State = typename M::State;
+  ScratchScope scratch(ctx);
+  const std::span<State*> of_layer = scratch.array<State*>(sequences.count());
+  for (std::size_t b = 0; b < states.size(); ++b) {
+    of_layer[b] = &std::get<State>(states[b]->layers[layer]);
+  }
+  mixer.forward(ctx, x, sequences, of_layer, hidden);
+}
+
+}  // namespace
+
+CausalLM::CausalLM(const Config& config, std::vector<Layer> layers)
+    : config_(config),
+      embeddings_(Param::matrix({config.vocab_size, config.hidden_size}, config.embedding_init)),
+      layers_(std::move(layers)),
+      norm_(Param::vector({config.hidden_size}, Init::constant(1))) {
+  if (!config.tie_word_embeddings) {
+    lm_head_ = Param::matrix({config.vocab_size, config.hidden_size}, config.embedding_init);
+  }
+}
+
+void CausalLM::forward(Context& ctx, std::span<const std::int32_t> ids, const Sequences& sequences,
+                       std::span<SequenceState* const> states, const TensorView& hidden,
+                       const LayerHook& hook) const {
+  ScratchScope scratch(ctx);
+  const TensorView normed = scratch.tensor(hidden.shape);  // [T, C]
+  // What a mixer or MLP reads: the normed stream, or with norm_first the stream itself.
+  const auto input = [&](const std::optional<Param>& norm) -> ConstTensorView {
+    if (!norm) return hidden;
+    ops::rms_norm(ctx, {.x = hidden, .w = norm->value, .y = normed, .eps = config_.norm_eps});
+    return normed;
+  };
+  ops::embedding(ctx, {.ids = ids, .table = embeddings_.value, .y = hidden});
+  for (std::size_t l = 0; l < layers_.size(); ++l) {
+    if (hook) hook(static_cast<std::int64_t>(l), hidden);
+    const Layer& layer = layers_[l];
+    const ConstTensorView x = input(layer.mixer_norm);
+    std::visit([&](const auto& mixer) { mix(ctx, mixer, x, sequences, states, l, hidden); },
+               layer.mixer);
+    if (layer.mlp) layer.mlp->forward(ctx, input(layer.mlp_norm), hidden);
+  }
+  if (hook) hook(num_layers(), hidden);
+  for (std::size_t b = 0; b < states.size(); ++b) {
+    states[b]->position += sequences.length(static_cast<std::int64_t>(b));
+  }
+}
+
+void CausalLM::final_norm(Context& ctx, const ConstTensorView& x, const TensorView& y) const {
+  ops::rms_norm(ctx, {.x = x, .w = norm_.value, .y = y, .eps = config_.norm_eps});
+}
+
+void CausalLM::head(Context& ctx, const ConstTensorView& x, const TensorView& logits) const {
+  ops::linear(ctx, {.x = x, .w = lm_head_ ? lm_head_->value : embeddings_.value, .y = logits});
+}
+
+SequenceState CausalLM::new_state() const {
+  SequenceState state;
+  state.layers.reserve(layers_.size());
+  for (const Layer& layer : layers_) {
+    state.layers.push_back(
+        std::visit([](const auto& mixer) -> MixerState { return mixer.new_state(); }, layer.mixer));
+  }
+  return state;
+}
+
+}  // namespace deltafox

@@ -1,0 +1,107 @@
+// The shape that all the architectures share: embedding, layers of a mixer and perhaps an MLP
+// around a residual stream, a final norm, an LM head. Architectures differ in their mixers and in
+// names.
+#pragma once
+
+#include <functional>
+#include <optional>
+#include <span>
+#include <string>
+#include <variant>
+#include <vector>
+
+#include "core/context.h"
+#include "core/sequences.h"
+#include "model/blocks/delta_net.h"
+#include "model/blocks/mlp.h"
+#include "model/param.h"
+
+namespace deltafox {
+
+using Mixer = std::variant<DeltaNetMixer>;
+using MixerState = std::variant<DeltaNetMixer::State>;
+
+struct Layer {
+  std::optional<Param> mixer_norm;  // [C]
+  Mixer mixer;
+  std::optional<Param> mlp_norm;  // [C]
+  std::optional<Mlp> mlp;
+};
+
+// One sequence's memory, a mixer's state a layer.
+struct SequenceState {
+  std::uint64_t model_id = 0;  // of the loaded model that made it
+  std::int64_t position = 0;   // tokens read
+  std::vector<MixerState> layers;
+};
+
+// Names of parameters, as the official checkpoint of an architecture has them.
+struct ParamNames {
+  std::string embeddings = "model.embeddings.weight";
+  std::string layers = "model.layers.";
+  std::string mixer = "attn.";
+  std::string mixer_norm = "attn_norm.weight";
+  std::string mlp = "mlp.";
+  std::string mlp_norm = "mlp_norm.weight";
+  std::string norm = "model.norm.weight";
+  std::string lm_head = "lm_head.weight";
+};
+
+class CausalLM {
+ public:
+  struct Config {
+    std::int64_t vocab_size;   // N
+    std::int64_t hidden_size;  // C
+    float norm_eps;
+    Init embedding_init;
+    bool tie_word_embeddings = false;
+    ParamNames names;
+  };
+
+  CausalLM(const Config& config, std::vector<Layer> layers);
+
+  // hidden [rows, C] after the embedding (0) or layer l (l), of rows first_row... of the batch.
+  using LayerHook = std::function<void(std::int64_t layer, const ConstTensorView& hidden)>;
+
+  // hidden [T, C] = the residual stream behind the last layer, before the final norm.
+  void forward(Context& ctx, std::span<const std::int32_t> ids, const Sequences& sequences,
+               std::span<SequenceState* const> states, const TensorView& hidden,
+               const LayerHook& hook = {}) const;
+
+  // y [R, C] = the final norm of x [R, C]
+  void final_norm(Context& ctx, const ConstTensorView& x, const TensorView& y) const;
+  // logits [R, N] of normed rows [R, C]
+  void head(Context& ctx, const ConstTensorView& x, const TensorView& logits) const;
+
+  SequenceState new_state() const;
+
+  const Config& config() const { return config_; }
+  std::int64_t num_layers() const { return static_cast<std::int64_t>(layers_.size()); }
+
+  // visit(name, Param&) for every parameter, in the model's order.
+  template <typename Visitor>
+  void visit_params(Visitor&& visit) {
+    const ParamNames& names = config_.names;
+    visit(names.embeddings, embeddings_);
+    for (std::size_t l = 0; l < layers_.size(); ++l) {
+      Layer& layer = layers_[l];
+      const std::string prefix = names.layers + std::to_string(l) + ".";
+      if (layer.mixer_norm) visit(prefix + names.mixer_norm, *layer.mixer_norm);
+      std::visit([&](auto& mixer) { mixer.visit_params(prefix + names.mixer, visit); },
+                 layer.mixer);
+      if (layer.mlp_norm) visit(prefix + names.mlp_norm, *layer.mlp_norm);
+      if (layer.mlp) layer.mlp->visit_params(prefix + names.mlp, visit);
+    }
+    visit(names.norm, norm_);
+    if (lm_head_) visit(names.lm_head, *lm_head_);
+  }
+
+ private:
+  Config config_;
+  Param embeddings_;  // [N, C]
+  std::vector<Layer> layers_;
+  Param norm_;                    // [C]
+  std::optional<Param> lm_head_;  // [N, C], absent where tied to the embedding
+};
+
+}  // namespace deltafox

@@ -1,0 +1,74 @@
+#include "model/loader.h"
+
+#include <set>
+#include <string>
+
+#include "core/error.h"
+#include "core/float_convert.h"
+
+namespace deltafox {
+namespace {
+
+bool is_float(DType dtype) {
+  return dtype == DType::kF32 || dtype == DType::kBF16 || dtype == DType::kF16;
+}
+
+std::int64_t element_bytes(std::int64_t elements, DType dtype) {
+  return elements * static_cast<std::int64_t>(size_of(dtype));
+}
+
+Tensor converted(const ConstTensorView& from, DType dtype, ThreadPool& threads) {
+  constexpr std::int64_t kPiece = std::int64_t{1} << 18;
+  Tensor to(dtype, from.shape);
+  const std::int64_t size = from.shape.size();
+  const TensorView target = to.view();
+  threads.parallel_for((size + kPiece - 1) / kPiece, [&](std::int64_t task) {
+    const std::int64_t begin = task * kPiece;
+    const Shape piece{std::min(kPiece, size - begin)};
+    convert({static_cast<const std::byte*>(from.data) + element_bytes(begin, from.dtype),
+             from.dtype, piece},
+            {static_cast<std::byte*>(target.data) + element_bytes(begin, dtype), dtype, piece});
+  });
+  return to;
+}
+
+}  // namespace
+
+std::vector<Tensor> bind_params(CausalLM& model, const io::Checkpoint& checkpoint,
+                                std::optional<DType> dtype, ThreadPool& threads) {
+  std::vector<Tensor> buffers;
+  std::set<std::string> used;
+  model.visit_params([&](const std::string& name, Param& param) {
+    if (checkpoint.find(name) == nullptr) {
+      fail("{}: tensor '{}' is missing", checkpoint.directory(), name);
+    }
+    const ConstTensorView stored = checkpoint.view(name);
+    if (!is_float(stored.dtype)) {
+      fail("{}: tensor '{}' has dtype {}, expected F32, BF16 or F16", checkpoint.directory(), name,
+           name_of(stored.dtype));
+    }
+    if (stored.shape != param.shape) {
+      fail("{}: tensor '{}' has shape {}, but the config asks for {}", checkpoint.directory(), name,
+           to_string(stored.shape), to_string(param.shape));
+    }
+    const DType kept = param.is_matrix ? dtype.value_or(stored.dtype) : DType::kF32;
+    param.value = stored;
+    if (stored.dtype != kept) {
+      buffers.push_back(converted(stored, kept, threads));
+      param.value = std::as_const(buffers.back()).view();
+    }
+    used.insert(name);
+  });
+  for (const std::string& name : checkpoint.names()) {
+    // A tied head may be stored all the same.
+    const bool tied_head =
+        model.config().tie_word_embeddings && name == model.config().names.lm_head;
+    if (!used.contains(name) && !tied_head) {
+      fail("{}: tensor '{}' does not belong to the model that the config describes",
+           checkpoint.directory(), name);
+    }
+  }
+  return buffers;
+}
+
+}  // namespace deltafox

@@ -1,0 +1,417 @@
+// The public Model: checks, splitting of long batches into pieces, one Context for each caller.
+#include "deltafox/model.h"
+
+#include <xxhash.h>
+
+#include <algorithm>
+#include <atomic>
+#include <filesystem>
+#include <mutex>
+#include <set>
+
+#include "core/context.h"
+#include "core/error.h"
+#include "deltafox/hub.h"
+#include "io/file.h"
+#include "io/json.h"
+#include "io/safetensors.h"
+#include "model/loader.h"
+#include "model/registry.h"
+#include "model/state_file.h"
+#include "ops/cross_entropy.h"
+
+namespace deltafox {
+namespace {
+
+// A batch is read in pieces of about this many tokens, so memory is bounded at any length. Within a
+// sequence pieces end at multiples of kPieceAlign tokens (the longest chunk of any mixer), so that
+// where they end changes nothing.
+constexpr std::int64_t kPieceTokens = 1024;
+constexpr std::int64_t kPieceAlign = 64;
+// Rows of logits in memory at a time.
+constexpr std::int64_t kLogitRows = 128;
+
+constexpr std::size_t kMaxConfigBytes = std::size_t{16} << 20;
+
+std::uint64_t next_model_id() {
+  static std::atomic<std::uint64_t> next{1};
+  return next.fetch_add(1);
+}
+
+}  // namespace
+
+struct State::Impl {
+  SequenceState sequence;
+};
+
+State::State() = default;
+State::State(std::unique_ptr<Impl> impl) : impl_(std::move(impl)) {}
+State::State(const State& other)
+    : impl_(other.impl_ ? std::make_unique<Impl>(*other.impl_) : nullptr) {}
+State::State(State&&) noexcept = default;
+State& State::operator=(const State& other) {
+  if (this != &other) impl_ = other.impl_ ? std::make_unique<Impl>(*other.impl_) : nullptr;
+  return *this;
+}
+State& State::operator=(State&&) noexcept = default;
+State::~State() = default;
+
+std::int64_t State::position() const {
+  return impl_ ? impl_->sequence.position : 0;
+}
+
+std::size_t State::bytes() const {
+  std::size_t total = 0;
+  if (!impl_) return total;
+  // visit() hands out writable tensors; nothing is written here.
+  auto& layers = const_cast<std::vector<MixerState>&>(impl_->sequence.layers);
+  for (MixerState& layer : layers) {
+    std::visit(
+        [&](auto& state) { state.visit([&](const char*, Tensor& t) { total += t.bytes(); }); },
+        layer);
+  }
+  return total;
+}
+
+struct Model::Impl {
+  Impl(const std::string& directory, const LoadOptions& options);
+
+  // A Context for the duration of one call.
+  class Lease {
+   public:
+    explicit Lease(Impl& model) : model_(model) {
+      const std::scoped_lock lock(model_.contexts_mutex_);
+      if (model_.contexts_.empty()) {
+        context_ = std::make_unique<Context>(model_.threads_);
+      } else {
+        context_ = std::move(model_.contexts_.back());
+        model_.contexts_.pop_back();
+      }
+    }
+    ~Lease() {
+      const std::scoped_lock lock(model_.contexts_mutex_);
+      model_.contexts_.push_back(std::move(context_));
+    }
+    Lease(const Lease&) = delete;
+    Lease& operator=(const Lease&) = delete;
+    Context& operator*() { return *context_; }
+
+   private:
+    Impl& model_;
+    std::unique_ptr<Context> context_;
+  };
+
+  std::vector<SequenceState*> check(const Batch& batch, std::span<State* const> states) const;
+
+  // on_piece(first_row, hidden [n, C]) for successive pieces of the packed batch, hidden before the
+  // final norm.
+  template <typename OnPiece>
+  void run(Context& ctx, const Batch& batch, std::span<SequenceState* const> states,
+           OnPiece&& on_piece, const HiddenSink& hidden_sink = {}) const;
+
+  // on_rows(first_row, logits [n, N]) for successive rows of a piece.
+  template <typename OnRows>
+  void each_logits(Context& ctx, std::int64_t first_row, const TensorView& hidden, OnRows&& on_rows,
+                   const HiddenSink& hidden_sink = {}) const;
+
+  const std::string& hash();
+
+  std::uint64_t id_ = next_model_id();
+  ThreadPool threads_;
+  io::Checkpoint checkpoint_;
+  std::string config_text_;
+  io::JsonObject config_;
+  CausalLM lm_;
+  std::vector<Tensor> buffers_;
+  ModelInfo info_;
+
+  std::mutex contexts_mutex_;
+  std::vector<std::unique_ptr<Context>> contexts_;
+  std::once_flag hashed_;
+  std::string hash_;
+
+ private:
+  void fill_info(const std::string& directory);
+};
+
+Model::Impl::Impl(const std::string& directory, const LoadOptions& options)
+    : threads_(options.threads),
+      checkpoint_(io::Checkpoint::open(directory)),
+      config_text_(io::read_text_file(directory + "/config.json", kMaxConfigBytes)),
+      config_(io::JsonObject::parse(config_text_, directory + "/config.json")),
+      lm_(build_model(config_)),
+      buffers_(bind_params(lm_, checkpoint_, options.dtype, threads_)) {
+  fill_info(directory);
+}
+
+void Model::Impl::fill_info(const std::string& directory) {
+  info_.directory = directory;
+  info_.model_type = config_.string("model_type", "");
+  info_.vocab_size = lm_.config().vocab_size;
+  info_.hidden_size = lm_.config().hidden_size;
+  info_.num_hidden_layers = lm_.num_layers();
+  lm_.visit_params([&](const std::string& name, Param& param) {
+    const std::int64_t size = param.shape.size();
+    info_.num_parameters += size;
+    if (name != lm_.config().names.embeddings) info_.num_non_embedding_parameters += size;
+    info_.weight_bytes += size * static_cast<std::int64_t>(size_of(param.value.dtype));
+  });
+  State state(std::make_unique<State::Impl>(State::Impl{lm_.new_state()}));
+  info_.state_bytes = static_cast<std::int64_t>(state.bytes());
+  info_.config_json = config_text_;
+  info_.random_weights = config_.boolean("deltafox_random_weights", false);
+
+  const auto token = [&](const char* key) {
+    // -1 is a common way to say "none".
+    const auto id = config_.optional_integer(key, -1, info_.vocab_size - 1);
+    return id && *id >= 0 ? std::optional(static_cast<std::int32_t>(*id)) : std::nullopt;
+  };
+  info_.bos_token_id = token("bos_token_id");
+  info_.pad_token_id = token("pad_token_id");
+  const std::string generation_path = directory + "/generation_config.json";
+  const io::JsonObject generation =
+      std::filesystem::exists(generation_path)
+          ? io::JsonObject::parse(io::read_text_file(generation_path, kMaxConfigBytes),
+                                  generation_path)
+          : config_;
+  const io::JsonObject& eos_source = generation.contains("eos_token_id") ? generation : config_;
+  for (const std::int64_t id : eos_source.integers("eos_token_id", 0, info_.vocab_size - 1)) {
+    info_.eos_token_ids.push_back(static_cast<std::int32_t>(id));
+  }
+}
+
+std::vector<SequenceState*> Model::Impl::check(const Batch& batch,
+                                               std::span<State* const> states) const {
+  const auto tokens = static_cast<std::int64_t>(batch.input_ids.size());
+  const std::span<const std::int64_t> cu = batch.cu_seqlens;
+  if (cu.size() < 2 || cu.front() != 0 || cu.back() != tokens) {
+    fail("batch: cu_seqlens must run from 0 to the number of ids, {}", tokens);
+  }
+  for (std::size_t b = 0; b + 1 < cu.size(); ++b) {
+    if (cu[b + 1] <= cu[b]) fail("batch: sequence {} is empty", b);
+  }
+  for (std::size_t t = 0; t < batch.input_ids.size(); ++t) {
+    const std::int32_t id = batch.input_ids[t];
+    if (id < 0 || id >= info_.vocab_size) {
+      fail("input_ids: id {} at position {} is out of range, the vocabulary has {} entries", id, t,
+           info_.vocab_size);
+    }
+  }
+  if (states.size() + 1 != cu.size()) {
+    fail("batch: {} states for {} sequences", states.size(), cu.size() - 1);
+  }
+  std::vector<SequenceState*> sequences;
+  sequences.reserve(states.size());
+  for (State* state : states) {
+    if (state == nullptr || state->bytes() == 0 || state->impl().sequence.model_id != id_) {
+      fail("batch: state {} was not made by this model", sequences.size());
+    }
+    SequenceState& sequence = state->impl().sequence;
+    sequences.push_back(&sequence);
+  }
+  std::vector<SequenceState*> sorted = sequences;
+  std::sort(sorted.begin(), sorted.end());
+  if (std::adjacent_find(sorted.begin(), sorted.end()) != sorted.end()) {
+    fail("batch: two sequences share a state");
+  }
+  return sequences;
+}
+
+template <typename OnPiece>
+void Model::Impl::run(Context& ctx, const Batch& batch, std::span<SequenceState* const> states,
+                      OnPiece&& on_piece, const HiddenSink& hidden_sink) const {
+  const std::span<const std::int64_t> cu = batch.cu_seqlens;
+  const std::int64_t total = cu.back();
+  std::size_t first = 0;  // the first sequence of the piece
+  for (std::int64_t begin = 0; begin < total;) {
+    ScratchScope scratch(ctx);
+    const std::span<std::int64_t> piece =
+        scratch.array<std::int64_t>(static_cast<std::int64_t>(cu.size()));
+    std::int64_t end = begin;
+    std::size_t count = 0;  // sequences in the piece
+    piece[0] = 0;
+    while (first + count < states.size()) {
+      const std::int64_t budget = kPieceTokens - (end - begin);
+      const std::int64_t left = cu[first + count + 1] - end;
+      const std::int64_t take = left <= budget ? left : budget / kPieceAlign * kPieceAlign;
+      if (take == 0) break;
+      end += take;
+      piece[++count] = end - begin;
+      if (take < left) break;
+    }
+    const Sequences sequences(piece.first(count + 1));
+    const TensorView hidden = scratch.tensor({end - begin, lm_.config().hidden_size});  // [n, C]
+    CausalLM::LayerHook hook;
+    if (hidden_sink) {
+      hook = [&](std::int64_t layer, const ConstTensorView& rows) {
+        hidden_sink(layer, begin, end - begin, rows.f32());
+      };
+    }
+    lm_.forward(ctx,
+                batch.input_ids.subspan(static_cast<std::size_t>(begin),
+                                        static_cast<std::size_t>(end - begin)),
+                sequences, states.subspan(first, count), hidden, hook);
+    on_piece(begin, hidden);
+    begin = end;
+    while (first < states.size() && cu[first + 1] <= begin) ++first;
+  }
+}
+
+template <typename OnRows>
+void Model::Impl::each_logits(Context& ctx, std::int64_t first_row, const TensorView& hidden,
+                              OnRows&& on_rows, const HiddenSink& hidden_sink) const {
+  const std::int64_t rows = hidden.shape[0];
+  const std::int64_t width = hidden.shape[1];
+  ScratchScope scratch(ctx);
+  const TensorView normed = scratch.tensor(hidden.shape);  // [n, C]
+  lm_.final_norm(ctx, hidden, normed);
+  if (hidden_sink) hidden_sink(lm_.num_layers() + 1, first_row, rows, normed.f32());
+  const TensorView logits = scratch.tensor({std::min(rows, kLogitRows), info_.vocab_size});
+  for (std::int64_t r = 0; r < rows; r += kLogitRows) {
+    const std::int64_t n = std::min(kLogitRows, rows - r);
+    const TensorView part{logits.data, DType::kF32, {n, info_.vocab_size}};
+    lm_.head(ctx, {normed.f32() + r * width, DType::kF32, {n, width}}, part);
+    on_rows(first_row + r, part);
+  }
+}
+
+// XXH3-128 over the tensors in the order of their names, as stored. Depends on the weights, not on
+// the files they are spread over.
+const std::string& Model::Impl::hash() {
+  std::call_once(hashed_, [&] {
+    const std::unique_ptr<XXH3_state_t, decltype(&XXH3_freeState)> state(XXH3_createState(),
+                                                                         &XXH3_freeState);
+    if (state == nullptr) fail("out of memory");
+    XXH3_128bits_reset(state.get());
+    for (const std::string& name : checkpoint_.names()) {
+      const ConstTensorView view = checkpoint_.view(name);
+      const std::string header =
+          fmt::format("{} {} {}\n", name, name_of(view.dtype), to_string(view.shape));
+      XXH3_128bits_update(state.get(), header.data(), header.size());
+      XXH3_128bits_update(state.get(), view.data,
+                          static_cast<std::size_t>(view.shape.size()) * size_of(view.dtype));
+    }
+    const XXH128_hash_t digest = XXH3_128bits_digest(state.get());
+    hash_ = fmt::format("xxh3-128:{:016x}{:016x}", digest.high64, digest.low64);
+  });
+  return hash_;
+}
+
+Model::Model(std::shared_ptr<Impl> impl) : impl_(std::move(impl)) {}
+
+Model Model::load(const std::string& path_or_id, const LoadOptions& options) {
+  if (options.dtype && *options.dtype != DType::kF32 && *options.dtype != DType::kBF16 &&
+      *options.dtype != DType::kF16) {
+    fail("dtype: weights are kept as float32, bfloat16 or float16");
+  }
+  if (options.threads < 0 || options.threads > 1024) {
+    fail("threads: must be from 0 to 1024, got {}", options.threads);
+  }
+  return Model(std::make_shared<Impl>(hub::resolve(path_or_id, options.revision), options));
+}
+
+const ModelInfo& Model::info() const {
+  return impl_->info_;
+}
+
+State Model::new_state() const {
+  State state(std::make_unique<State::Impl>(State::Impl{impl_->lm_.new_state()}));
+  state.impl().sequence.model_id = impl_->id_;
+  return state;
+}
+
+void Model::save_state(const State& state, const std::string& path) const {
+  State copy = state;  // visiting needs a writable one
+  if (copy.bytes() == 0 || copy.impl().sequence.model_id != impl_->id_) {
+    fail("{}: the state to save belongs to another model", path);
+  }
+  write_state(copy.impl().sequence, impl_->hash(), path);
+}
+
+State Model::load_state(const std::string& path) const {
+  State state = new_state();
+  read_state(path, impl_->hash(), state.impl().sequence);
+  return state;
+}
+
+void Model::forward(const Batch& batch, std::span<State* const> states,
+                    std::span<float> last_logits) const {
+  const std::vector<SequenceState*> sequences = impl_->check(batch, states);
+  const auto count = static_cast<std::int64_t>(sequences.size());
+  const std::int64_t vocab = info().vocab_size;
+  const std::int64_t width = info().hidden_size;
+  if (!last_logits.empty() && static_cast<std::int64_t>(last_logits.size()) != count * vocab) {
+    fail("forward: last_logits has {} elements, expected {} x {}", last_logits.size(), count,
+         vocab);
+  }
+  Impl::Lease lease(*impl_);
+  Context& ctx = *lease;
+  ScratchScope scratch(ctx);
+  const TensorView last = scratch.tensor({count, width});  // [B, C]
+  std::int64_t ended = 0;
+  impl_->run(ctx, batch, sequences, [&](std::int64_t first_row, const TensorView& hidden) {
+    const std::int64_t end = first_row + hidden.shape[0];
+    for (; ended < count && batch.cu_seqlens[static_cast<std::size_t>(ended) + 1] <= end; ++ended) {
+      const std::int64_t row =
+          batch.cu_seqlens[static_cast<std::size_t>(ended) + 1] - 1 - first_row;
+      std::copy_n(hidden.f32() + row * width, width, last.f32() + ended * width);
+    }
+  });
+  if (last_logits.empty()) return;
+  impl_->each_logits(ctx, 0, last, [&](std::int64_t row, const TensorView& logits) {
+    std::copy_n(logits.f32(), logits.shape.size(), last_logits.data() + row * vocab);
+  });
+}
+
+void Model::step(std::span<const std::int32_t> input_ids, std::span<State* const> states,
+                 std::span<float> logits) const {
+  std::vector<std::int64_t> cu_seqlens(input_ids.size() + 1);
+  for (std::size_t b = 0; b < cu_seqlens.size(); ++b) cu_seqlens[b] = static_cast<std::int64_t>(b);
+  forward({input_ids, cu_seqlens}, states, logits);
+}
+
+void Model::logits(const Batch& batch, std::span<State* const> states, const LogitsSink& sink,
+                   const HiddenSink& hidden_sink) const {
+  const std::vector<SequenceState*> sequences = impl_->check(batch, states);
+  Impl::Lease lease(*impl_);
+  Context& ctx = *lease;
+  impl_->run(
+      ctx, batch, sequences,
+      [&](std::int64_t first_row, const TensorView& hidden) {
+        impl_->each_logits(
+            ctx, first_row, hidden,
+            [&](std::int64_t row, const TensorView& logits) {
+              if (sink) sink(row, logits.shape[0], logits.f32());
+            },
+            hidden_sink);
+      },
+      hidden_sink);
+}
+
+void Model::loss(const Batch& batch, std::span<const std::int32_t> labels,
+                 std::span<State* const> states, std::span<float> loss) const {
+  const std::vector<SequenceState*> sequences = impl_->check(batch, states);
+  if (labels.size() != batch.input_ids.size() || loss.size() != labels.size()) {
+    fail("loss: {} ids, {} labels and room for {} losses", batch.input_ids.size(), labels.size(),
+         loss.size());
+  }
+  for (std::size_t t = 0; t < labels.size(); ++t) {
+    if (labels[t] >= info().vocab_size) {
+      fail("labels: id {} at position {} is out of range, the vocabulary has {} entries", labels[t],
+           t, info().vocab_size);
+    }
+  }
+  Impl::Lease lease(*impl_);
+  Context& ctx = *lease;
+  impl_->run(ctx, batch, sequences, [&](std::int64_t first_row, const TensorView& hidden) {
+    impl_->each_logits(ctx, first_row, hidden, [&](std::int64_t row, const TensorView& logits) {
+      const auto at = static_cast<std::size_t>(row);
+      const auto rows = static_cast<std::size_t>(logits.shape[0]);
+      ops::cross_entropy(
+          ctx,
+          {.logits = logits, .labels = labels.subspan(at, rows), .loss = loss.subspan(at, rows)});
+    });
+  });
+}
+
+}  // namespace deltafox

@@ -1,0 +1,60 @@
+#include "model/registry.h"
+
+#include <fmt/format.h>
+#include <fmt/ranges.h>
+
+#include <array>
+
+#include "core/error.h"
+#include "model/arch/delta_net.h"
+
+namespace deltafox {
+namespace {
+
+struct Architecture {
+  const char* model_type;
+  CausalLM (*build)(const io::JsonObject& config);
+};
+
+constexpr std::array kArchitectures{
+    Architecture{"delta_net-project_fox", arch::build_delta_net},
+};
+
+struct Preset {
+  const char* name;
+  std::string (*config)();
+};
+
+constexpr std::array kPresets{
+    Preset{"delta_net-125m", [] { return arch::delta_net_config(768, 12, 6); }},
+    Preset{"delta_net-360m", [] { return arch::delta_net_config(1024, 24, 8); }},
+    Preset{"delta_net-760m", [] { return arch::delta_net_config(1536, 24, 12); }},
+};
+
+}  // namespace
+
+CausalLM build_model(const io::JsonObject& config) {
+  const std::string type = config.string("model_type", "");
+  std::vector<std::string_view> known;
+  for (const Architecture& architecture : kArchitectures) {
+    if (type == architecture.model_type) return architecture.build(config);
+    known.emplace_back(architecture.model_type);
+  }
+  fail("{}: key 'model_type': '{}' is not one of the known types: {}", config.file(), type,
+       fmt::join(known, ", "));
+}
+
+std::vector<std::string> preset_names() {
+  std::vector<std::string> names;
+  for (const Preset& preset : kPresets) names.emplace_back(preset.name);
+  return names;
+}
+
+std::string preset_config(const std::string& name) {
+  for (const Preset& preset : kPresets) {
+    if (name == preset.name) return preset.config();
+  }
+  fail("no model is named '{}'; known: {}", name, fmt::join(preset_names(), ", "));
+}
+
+}  // namespace deltafox
