@@ -39,19 +39,20 @@ std::string at_revision(const std::string& revision) {
 std::string pull(const std::string& id, const PullOptions& options) {
   if (!is_repo_id(id)) fail("'{}' is not a hub id (ORG/NAME)", printable(id));
   require_revision(id, options.revision);
+  if (options.connect_timeout.count() <= 0 || options.stall_timeout.count() <= 0)
+    fail("{}: connect_timeout and stall_timeout must be positive", id);
   const auto directory = cache_directory();
   const RepoCache cache(directory, id);
   if (is_offline()) {
     const auto snapshot = cached_snapshot(cache, options.revision);
     if (snapshot.empty())
-      fail("{}{}: not in the cache {}, and HF_HUB_OFFLINE forbids to fetch it", id,
+      fail("{}{}: not in the cache {}, and HF_HUB_OFFLINE forbids fetching it", id,
            at_revision(options.revision), directory.string());
     return snapshot.string();
   }
 
   Session session(id, options);
   const Listing listing = session.list();
-  cache.create_directories();
   std::map<std::string, std::string> etags;
   for (const auto& name : listing.files) {
     if (cache.has(listing.commit, name)) continue;

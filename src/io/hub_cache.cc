@@ -114,7 +114,7 @@ void PartialFile::commit(const fs::path& name) {
   rename_file(path_, name);
 }
 
-RepoCache::RepoCache(fs::path cache, const std::string& id) {
+RepoCache::RepoCache(const fs::path& cache, const std::string& id) {
   std::string name = "models--" + id;
   if (const auto slash = name.find('/'); slash != std::string::npos) name.replace(slash, 1, "--");
   root_ = cache / name;
@@ -139,11 +139,17 @@ bool RepoCache::has(const std::string& commit, const std::string& name) const {
   return fs::is_regular_file(snapshot(commit) / name, error);
 }
 
-std::optional<std::string> RepoCache::find_commit(const std::string& revision) const {
-  if (is_commit(revision)) return revision;
+std::string RepoCache::read_ref(const std::string& revision) const {
   std::ifstream file(root_ / "refs" / revision);
   std::string commit;
-  if (!file || !std::getline(file, commit)) return std::nullopt;
+  std::getline(file, commit);
+  return commit;
+}
+
+std::optional<std::string> RepoCache::find_commit(const std::string& revision) const {
+  if (is_commit(revision)) return revision;
+  const std::string commit = read_ref(revision);
+  if (commit.empty()) return std::nullopt;
   if (!is_commit(commit)) fail("{}: does not hold a commit", (root_ / "refs" / revision).string());
   return commit;
 }
@@ -154,7 +160,7 @@ void RepoCache::create_directories() const {
 }
 
 void RepoCache::write_ref(const std::string& revision, const std::string& commit) const {
-  if (is_commit(revision)) return;
+  if (is_commit(revision) || read_ref(revision) == commit) return;
   const fs::path path = root_ / "refs" / revision;
   make_directory(path.parent_path());
   const fs::path temporary = temporary_beside(path);

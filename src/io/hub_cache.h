@@ -63,7 +63,7 @@ class PartialFile {
 class RepoCache {
  public:
   // `id` is a valid one (is_repo_id).
-  RepoCache(std::filesystem::path cache, const std::string& id);
+  RepoCache(const std::filesystem::path& cache, const std::string& id);
 
   std::filesystem::path blob(const std::string& etag) const;
   std::filesystem::path partial(const std::string& etag) const;
@@ -76,11 +76,15 @@ class RepoCache {
   std::optional<std::string> find_commit(const std::string& revision) const;
   // Makes the directories that downloads write to.
   void create_directories() const;
+  // Notes the commit of a branch or tag. Writes nothing where nothing changes, so that a complete
+  // cache may be read-only.
   void write_ref(const std::string& revision, const std::string& commit) const;
   // Makes snapshots/COMMIT/NAME a symlink to the blob, replacing what was there.
   void link(const std::string& commit, const std::string& name, const std::string& etag) const;
 
  private:
+  std::string read_ref(const std::string& revision) const;  // empty if there is none
+
   std::filesystem::path root_;
   std::filesystem::path locks_;
 };

@@ -2,11 +2,13 @@
 
 #include <algorithm>
 #include <array>
+#include <cctype>
 #include <cstdlib>
 #include <fstream>
 #include <string_view>
 
 #include "core/error.h"
+#include "io/hub_names.h"
 
 namespace deltafox::hub {
 namespace {
@@ -77,7 +79,7 @@ std::string endpoint() {
   if (url.empty()) return "https://huggingface.co";
   while (url.ends_with('/')) url.pop_back();
   if (!url.starts_with("http://") && !url.starts_with("https://"))
-    fail("HF_ENDPOINT: '{}' is not a URL that begins with http:// or https://", url);
+    fail("HF_ENDPOINT: '{}' is not a URL that begins with http:// or https://", printable(url));
   return url;
 }
 

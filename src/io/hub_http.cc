@@ -19,7 +19,7 @@ using Clock = std::chrono::steady_clock;
 
 constexpr int kMaxRedirects = 10;
 constexpr std::size_t kMaxHeaderBytes = std::size_t{64} << 10;
-constexpr std::size_t kMaxBodyBytes = std::size_t{16} << 20;
+constexpr std::size_t kMaxBodyBytes = std::size_t{8} << 20;
 constexpr long kBufferBytes = 256L << 10;
 
 bool is_success(long status) {
@@ -100,7 +100,8 @@ struct Transfer {
     last_byte = Clock::now();
     header_bytes += line.size();
     if (header_bytes > kMaxHeaderBytes)
-      fail("{}: the answer's headers are larger than {} bytes", request->url, kMaxHeaderBytes);
+      fail("{}: the answer's headers are larger than {} bytes", printable_url(request->url),
+           kMaxHeaderBytes);
     if (line.starts_with("HTTP/")) {  // a new answer, after an interim one or a proxy's
       response.headers.clear();
       return;
@@ -127,7 +128,7 @@ struct Transfer {
       return;
     }
     if (response.body.size() + bytes.size() > kMaxBodyBytes)
-      fail("{}: the answer is larger than {} bytes", request->url, kMaxBodyBytes);
+      fail("{}: the answer is larger than {} bytes", printable_url(request->url), kMaxBodyBytes);
     response.body.append(bytes.data(), bytes.size());
   }
 
@@ -191,7 +192,7 @@ Response HttpClient::send(const Request& request) {
     if (redirect.empty() || describes_target) return response;
     hop.url = redirect;
   }
-  fail("{}: more than {} redirects", request.url, kMaxRedirects);
+  fail("{}: more than {} redirects", printable_url(request.url), kMaxRedirects);
 }
 
 Response HttpClient::send_once(const Request& request, std::string& redirect) {

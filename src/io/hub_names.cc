@@ -164,8 +164,17 @@ std::string printable(std::string_view text) {
   return line;
 }
 
+std::string printable_url(std::string_view url) {
+  return printable(url.substr(0, url.find('?')));
+}
+
 Listing parse_listing(std::string_view json, std::string_view subject) {
-  const auto answer = nlohmann::json::parse(json, nullptr, /*allow_exceptions=*/false);
+  // What lies deeper than the fields of an entry is not kept: it is not needed, and costs a hostile
+  // server less to write than us to hold.
+  constexpr int kFieldDepth = 3;
+  const auto answer = nlohmann::json::parse(
+      json, [](int depth, auto, const auto&) { return depth <= kFieldDepth; },
+      /*allow_exceptions=*/false);
   if (!answer.is_object()) fail("{}: the server's list of files is not a JSON object", subject);
   const auto sha = answer.find("sha");
   if (sha == answer.end() || !sha->is_string() || !is_commit(sha->get_ref<const std::string&>()))

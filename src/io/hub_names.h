@@ -54,6 +54,9 @@ std::string percent_encode(std::string_view text, bool keep_slash);
 // Foreign text for one line of a message: control and non-ASCII bytes become '?', long text is cut.
 std::string printable(std::string_view text);
 
+// The same for a URL, without its query: that of a signed one is a secret.
+std::string printable_url(std::string_view url);
+
 // What /api/models/ID/revision/REVISION says: the commit, and those of its files a checkpoint
 // needs.
 struct Listing {

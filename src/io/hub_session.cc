@@ -95,7 +95,7 @@ std::string Session::file_url(const std::string& commit, const std::string& name
 // Says why the server did not give what was asked.
 std::string Session::refusal(const Response& response) const {
   if (response.status == 0 || !response.error.empty())
-    return fmt::format("{}: {}", response.url, response.error);
+    return fmt::format("{}: {}", printable_url(response.url), response.error);
   std::string said = response.header("x-error-message");
   if (!said.empty()) said = fmt::format(" ({})", printable(said));
   switch (response.status) {
@@ -115,7 +115,8 @@ std::string Session::refusal(const Response& response) const {
       return fmt::format("repository or revision '{}' not found{}", options_.revision, said);
     }
     default:
-      return fmt::format("{} answered with status {}{}", response.url, response.status, said);
+      return fmt::format("{} answered with status {}{}", printable_url(response.url),
+                         response.status, said);
   }
 }
 
@@ -169,6 +170,7 @@ FileInfo Session::describe(const std::string& commit, const std::string& name) {
 void Session::fetch(const std::string& commit, const FileInfo& file, const RepoCache& cache) {
   begin_file(file.name);
   progress_.total_bytes = file.size;
+  cache.create_directories();
   const FileLock lock(cache.lock(file.etag), [this] { report(false); });
   const auto blob = cache.blob(file.etag);
   std::error_code error;

@@ -1,10 +1,12 @@
 // What a pull does when the server, the network, the disk or the user lets it down.
-#include <csignal>
+#include <atomic>
 #include <filesystem>
+#include <optional>
 #include <string>
 #include <thread>
 #include <vector>
 
+#include "io/hub_cache.h"
 #include "io/hub_fixture.h"
 
 namespace deltafox::test {
@@ -304,6 +306,46 @@ TEST_F(HubFailure, StopIsHeardWhileWaiting) {
   EXPECT_THAT(pull_error(), HasSubstr("stopped"));
 }
 
+TEST_F(HubFailure, StopIsHeardWhileAnotherProcessDownloads) {
+  const fs::path path =
+      root_ / "hub" / ".locks" / "models--org--tiny" / (hub_.etag(kWeights) + ".lock");
+  fs::create_directories(path.parent_path());
+  const hub::FileLock lock(path, [] {});
+  int calls = 0;
+  options_.on_progress = [&](const hub::Progress& progress) {
+    return progress.file != kWeights || ++calls < 3;
+  };
+  EXPECT_THAT(pull_error(), HasSubstr("stopped"));
+  EXPECT_THAT(hub_.requests(kGetWeights), IsEmpty());
+}
+
+TEST_F(HubFailure, LockThatIsRemovedWhileHeldIsTakenAnew) {
+  const fs::path path = root_ / "lock";
+  std::optional<hub::FileLock> first(std::in_place, path, [] {});
+  std::atomic<bool> waits = false;
+  std::thread second([&] {
+    const hub::FileLock lock(path, [&] { waits = true; });
+    EXPECT_TRUE(fs::exists(path));
+  });
+  while (!waits) std::this_thread::yield();
+  fs::remove(path);
+  first.reset();
+  second.join();
+}
+
+TEST_F(HubFailure, SignedUrlsAreNotPrinted) {
+  hub_.intercept = [](const HubRequest& request, HubReply& reply) {
+    if (request.brief() == kGetWeights) {
+      reply.status = 302;
+      reply.headers["Location"] = "/cdn/x?Signature=secret";
+    } else if (request.target.starts_with("/cdn/")) {
+      reply.status = 410;
+    }
+  };
+  EXPECT_THAT(pull_error(),
+              AllOf(HasSubstr("/cdn/x answered with status 410"), Not(HasSubstr("secret"))));
+}
+
 TEST_F(HubFailure, WhatOnProgressThrowsReachesTheCaller) {
   options_.on_progress = [](const hub::Progress& progress) -> bool {
     if (progress.done_bytes > 0) throw std::runtime_error("from the caller");
@@ -408,6 +450,9 @@ TEST_F(HubFailure, BadEnvironmentIsNamed) {
   environment_.set("HF_ENDPOINT", hub_.url());
   environment_.set("HF_TOKEN", "abc\r\nX-Evil: 1");
   EXPECT_THAT(pull_error(), AllOf(StartsWith("HF_TOKEN: "), Not(HasSubstr("abc"))));
+  environment_.set("HF_TOKEN", std::nullopt);
+  options_.stall_timeout = std::chrono::milliseconds(0);
+  EXPECT_THAT(pull_error(), HasSubstr("stall_timeout must be positive"));
 }
 
 }  // namespace

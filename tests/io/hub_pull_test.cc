@@ -70,6 +70,15 @@ TEST_F(HubPull, NewCommitFetchesOnlyWhatChanged) {
   EXPECT_EQ(contents(repository() / "refs" / "main"), hub_.commit);
 }
 
+TEST_F(HubPull, CompleteCacheMayBeReadOnly) {
+  const std::string snapshot = pull();
+  const auto before = fs::last_write_time(repository() / "refs");
+  fs::remove_all(root_ / "hub" / ".locks");
+  EXPECT_EQ(pull(), snapshot);
+  EXPECT_FALSE(fs::exists(root_ / "hub" / ".locks"));
+  EXPECT_EQ(fs::last_write_time(repository() / "refs"), before);
+}
+
 TEST_F(HubPull, RestoresABlobThatWasRemovedOrCutShort) {
   const fs::path snapshot = pull();
   fs::remove(repository() / "blobs" / hub_.etag(kWeights));
