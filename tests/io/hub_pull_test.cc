@@ -214,6 +214,7 @@ TEST_F(HubPull, ReportsProgressOfEveryFile) {
 TEST_F(HubPull, ConcurrentPullsFetchEachBlobOnce) {
   std::vector<std::string> snapshots(4);
   std::vector<std::thread> pullers;
+  pullers.reserve(snapshots.size());
   for (auto& snapshot : snapshots) pullers.emplace_back([&] { snapshot = pull(); });
   for (auto& puller : pullers) puller.join();
   for (const auto& snapshot : snapshots) {

@@ -18,7 +18,7 @@ class HubResolve : public HubTest {
  protected:
   // As Python's huggingface_hub leaves it.
   fs::path cached(const std::string& revision) const {
-    const fs::path snapshot = repository() / "snapshots" / hub_.commit;
+    fs::path snapshot = repository() / "snapshots" / hub_.commit;
     write(repository() / "blobs" / hub_.etag("config.json"), hub_.files.at("config.json"));
     fs::create_directories(snapshot);
     fs::create_symlink("../../blobs/" + hub_.etag("config.json"), snapshot / "config.json");
