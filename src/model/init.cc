@@ -67,7 +67,7 @@ void write_config(const std::string& config_json, const fs::path& path) {
   config["deltafox_random_weights"] = true;
   const std::string text = config.dump(2) + "\n";
   io::AtomicFile file(path.string());
-  file.append(text);
+  file.append(std::as_bytes(std::span(text)));
   file.commit();
 }
 

@@ -39,17 +39,15 @@ std::vector<Tensor> bind_params(CausalLM& model, const io::Checkpoint& checkpoin
   std::vector<Tensor> buffers;
   std::set<std::string> used;
   model.visit_params([&](const std::string& name, Param& param) {
-    if (checkpoint.find(name) == nullptr) {
-      fail("{}: tensor '{}' is missing", checkpoint.directory(), name);
-    }
+    if (!checkpoint.contains(name)) fail("{}: tensor '{}' is missing", checkpoint.path(), name);
     const ConstTensorView stored = checkpoint.view(name);
     if (!is_float(stored.dtype)) {
-      fail("{}: tensor '{}' has dtype {}, expected F32, BF16 or F16", checkpoint.directory(), name,
-           name_of(stored.dtype));
+      fail("{}: tensor '{}' has dtype {}, expected F32, BF16 or F16", checkpoint.file_of(name),
+           name, name_of(stored.dtype));
     }
     if (stored.shape != param.shape) {
-      fail("{}: tensor '{}' has shape {}, but the config asks for {}", checkpoint.directory(), name,
-           to_string(stored.shape), to_string(param.shape));
+      fail("{}: tensor '{}' has shape {}, but the config asks for {}", checkpoint.file_of(name),
+           name, to_string(stored.shape), to_string(param.shape));
     }
     const DType kept = param.is_matrix ? dtype.value_or(stored.dtype) : DType::kF32;
     param.value = stored;
@@ -65,7 +63,7 @@ std::vector<Tensor> bind_params(CausalLM& model, const io::Checkpoint& checkpoin
         model.config().tie_word_embeddings && name == model.config().names.lm_head;
     if (!used.contains(name) && !tied_head) {
       fail("{}: tensor '{}' does not belong to the model that the config describes",
-           checkpoint.directory(), name);
+           checkpoint.file_of(name), name);
     }
   }
   return buffers;

@@ -163,7 +163,7 @@ void Model::Impl::fill_info(const std::string& directory) {
 
   const auto token = [&](const char* key) {
     // -1 is a common way to say "none".
-    const auto id = config_.optional_integer(key, -1, info_.vocab_size - 1);
+    const auto id = config_.optional_integer(key, std::nullopt, -1, info_.vocab_size - 1);
     return id && *id >= 0 ? std::optional(static_cast<std::int32_t>(*id)) : std::nullopt;
   };
   info_.bos_token_id = token("bos_token_id");

@@ -2,6 +2,7 @@
 
 #include <charconv>
 #include <cstring>
+#include <map>
 
 #include "core/error.h"
 #include "io/safetensors.h"
@@ -46,7 +47,7 @@ void write_state(SequenceState& state, const std::string& model_hash, const std:
 
 void read_state(const std::string& path, const std::string& model_hash, SequenceState& state) {
   const io::SafetensorsFile file = io::SafetensorsFile::open(path);
-  const io::Metadata& metadata = file.metadata();
+  const std::map<std::string, std::string>& metadata = file.metadata();
   const auto value = [&](const char* key) {
     const auto found = metadata.find(key);
     return found == metadata.end() ? std::string() : found->second;

@@ -5,6 +5,7 @@
 #include <cmath>
 
 #include "core/float_convert.h"
+#include "deltafox/error.h"
 #include "support/random.h"
 
 namespace deltafox {
@@ -58,7 +59,7 @@ TEST_P(LinearParity, FastEqualsPlain) {
 
 INSTANTIATE_TEST_SUITE_P(Weights, LinearParity,
                          testing::Values(DType::kF32, DType::kBF16, DType::kF16),
-                         [](const auto& info) { return std::string(name_of(info.param)); });
+                         [](const auto& param) { return std::string(name_of(param.param)); });
 
 TEST(Linear, ARowDoesNotDependOnTheRowsBesideItNorOnThreads) {
   Random random(2);
