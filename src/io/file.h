@@ -1,0 +1,74 @@
+// Files: read by mapping, written so that a reader never sees half of one.
+//
+// Every function throws Error with one line that starts with the path and ends with the system's
+// reason.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <span>
+#include <string>
+
+namespace deltafox::io {
+
+// How a mapping is going to be read. Hints: a system that does not know one ignores it.
+enum class Access : std::uint8_t { kWillNeed, kSequential, kHugePages };
+
+// A regular file mapped for reading. The bytes stay where they are when the object is moved.
+class MappedFile {
+ public:
+  MappedFile() = default;
+  explicit MappedFile(const std::string& path);
+  MappedFile(MappedFile&& other) noexcept;
+  MappedFile& operator=(MappedFile&& other) noexcept;
+  ~MappedFile();
+
+  std::span<const std::byte> bytes() const { return {data_, size_}; }
+  void advise(Access access) const;
+
+ private:
+  const std::byte* data_ = nullptr;
+  std::size_t size_ = 0;
+};
+
+// The whole file, which may also be a pipe. Throws Error if it is longer than `max_bytes`.
+std::string read_text_file(const std::string& path, std::size_t max_bytes);
+
+// A file that gets its name only when it is complete: it is written as `<path>.tmp-<pid>-<n>`, and
+// commit() renames it to `path`, replacing what was there. Without commit() the temporary file is
+// removed. A path that names a device or a pipe (/dev/stdout) is written directly.
+class AtomicFile {
+ public:
+  explicit AtomicFile(std::string path);
+  AtomicFile(const AtomicFile&) = delete;
+  AtomicFile& operator=(const AtomicFile&) = delete;
+  ~AtomicFile();
+
+  // After what has been appended so far.
+  void append(std::span<const std::byte> bytes);
+  // At a place of the caller's choice; not for pipes.
+  void write_at(std::uint64_t offset, std::span<const std::byte> bytes);
+  // Reserves room for `bytes`, so that a disk too full is found out now; the file becomes at least
+  // that long. Does nothing where the file system cannot.
+  void preallocate(std::uint64_t bytes);
+  // Makes the contents durable and gives the file its name. To be called once, at the end.
+  void commit();
+
+  const std::string& path() const { return path_; }
+
+ private:
+  struct Pending;
+  friend void remove_pending_files() noexcept;
+  static Pending* claim(const std::string& path);
+
+  std::string path_;
+  int fd_ = -1;
+  Pending* pending_ = nullptr;  // null if the path is written directly
+  std::uint64_t appended_ = 0;
+};
+
+// Removes the temporary files of every AtomicFile that is not committed. Async-signal-safe: for the
+// handler of a signal that ends the program.
+void remove_pending_files() noexcept;
+
+}  // namespace deltafox::io
