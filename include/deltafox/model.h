@@ -21,7 +21,7 @@ namespace deltafox {
 struct LoadOptions {
   // How the weight matrices are kept: as stored when empty; kF32 is the exact mode. Vectors (norms,
   // convolutions, biases) and all arithmetic are float32.
-  std::optional<DType> dtype;
+  std::optional<DType> dtype = {};
   int threads = 0;  // 0: one for each core this process may use
   std::string revision = "main";
 };

@@ -3,6 +3,7 @@
 #include <sched.h>
 
 #include <algorithm>
+#include <cassert>
 
 namespace deltafox {
 namespace {
@@ -39,10 +40,16 @@ ThreadPool::~ThreadPool() {
   for (std::thread& worker : workers_) worker.join();
 }
 
-void ThreadPool::drain(int slot) {
-  for (std::int64_t i = next_.fetch_add(1, std::memory_order_relaxed); i < tasks_;
-       i = next_.fetch_add(1, std::memory_order_relaxed)) {
-    function_(closure_, i, slot);
+void ThreadPool::drain(std::uint32_t generation, int slot) {
+  std::uint64_t claim = next_.load(std::memory_order_acquire);
+  while (claim >> 32 == generation) {
+    const auto task = static_cast<std::int64_t>(claim & 0xffffffffU);
+    if (task >= tasks_.load(std::memory_order_relaxed)) return;
+    if (next_.compare_exchange_weak(claim, claim + 1, std::memory_order_acquire)) {
+      function_(closure_, task, slot);
+      done_.fetch_add(1, std::memory_order_release);
+      claim = next_.load(std::memory_order_acquire);
+    }
   }
 }
 
@@ -52,17 +59,19 @@ void ThreadPool::run(std::int64_t n, Function function, void* closure) {
     for (std::int64_t i = 0; i < n; ++i) function(closure, i, 0);
     return;
   }
+  assert(n <= 0xffffffff);
+  const std::uint32_t generation = generation_.load(std::memory_order_relaxed) + 1;
   function_ = function;
   closure_ = closure;
-  tasks_ = n;
-  next_.store(0, std::memory_order_relaxed);
-  busy_.store(static_cast<int>(workers_.size()), std::memory_order_relaxed);
-  generation_.fetch_add(1, std::memory_order_release);
+  done_.store(0, std::memory_order_relaxed);
+  tasks_.store(n, std::memory_order_relaxed);
+  next_.store(std::uint64_t{generation} << 32, std::memory_order_release);
+  generation_.store(generation, std::memory_order_release);
   generation_.notify_all();
-  drain(0);
-  for (int spins = 0; busy_.load(std::memory_order_acquire) != 0; ++spins) {
-    // The workers are at their last tasks; on a machine with fewer free cores than threads one of
-    // them may need this one's.
+  drain(generation, 0);
+  // What is left are tasks that workers are at. Where there are fewer free cores than threads, one
+  // of them may need this one's.
+  for (int spins = 0; done_.load(std::memory_order_acquire) != n; ++spins) {
     if (spins < kSpins) {
       relax();
     } else {
@@ -84,8 +93,7 @@ void ThreadPool::work(int slot) {
     }
     seen = current;
     if (stop_.load(std::memory_order_relaxed)) return;
-    drain(slot);
-    busy_.fetch_sub(1, std::memory_order_release);
+    drain(seen, slot);
   }
 }
 

@@ -44,16 +44,19 @@ class ThreadPool {
 
   void run(std::int64_t n, Function function, void* closure);
   void work(int slot);
-  void drain(int slot);
+  void drain(std::uint32_t generation, int slot);
 
   std::vector<std::thread> workers_;
   std::mutex in_use_;
-  // The loop under way; written before generation_ is advanced, read after.
+  // The loop under way. A thread that has claimed a task of it may read these: the loop cannot end,
+  // nor the next begin, before that task is done.
   Function function_ = nullptr;
   void* closure_ = nullptr;
-  std::int64_t tasks_ = 0;
-  std::atomic<std::int64_t> next_{0};
-  std::atomic<int> busy_{0};
+  std::atomic<std::int64_t> tasks_{0};
+  // The loop's generation in the high half, the next task in the low half: a worker that comes late
+  // fails to claim, rather than take a task of the next loop for one of this.
+  std::atomic<std::uint64_t> next_{0};
+  std::atomic<std::int64_t> done_{0};
   std::atomic<std::uint32_t> generation_{0};
   std::atomic<bool> stop_{false};
 };
