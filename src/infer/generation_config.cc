@@ -95,6 +95,8 @@ GenerationConfig GenerationConfig::from_json(std::string_view text, const std::s
     json = Json::parse(text);
   } catch (const Json::parse_error& error) {
     fail("{}: not valid JSON at byte {}", source, error.byte);
+  } catch (const Json::out_of_range&) {
+    fail("{}: not valid JSON: a number is too large", source);
   }
   if (!json.is_object()) fail("{}: must be a JSON object", source);
 

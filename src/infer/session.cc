@@ -97,8 +97,10 @@ std::vector<State> Session::prefill(std::vector<float>& logits) const {
     cu_seqlens.push_back(static_cast<std::int64_t>(ids.size()));
   }
   std::vector<State> states;
-  for (std::size_t p = 0; p < prompts.size(); ++p) states.push_back(model.new_state());
   std::vector<State*> pointers;
+  states.reserve(prompts.size());
+  pointers.reserve(prompts.size());
+  for (std::size_t p = 0; p < prompts.size(); ++p) states.push_back(model.new_state());
   for (State& state : states) pointers.push_back(&state);
   logits.resize(prompts.size() * vocab_size);
   model.forward({ids, cu_seqlens}, pointers, logits);

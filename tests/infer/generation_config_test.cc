@@ -78,6 +78,7 @@ TEST(GenerationConfig, WrongTypesNameTheKey) {
   EXPECT_EQ(parse_error(R"({"stop_strings": [1]})"), "g.json: stop_strings: expected a string");
   EXPECT_EQ(parse_error("[]"), "g.json: must be a JSON object");
   EXPECT_EQ(parse_error("{\"top_k\": }"), "g.json: not valid JSON at byte 11");
+  EXPECT_EQ(parse_error(R"({"top_p": 1e999})"), "g.json: not valid JSON: a number is too large");
 }
 
 TEST(GenerationConfig, LoadsFromACheckpointDirectory) {
