@@ -1,12 +1,12 @@
 #include <cmath>
 #include <filesystem>
-#include <fstream>
-#include <iterator>
 #include <nlohmann/json.hpp>
 #include <utility>
 
 #include "core/error.h"
 #include "deltafox/generate.h"
+#include "io/file.h"
+#include "io/json.h"
 
 namespace deltafox {
 
@@ -28,7 +28,7 @@ struct Converter {
   template <typename Int>
   requires std::is_integral_v<Int>
   bool operator()(const Json& value, Int& out) {
-    expected = "an integer in range";
+    expected = sizeof(Int) == 8 ? "an integer" : "a 32-bit integer";
     if (value.is_number_unsigned()) {
       const auto number = value.get<std::uint64_t>();
       if (!std::in_range<Int>(number)) return false;
@@ -90,14 +90,7 @@ bool within(double value, double low, double high) {
 }  // namespace
 
 GenerationConfig GenerationConfig::from_json(std::string_view text, const std::string& source) {
-  Json json;
-  try {
-    json = Json::parse(text);
-  } catch (const Json::parse_error& error) {
-    fail("{}: not valid JSON at byte {}", source, error.byte);
-  } catch (const Json::out_of_range&) {
-    fail("{}: not valid JSON: a number is too large", source);
-  }
+  const Json json = io::parse_json(text, source, io::JsonDialect::kPython);
   if (!json.is_object()) fail("{}: must be a JSON object", source);
 
   GenerationConfig config;
@@ -105,7 +98,9 @@ GenerationConfig GenerationConfig::from_json(std::string_view text, const std::s
     const auto found = json.find(key);
     if (found == json.end() || found->is_null()) return;
     Converter convert;
-    if (!convert(*found, value)) fail("{}: {}: expected {}", source, key, convert.expected);
+    if (convert(*found, value)) return;
+    const std::string got = found->dump(-1, ' ', false, Json::error_handler_t::replace);
+    fail("{}: key '{}': must be {}, got {}", source, key, convert.expected, io::printable(got));
   };
   read("max_new_tokens", config.max_new_tokens);
   read("max_length", config.max_length);
@@ -137,10 +132,8 @@ GenerationConfig GenerationConfig::from_json(std::string_view text, const std::s
 GenerationConfig GenerationConfig::load(const std::string& directory) {
   const std::string path = (std::filesystem::path(directory) / "generation_config.json").string();
   if (!std::filesystem::exists(path)) return {};
-  std::ifstream file(path, std::ios::binary);
-  const std::string text(std::istreambuf_iterator<char>(file), {});
-  if (!file) fail("{}: cannot be read", path);
-  return from_json(text, path);
+  constexpr std::size_t kMaxBytes = 1 << 20;
+  return from_json(io::read_text_file(path, kMaxBytes), path);
 }
 
 void GenerationConfig::validate() const {

@@ -49,6 +49,11 @@ Session::Session(const Model& model_in, std::span<const std::vector<std::int32_t
     if (prompts[p].empty()) {
       fail("prompt {} is empty: it needs at least one token, such as the BOS token", p);
     }
+    for (std::size_t t = 0; t < prompts[p].size(); ++t) {
+      const std::int32_t id = prompts[p][t];
+      if (id >= 0 && std::cmp_less(id, vocab_size)) continue;
+      fail("prompt {}: id {} at position {} must be in [0, {})", p, id, t, vocab_size);
+    }
     if (max_new_tokens(p) < 1) {
       fail("max_length: must be more than the {} tokens of prompt {}, got {}", prompts[p].size(), p,
            *config.max_length);
