@@ -1,0 +1,83 @@
+// Byte-level byte-pair encoding: the ids of a text under a ranked list of merges.
+//
+// The text is cut into pieces (pretokenizer.h); a piece begins as one token a byte, and the
+// adjacent pair with the lowest rank, the leftmost among equals, merges until no pair has a rank.
+// That costs O(n log n) for a piece of n bytes. What common pieces become is looked up instead.
+#pragma once
+
+#include <array>
+#include <cstdint>
+#include <string_view>
+#include <vector>
+
+namespace deltafox {
+
+class Bpe {
+ public:
+  static constexpr std::int32_t kNoToken = -1;
+
+  // Two tokens that become one; the rank is the position in the list (the last one, if repeated).
+  struct Merge {
+    std::int32_t left;
+    std::int32_t right;
+    std::int32_t result;
+  };
+
+  Bpe() = default;
+  // byte_tokens: the token of each byte, or kNoToken.
+  Bpe(const std::array<std::int32_t, 256>& byte_tokens, const std::vector<Merge>& merges);
+
+  // Enters a token, so that a piece of just these bytes is found without merging. Ignored where
+  // merging would not give this token, or where the bytes are too many.
+  void add_word(std::string_view bytes, std::int32_t token);
+
+  // Appends the ids of `text`, which is valid UTF-8. Bytes without a token yield kNoToken.
+  void encode(std::string_view text, std::vector<std::int32_t>& ids) const;
+
+  std::int32_t byte_token(unsigned char byte) const { return byte_tokens_[byte]; }
+
+ private:
+  static constexpr std::uint32_t kNoMerge = 0xFFFFFFFF;
+
+  // A word of at most 16 bytes, padded with zeros.
+  struct Word {
+    std::uint64_t low = 0;
+    std::uint64_t high = 0;
+    std::uint32_t length = 0;
+    bool operator==(const Word&) const = default;
+  };
+  struct WordSlot {
+    Word word;
+    std::int32_t token = kNoToken;
+  };
+  // What a word became earlier in the same call: ids[begin, begin + count).
+  struct SeenSlot {
+    Word word;
+    std::uint32_t count = 0;
+    std::size_t begin = 0;
+  };
+  // Empty while it has no rank.
+  struct PairSlot {
+    std::uint64_t pair = ~std::uint64_t{0};
+    std::uint32_t rank = kNoMerge;
+    std::int32_t result = kNoToken;
+  };
+
+  static Word word_of(std::string_view piece, const char* readable_end);
+  static std::uint64_t hash(const Word& word);
+  std::size_t pair_index(std::int32_t left, std::int32_t right) const;
+  std::int32_t find_word(const Word& word) const;
+  void merge_piece(std::string_view piece, std::vector<std::int32_t>& ids) const;
+  void merge_short(std::string_view piece, std::vector<std::int32_t>& ids) const;
+  void merge_long(std::string_view piece, std::vector<std::int32_t>& ids) const;
+  void grow_words();
+
+  std::array<std::int32_t, 256> byte_tokens_{};
+  // Open addressing with linear probing, at most half full, sizes a power of two.
+  std::vector<PairSlot> pairs_;
+  int pair_shift_ = 0;
+  std::vector<WordSlot> words_;
+  std::size_t word_count_ = 0;
+};
+
+}  // namespace deltafox
