@@ -1,12 +1,10 @@
 #include "io/hub_names.h"
 
+#include <fmt/format.h>
+
 #include <algorithm>
 #include <array>
 #include <charconv>
-#include <nlohmann/json.hpp>
-#include <set>
-
-#include "core/error.h"
 
 namespace deltafox::hub {
 namespace {
@@ -166,40 +164,6 @@ std::string printable(std::string_view text) {
 
 std::string printable_url(std::string_view url) {
   return printable(url.substr(0, url.find('?')));
-}
-
-Listing parse_listing(std::string_view json, std::string_view subject) {
-  // What lies deeper than the fields of an entry is not kept: it is not needed, and costs a hostile
-  // server less to write than us to hold.
-  constexpr int kFieldDepth = 3;
-  const auto answer = nlohmann::json::parse(
-      json, [](int depth, auto, const auto&) { return depth <= kFieldDepth; },
-      /*allow_exceptions=*/false);
-  if (!answer.is_object()) fail("{}: the server's list of files is not a JSON object", subject);
-  const auto sha = answer.find("sha");
-  if (sha == answer.end() || !sha->is_string() || !is_commit(sha->get_ref<const std::string&>()))
-    fail("{}: the server's list of files names no commit (\"sha\")", subject);
-  const auto siblings = answer.find("siblings");
-  if (siblings == answer.end() || !siblings->is_array())
-    fail("{}: the server's list of files has no \"siblings\"", subject);
-
-  std::set<std::string> files;
-  for (const auto& sibling : *siblings) {
-    const auto name = sibling.is_object() ? sibling.find("rfilename") : sibling.end();
-    if (name == sibling.end() || !name->is_string())
-      fail("{}: the server's list of files has an entry without a name (\"rfilename\")", subject);
-    const auto& text = name->get_ref<const std::string&>();
-    if (!is_checkpoint_file(text)) continue;
-    if (!is_relative_path(text))
-      fail("{}: the server lists a file with the unsafe name '{}'", subject, printable(text));
-    files.insert(text);
-  }
-  if (!files.contains("config.json"))
-    fail("{}: no config.json: not a checkpoint in the Hugging Face layout", subject);
-  if (std::none_of(files.begin(), files.end(),
-                   [](const std::string& name) { return name.ends_with(".safetensors"); }))
-    fail("{}: no weights in .safetensors format", subject);
-  return {sha->get<std::string>(), {files.begin(), files.end()}};
 }
 
 }  // namespace deltafox::hub

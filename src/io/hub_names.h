@@ -8,7 +8,6 @@
 #include <optional>
 #include <string>
 #include <string_view>
-#include <vector>
 
 namespace deltafox::hub {
 
@@ -56,15 +55,5 @@ std::string printable(std::string_view text);
 
 // The same for a URL, without its query: that of a signed one is a secret.
 std::string printable_url(std::string_view url);
-
-// What /api/models/ID/revision/REVISION says: the commit, and those of its files a checkpoint
-// needs.
-struct Listing {
-  std::string commit;
-  std::vector<std::string> files;  // sorted, each once
-};
-// Throws Error, beginning with `subject`, if the JSON is not such an answer, a needed file has an
-// unsafe name, or config.json or the weights are missing.
-Listing parse_listing(std::string_view json, std::string_view subject);
 
 }  // namespace deltafox::hub

@@ -8,6 +8,7 @@
 #include "deltafox/hub.h"
 #include "io/hub_cache.h"
 #include "io/hub_http.h"
+#include "io/hub_listing.h"
 #include "io/hub_names.h"
 
 namespace deltafox::hub {

@@ -5,6 +5,7 @@
 #include <string_view>
 
 #include "deltafox/error.h"
+#include "io/hub_listing.h"
 #include "io/hub_names.h"
 
 extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size) {

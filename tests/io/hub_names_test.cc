@@ -6,6 +6,7 @@
 
 #include "io/hub_digest.h"
 #include "io/hub_fixture.h"
+#include "io/hub_listing.h"
 
 namespace deltafox::test {
 namespace {
@@ -81,12 +82,16 @@ TEST(HubNames, ListingThatIsNoneSaysWhy) {
       {"[]", "not a JSON object"},
       {"", "not a JSON object"},
       {std::string(100'000, '['), "not a JSON object"},
+      {head, "not a JSON object"},
       {"{}", "names no commit"},
       {R"({"sha": 5})", "names no commit"},
       {head + "}", "no \"siblings\""},
       {head + R"(, "siblings": {}})", "no \"siblings\""},
       {head + R"(, "siblings": ["x"]})", "entry without a name"},
       {head + R"(, "siblings": [{"rfilename": 1}]})", "entry without a name"},
+      {head + R"(, "siblings": [[{"rfilename": "x"}]]})", "entry without a name"},
+      {head + R"(, "siblings": [{"lfs": {"rfilename": "x"}}]})", "entry without a name"},
+      {head + R"(, "other": [{"rfilename": "config.json"}], "siblings": []})", "no config.json"},
       {head + R"(, "siblings": []})", "no config.json"},
       {head + R"(, "siblings": [{"rfilename": "config.json"}]})", "no weights"},
   };
