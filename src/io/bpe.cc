@@ -14,6 +14,8 @@
 namespace deltafox {
 namespace {
 
+static_assert(std::endian::native == std::endian::little, "Word is read from text as it lies");
+
 constexpr std::size_t kMaxWord = 15;
 // Up to here, scanning an array for the lowest rank beats a heap.
 constexpr std::size_t kMaxShortPiece = 96;
