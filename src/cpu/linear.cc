@@ -23,8 +23,8 @@ constexpr int kTileColumns = 4;
 #endif
 
 template <int kRows, int kColumns, typename W>
-HWY_INLINE void tile(const float* x, const W* w, float* y, std::int64_t depth, std::int64_t stride,
-                     bool accumulate) {
+HWY_INLINE void tile(const float* x, const W* w, const float* bias, float* y, std::int64_t depth,
+                     std::int64_t stride, bool accumulate) {
   VF32 sums[kRows][kColumns];
   for (auto& row : sums) {
     for (VF32& sum : row) sum = hn::Zero(kF32);
@@ -47,36 +47,42 @@ HWY_INLINE void tile(const float* x, const W* w, float* y, std::int64_t depth, s
   for (int r = 0; r < kRows; ++r) {
     for (int c = 0; c < kColumns; ++c) {
       float& out = y[r * stride + c];
-      const float sum = sum_of(sums[r][c]);
+      const float product = sum_of(sums[r][c]);
+      const float sum = bias != nullptr ? product + bias[c] : product;
       out = accumulate ? out + sum : sum;
     }
   }
 }
 
 template <int kRows, typename W>
-HWY_INLINE void row_of_tiles(const float* x, const W* w, float* y, std::int64_t depth,
-                             std::int64_t columns, std::int64_t stride, bool accumulate) {
+HWY_INLINE void row_of_tiles(const float* x, const W* w, const float* bias, float* y,
+                             std::int64_t depth, std::int64_t columns, std::int64_t stride,
+                             bool accumulate) {
+  const auto bias_at = [&](std::int64_t n) { return bias != nullptr ? bias + n : nullptr; };
   std::int64_t n = 0;
   for (; n + kTileColumns <= columns; n += kTileColumns) {
-    tile<kRows, kTileColumns>(x, w + n * depth, y + n, depth, stride, accumulate);
+    tile<kRows, kTileColumns>(x, w + n * depth, bias_at(n), y + n, depth, stride, accumulate);
   }
-  for (; n < columns; ++n) tile<kRows, 1>(x, w + n * depth, y + n, depth, stride, accumulate);
+  for (; n < columns; ++n) {
+    tile<kRows, 1>(x, w + n * depth, bias_at(n), y + n, depth, stride, accumulate);
+  }
 }
 
 // Rows [0, rows) × columns [0, columns) of y. The rows of x stay in the second-level cache while w
 // passes by once.
 template <typename W>
-void block(const float* x, const W* w, float* y, std::int64_t rows, std::int64_t depth,
-           std::int64_t columns, std::int64_t stride, bool accumulate) {
+void block(const float* x, const W* w, const float* bias, float* y, std::int64_t rows,
+           std::int64_t depth, std::int64_t columns, std::int64_t stride, bool accumulate) {
   for (std::int64_t n = 0; n < columns; n += kTileColumns) {
     const std::int64_t width = std::min<std::int64_t>(kTileColumns, columns - n);
+    const float* part = bias != nullptr ? bias + n : nullptr;
     std::int64_t m = 0;
     for (; m + kTileRows <= rows; m += kTileRows) {
-      row_of_tiles<kTileRows>(x + m * depth, w + n * depth, y + m * stride + n, depth, width,
+      row_of_tiles<kTileRows>(x + m * depth, w + n * depth, part, y + m * stride + n, depth, width,
                               stride, accumulate);
     }
     for (; m < rows; ++m) {
-      row_of_tiles<1>(x + m * depth, w + n * depth, y + m * stride + n, depth, width, stride,
+      row_of_tiles<1>(x + m * depth, w + n * depth, part, y + m * stride + n, depth, width, stride,
                       accumulate);
     }
   }
@@ -97,8 +103,9 @@ void linear_of(Context& ctx, const LinearArgs& args) {
     const std::int64_t m = task / column_blocks * block_rows;
     const std::int64_t n = task % column_blocks * kBlockColumns;
     block(args.x.f32() + m * depth, static_cast<const W*>(args.w.data) + n * depth,
-          args.y.f32() + m * columns + n, std::min(block_rows, rows - m), depth,
-          std::min(kBlockColumns, columns - n), columns, args.accumulate);
+          args.bias.data != nullptr ? args.bias.f32() + n : nullptr, args.y.f32() + m * columns + n,
+          std::min(block_rows, rows - m), depth, std::min(kBlockColumns, columns - n), columns,
+          args.accumulate);
   });
 }
 
