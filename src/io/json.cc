@@ -268,6 +268,16 @@ std::optional<std::int64_t> JsonObject::optional_integer(const char* key,
   return as_integer(key, *value, min, max);
 }
 
+std::optional<std::int64_t> JsonObject::integer_or(const char* key, const char* word,
+                                                   std::int64_t min, std::int64_t max) const {
+  const json* value = find(key);
+  if (value == nullptr || *value == word) return std::nullopt;
+  if (value->is_string()) {
+    refuse(key, fmt::format("\"{}\" or an integer from {} to {}", word, min, max), *value);
+  }
+  return as_integer(key, *value, min, max);
+}
+
 double JsonObject::number(const char* key, double default_value, double min, double max) const {
   const json* value = find(key);
   return value == nullptr ? default_value : as_number(key, *value, min, max);

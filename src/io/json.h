@@ -42,6 +42,9 @@ class JsonObject {
   std::optional<std::int64_t> optional_integer(const char* key,
                                                std::optional<std::int64_t> default_value,
                                                std::int64_t min, std::int64_t max) const;
+  // An integer, or nothing for `word`, which is also the default.
+  std::optional<std::int64_t> integer_or(const char* key, const char* word, std::int64_t min,
+                                         std::int64_t max) const;
   // Integers are numbers. Infinity is one if min or max is; NaN never is in range.
   double number(const char* key, double default_value, double min, double max) const;
   std::optional<double> optional_number(const char* key, std::optional<double> default_value,

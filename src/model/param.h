@@ -9,13 +9,22 @@ namespace deltafox {
 
 // How the official code initialises a weight.
 struct Init {
-  enum class Kind : std::uint8_t { kConstant, kNormal, kUniform };
+  enum class Kind : std::uint8_t { kConstant, kNormal, kUniform, kLogIndex, kTimeStepBias };
   Kind kind = Kind::kConstant;
-  double value = 0;  // the constant, the standard deviation, or the bound of ±bound
+  double value = 0;  // the constant, the standard deviation, the bound of ±bound, or the minimum
+  double max = 0;    // of kTimeStepBias
+  double floor = 0;
 
   static Init constant(double value) { return {Kind::kConstant, value}; }
   static Init normal(double std) { return {Kind::kNormal, std}; }
   static Init uniform(double bound) { return {Kind::kUniform, bound}; }
+  // log(1 + i) for element i of each row
+  static Init log_index() { return {Kind::kLogIndex}; }
+  // The inverse softplus of a time step drawn from [min, max], uniform in its logarithm, and then
+  // raised to `floor`.
+  static Init time_step_bias(double min, double max, double floor) {
+    return {Kind::kTimeStepBias, min, max, floor};
+  }
 };
 
 struct Param {

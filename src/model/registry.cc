@@ -7,6 +7,8 @@
 
 #include "core/error.h"
 #include "model/arch/delta_net.h"
+#include "model/arch/hgrn2.h"
+#include "model/arch/mamba2.h"
 
 namespace deltafox {
 namespace {
@@ -18,6 +20,8 @@ struct Architecture {
 
 constexpr std::array kArchitectures{
     Architecture{"delta_net-project_fox", arch::build_delta_net},
+    Architecture{"hgrn2-project_fox", arch::build_hgrn2},
+    Architecture{"mamba2-project_fox", arch::build_mamba2},
 };
 
 struct Preset {
@@ -29,6 +33,12 @@ constexpr std::array kPresets{
     Preset{"delta_net-125m", [] { return arch::delta_net_config(768, 12, 6); }},
     Preset{"delta_net-360m", [] { return arch::delta_net_config(1024, 24, 8); }},
     Preset{"delta_net-760m", [] { return arch::delta_net_config(1536, 24, 12); }},
+    Preset{"hgrn2-125m", [] { return arch::hgrn2_config(768, 12); }},
+    Preset{"hgrn2-360m", [] { return arch::hgrn2_config(1024, 24); }},
+    Preset{"hgrn2-760m", [] { return arch::hgrn2_config(1536, 24); }},
+    Preset{"mamba2-125m", [] { return arch::mamba2_config(768, 24, 24); }},
+    Preset{"mamba2-360m", [] { return arch::mamba2_config(1024, 48, 32); }},
+    Preset{"mamba2-760m", [] { return arch::mamba2_config(1536, 48, 48); }},
 };
 
 }  // namespace

@@ -19,7 +19,10 @@ class Golden {
     std::vector<std::string> names;
     for (const auto& entry : std::filesystem::directory_iterator(root())) {
       const std::string name = entry.path().filename().string();
-      if (entry.is_directory() && name.starts_with("delta_net-")) names.push_back(name);
+      if (!entry.is_directory()) continue;
+      for (const char* architecture : {"delta_net-", "hgrn2-", "mamba2-"}) {
+        if (name.starts_with(architecture)) names.push_back(name);
+      }
     }
     std::sort(names.begin(), names.end());
     return names;
@@ -31,6 +34,11 @@ class Golden {
 
   const std::string& directory() const { return directory_; }
 
+  bool contains(const std::string& name) const { return expected_.contains(name); }
+  // Of the official models, these give hidden states behind each layer, the others before it.
+  bool hidden_states_follow_layers() const {
+    return directory_.find("mamba2-") != std::string::npos;
+  }
   std::span<const float> floats(const std::string& name) const {
     const ConstTensorView view = expected_.view(name);
     return {view.f32(), static_cast<std::size_t>(view.shape.size())};

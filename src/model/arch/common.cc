@@ -1,5 +1,7 @@
 #include "model/arch/common.h"
 
+#include "core/error.h"
+
 namespace deltafox::arch {
 
 std::int64_t intermediate_size(const io::JsonObject& config, std::int64_t hidden_size,
@@ -15,6 +17,14 @@ std::int64_t intermediate_size(const io::JsonObject& config, std::int64_t hidden
 Activation hidden_activation(const io::JsonObject& config, const char* default_name) {
   const std::string name = config.choice("hidden_act", default_name, {"swish", "silu", "sigmoid"});
   return name == "sigmoid" ? Activation::kSigmoid : Activation::kSilu;
+}
+
+Init time_step_bias_init(const io::JsonObject& config) {
+  const double min = config.number("time_step_min", 0.001, 1e-9, 1e3);
+  const double max = config.number("time_step_max", 0.1, 1e-9, 1e3);
+  const double floor = config.number("time_step_floor", 1e-4, 0, 1e3);
+  if (min > max) fail("{}: key 'time_step_min': is above time_step_max", config.file());
+  return Init::time_step_bias(min, max, floor);
 }
 
 }  // namespace deltafox::arch

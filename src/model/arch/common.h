@@ -16,6 +16,7 @@ namespace deltafox::arch {
 constexpr std::int64_t kMaxVocab = std::int64_t{1} << 24;
 constexpr std::int64_t kMaxWidth = std::int64_t{1} << 20;
 constexpr std::int64_t kMaxLayers = 4096;
+constexpr std::int64_t kMaxStateSize = 65536;
 
 // intermediate_size where given, else hidden_size · ratio · 2/3 rounded up to a multiple of 256.
 std::int64_t intermediate_size(const io::JsonObject& config, std::int64_t hidden_size,
@@ -23,5 +24,8 @@ std::int64_t intermediate_size(const io::JsonObject& config, std::int64_t hidden
 
 // hidden_act: swish, silu or sigmoid
 Activation hidden_activation(const io::JsonObject& config, const char* default_name);
+
+// The bias of Mamba's time steps: time_step_min, time_step_max and time_step_floor.
+Init time_step_bias_init(const io::JsonObject& config);
 
 }  // namespace deltafox::arch
