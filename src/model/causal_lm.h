@@ -12,14 +12,15 @@
 
 #include "core/context.h"
 #include "core/sequences.h"
+#include "model/blocks/attention.h"
 #include "model/blocks/delta_net.h"
 #include "model/blocks/mlp.h"
 #include "model/param.h"
 
 namespace deltafox {
 
-using Mixer = std::variant<DeltaNetMixer>;
-using MixerState = std::variant<DeltaNetMixer::State>;
+using Mixer = std::variant<DeltaNetMixer, AttentionMixer>;
+using MixerState = std::variant<DeltaNetMixer::State, AttentionMixer::State>;
 
 struct Layer {
   std::optional<Param> mixer_norm;  // [C]
