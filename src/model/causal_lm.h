@@ -12,6 +12,7 @@
 
 #include "core/context.h"
 #include "core/sequences.h"
+#include "model/blocks/attention.h"
 #include "model/blocks/delta_net.h"
 #include "model/blocks/hgrn2.h"
 #include "model/blocks/mamba2.h"
@@ -20,8 +21,9 @@
 
 namespace deltafox {
 
-using Mixer = std::variant<DeltaNetMixer, Hgrn2Mixer, Mamba2Mixer>;
-using MixerState = std::variant<DeltaNetMixer::State, Hgrn2Mixer::State, Mamba2Mixer::State>;
+using Mixer = std::variant<DeltaNetMixer, AttentionMixer, Hgrn2Mixer, Mamba2Mixer>;
+using MixerState = std::variant<DeltaNetMixer::State, AttentionMixer::State, Hgrn2Mixer::State,
+                                Mamba2Mixer::State>;
 
 struct Layer {
   std::optional<Param> mixer_norm;  // [C]

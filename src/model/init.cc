@@ -55,19 +55,34 @@ std::array<float, 4> draw(const Init& init, std::uint64_t seed, std::uint32_t in
   return values;
 }
 
+bool is_random(const Init& init) {
+  return init.kind == Init::Kind::kNormal || init.kind == Init::Kind::kUniform ||
+         init.kind == Init::Kind::kTimeStepBias;
+}
+
+// Element i of a parameter that is initialised without chance.
+double determined(const Param& param, std::int64_t i) {
+  const Init& init = param.init;
+  if (init.kind == Init::Kind::kLogIndex) {
+    return std::log(1 + static_cast<double>(i % param.shape[param.shape.rank() - 1]));
+  }
+  if (init.kind == Init::Kind::kDecayTimes) {
+    const double low = std::log(init.value);
+    const double spacing = (std::log(init.max) - low) /
+                           static_cast<double>(std::max<std::int64_t>(1, param.shape.size() - 1));
+    const double time = std::exp(low + spacing * static_cast<double>(i));
+    return -std::log(std::expm1(1 / time));
+  }
+  return init.value;
+}
+
 // Elements [begin, begin + size) of the parameter; begin and size are multiples of four, or the
 // parameter ends there.
 void fill(const Param& param, std::uint64_t seed, std::uint32_t index, std::int64_t begin,
           std::span<float> to) {
-  if (param.init.kind == Init::Kind::kConstant) {
-    std::fill(to.begin(), to.end(), static_cast<float>(param.init.value));
-    return;
-  }
-  if (param.init.kind == Init::Kind::kLogIndex) {
-    const std::int64_t width = param.shape[param.shape.rank() - 1];
+  if (!is_random(param.init)) {
     for (std::size_t i = 0; i < to.size(); ++i) {
-      const std::int64_t column = (begin + static_cast<std::int64_t>(i)) % width;
-      to[i] = static_cast<float>(std::log(1 + static_cast<double>(column)));
+      to[i] = static_cast<float>(determined(param, begin + static_cast<std::int64_t>(i)));
     }
     return;
   }

@@ -9,11 +9,18 @@ namespace deltafox {
 
 // How the official code initialises a weight.
 struct Init {
-  enum class Kind : std::uint8_t { kConstant, kNormal, kUniform, kLogIndex, kTimeStepBias };
+  enum class Kind : std::uint8_t {
+    kConstant,
+    kNormal,
+    kUniform,
+    kLogIndex,
+    kTimeStepBias,
+    kDecayTimes
+  };
   Kind kind = Kind::kConstant;
   double value = 0;  // the constant, the standard deviation, the bound of ±bound, or the minimum
-  double max = 0;    // of kTimeStepBias
-  double floor = 0;
+  double max = 0;    // of kTimeStepBias and kDecayTimes
+  double floor = 0;  // of kTimeStepBias
 
   static Init constant(double value) { return {Kind::kConstant, value}; }
   static Init normal(double std) { return {Kind::kNormal, std}; }
@@ -25,6 +32,9 @@ struct Init {
   static Init time_step_bias(double min, double max, double floor) {
     return {Kind::kTimeStepBias, min, max, floor};
   }
+  // Logits b of gates σ(b) that decay to 1/e in times from min to max, the first element's to the
+  // last's, spaced evenly in the logarithm.
+  static Init decay_times(double min, double max) { return {Kind::kDecayTimes, min, max}; }
 };
 
 struct Param {
@@ -32,10 +42,13 @@ struct Param {
   Init init;
   // Matrices are kept in the dtype the user chose; everything else is small and kept in float32.
   bool is_matrix = false;
-  ConstTensorView value;  // bound by the loader
+  bool trainable = true;       // false for what the official code keeps as a buffer
+  ConstTensorView value = {};  // bound by the loader
 
-  static Param matrix(const Shape& shape, Init init) { return {shape, init, true, {}}; }
-  static Param vector(const Shape& shape, Init init) { return {shape, init, false, {}}; }
+  static Param matrix(const Shape& shape, Init init) {
+    return {.shape = shape, .init = init, .is_matrix = true};
+  }
+  static Param vector(const Shape& shape, Init init) { return {.shape = shape, .init = init}; }
 };
 
 }  // namespace deltafox

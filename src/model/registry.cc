@@ -7,8 +7,10 @@
 
 #include "core/error.h"
 #include "model/arch/delta_net.h"
+#include "model/arch/forgetting_transformer.h"
 #include "model/arch/hgrn2.h"
 #include "model/arch/mamba2.h"
+#include "model/arch/transformer.h"
 
 namespace deltafox {
 namespace {
@@ -20,8 +22,10 @@ struct Architecture {
 
 constexpr std::array kArchitectures{
     Architecture{"delta_net-project_fox", arch::build_delta_net},
+    Architecture{"forgetting_transformer-project_fox", arch::build_forgetting_transformer},
     Architecture{"hgrn2-project_fox", arch::build_hgrn2},
     Architecture{"mamba2-project_fox", arch::build_mamba2},
+    Architecture{"transformer-project_fox", arch::build_transformer},
 };
 
 struct Preset {
@@ -29,16 +33,35 @@ struct Preset {
   std::string (*config)();
 };
 
+using arch::FoxVariant;
+
+template <FoxVariant kVariant, std::int64_t kHiddenSize, std::int64_t kLayers, std::int64_t kHeads>
+std::string fox() {
+  return arch::forgetting_transformer_config(kVariant, kHiddenSize, kLayers, kHeads);
+}
+
 constexpr std::array kPresets{
     Preset{"delta_net-125m", [] { return arch::delta_net_config(768, 12, 6); }},
     Preset{"delta_net-360m", [] { return arch::delta_net_config(1024, 24, 8); }},
     Preset{"delta_net-760m", [] { return arch::delta_net_config(1536, 24, 12); }},
+    Preset{"fox_pro-125m", fox<FoxVariant::kFoxPro, 768, 12, 12>},
+    Preset{"fox_pro-360m", fox<FoxVariant::kFoxPro, 1024, 24, 16>},
+    Preset{"fox_pro-760m", fox<FoxVariant::kFoxPro, 1536, 24, 24>},
+    Preset{"fox_llama-125m", fox<FoxVariant::kFoxLlama, 768, 12, 12>},
+    Preset{"fox_llama-360m", fox<FoxVariant::kFoxLlama, 1024, 24, 16>},
+    Preset{"fox_llama-760m", fox<FoxVariant::kFoxLlama, 1536, 24, 24>},
     Preset{"hgrn2-125m", [] { return arch::hgrn2_config(768, 12); }},
     Preset{"hgrn2-360m", [] { return arch::hgrn2_config(1024, 24); }},
     Preset{"hgrn2-760m", [] { return arch::hgrn2_config(1536, 24); }},
     Preset{"mamba2-125m", [] { return arch::mamba2_config(768, 24, 24); }},
     Preset{"mamba2-360m", [] { return arch::mamba2_config(1024, 48, 32); }},
     Preset{"mamba2-760m", [] { return arch::mamba2_config(1536, 48, 48); }},
+    Preset{"transformer_pro-125m", fox<FoxVariant::kTransformerPro, 768, 12, 12>},
+    Preset{"transformer_pro-360m", fox<FoxVariant::kTransformerPro, 1024, 24, 16>},
+    Preset{"transformer_pro-760m", fox<FoxVariant::kTransformerPro, 1536, 24, 12>},
+    Preset{"transformer_llama-125m", [] { return arch::transformer_config(768, 12, 12); }},
+    Preset{"transformer_llama-360m", [] { return arch::transformer_config(1024, 24, 16); }},
+    Preset{"transformer_llama-760m", [] { return arch::transformer_config(1536, 24, 12); }},
 };
 
 }  // namespace
