@@ -222,6 +222,11 @@ bool JsonObject::contains(const char* key) const {
   return find(key) != nullptr;
 }
 
+bool JsonObject::has_value(const char* key) const {
+  const json* value = find(key);
+  return value != nullptr && !value->is_null();
+}
+
 void JsonObject::refuse(const char* key, const std::string& expected, const json& got) const {
   fail("{}: key '{}{}': must be {}, got {}", file_, prefix_, key, expected, describe(got));
 }

@@ -35,7 +35,8 @@ class JsonObject {
   static JsonObject parse(std::string_view text, const std::string& file);
 
   const std::string& file() const { return file_; }
-  bool contains(const char* key) const;  // true for null as well
+  bool contains(const char* key) const;   // true for null as well
+  bool has_value(const char* key) const;  // false for null as well
 
   std::int64_t integer(const char* key, std::int64_t default_value, std::int64_t min,
                        std::int64_t max) const;

@@ -15,15 +15,16 @@
 #include "model/blocks/attention.h"
 #include "model/blocks/delta_net.h"
 #include "model/blocks/hgrn2.h"
+#include "model/blocks/mamba.h"
 #include "model/blocks/mamba2.h"
 #include "model/blocks/mlp.h"
 #include "model/param.h"
 
 namespace deltafox {
 
-using Mixer = std::variant<DeltaNetMixer, AttentionMixer, Hgrn2Mixer, Mamba2Mixer>;
+using Mixer = std::variant<DeltaNetMixer, AttentionMixer, Hgrn2Mixer, Mamba2Mixer, MambaMixer>;
 using MixerState = std::variant<DeltaNetMixer::State, AttentionMixer::State, Hgrn2Mixer::State,
-                                Mamba2Mixer::State>;
+                                Mamba2Mixer::State, MambaMixer::State>;
 
 struct Layer {
   std::optional<Param> mixer_norm;  // [C]

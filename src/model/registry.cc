@@ -10,6 +10,7 @@
 #include "model/arch/forgetting_transformer.h"
 #include "model/arch/hgrn2.h"
 #include "model/arch/mamba2.h"
+#include "model/arch/samba.h"
 #include "model/arch/transformer.h"
 
 namespace deltafox {
@@ -25,6 +26,7 @@ constexpr std::array kArchitectures{
     Architecture{"forgetting_transformer-project_fox", arch::build_forgetting_transformer},
     Architecture{"hgrn2-project_fox", arch::build_hgrn2},
     Architecture{"mamba2-project_fox", arch::build_mamba2},
+    Architecture{"samba-project_fox", arch::build_samba},
     Architecture{"transformer-project_fox", arch::build_transformer},
 };
 
@@ -59,6 +61,7 @@ constexpr std::array kPresets{
     Preset{"transformer_pro-125m", fox<FoxVariant::kTransformerPro, 768, 12, 12>},
     Preset{"transformer_pro-360m", fox<FoxVariant::kTransformerPro, 1024, 24, 16>},
     Preset{"transformer_pro-760m", fox<FoxVariant::kTransformerPro, 1536, 24, 12>},
+    Preset{"samba-760m", arch::samba_config},
     Preset{"transformer_llama-125m", [] { return arch::transformer_config(768, 12, 12); }},
     Preset{"transformer_llama-360m", [] { return arch::transformer_config(1024, 24, 16); }},
     Preset{"transformer_llama-760m", [] { return arch::transformer_config(1536, 24, 12); }},

@@ -1,5 +1,5 @@
-// Configurations of Mamba-2 and HGRN2: sizes, options, refusals, initial weights. The forward
-// passes are golden_test's.
+// Configurations of Mamba-2, HGRN2 and Samba: sizes, options, refusals, initial weights. The
+// forward passes are golden_test's.
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
@@ -54,6 +54,12 @@ std::string mamba2(const std::string& options) {
 
 std::string hgrn2(const std::string& options) {
   return R"({"model_type": "hgrn2-project_fox", "hidden_size": 32, "num_hidden_layers": 2,
+             "vocab_size": 11)" +
+         (options.empty() ? "" : ", " + options) + "}";
+}
+
+std::string samba(const std::string& options) {
+  return R"({"model_type": "samba-project_fox", "hidden_size": 32, "num_hidden_layers": 4,
              "vocab_size": 11)" +
          (options.empty() ? "" : ", " + options) + "}";
 }
@@ -136,6 +142,61 @@ TEST(Hgrn2Config, RefusesWrongValuesByTheirKey) {
            {R"("expand_ratio": 8, "attn_mode": "slow")", "attn_mode"},
            {R"("expand_ratio": 8, "use_lower_bound": null)", "use_lower_bound"}}) {
     EXPECT_THAT(refusal(hgrn2(options)), HasSubstr("config.json: key '" + key + "'")) << options;
+  }
+}
+
+TEST(SambaConfig, AttentionLayersAreEverySecondOrListedOrNone) {
+  const auto attends = [](const std::map<std::string, Shape>& names) {
+    std::vector<int> layers;
+    for (int l = 0; l < 4; ++l) {
+      const std::string prefix = "backbone.layers." + std::to_string(l) + ".mixer.";
+      EXPECT_NE(names.contains(prefix + "q_proj.weight"), names.contains(prefix + "A_log"));
+      if (names.contains(prefix + "q_proj.weight")) layers.push_back(l);
+    }
+    return layers;
+  };
+  EXPECT_EQ(attends(shapes(samba(R"("attn": {"layers": null, "num_heads": 2})"))),
+            (std::vector{1, 3}));
+  EXPECT_EQ(attends(shapes(samba(R"("attn": {"layers": [0, 3], "num_heads": 2})"))),
+            (std::vector{0, 3}));
+  EXPECT_EQ(attends(shapes(samba(R"("attn": {"layers": [], "num_heads": 2})"))),
+            std::vector<int>());
+  EXPECT_EQ(attends(shapes(samba(""))), std::vector<int>());
+}
+
+TEST(SambaConfig, SizesAreOptions) {
+  const auto other = shapes(samba(
+      R"("attn": {"layers": [1], "num_heads": 4, "num_kv_heads": 2, "window_size": 8},
+         "mamba_hidden_ratio": 20, "attn_hidden_ratio": null, "time_step_rank": 3, "expand": 3,
+         "state_size": 5, "use_bias": true, "use_conv_bias": false)"));
+  const std::string mamba = "backbone.layers.0.";
+  EXPECT_EQ(other.at(mamba + "mixer.x_proj.weight"), Shape({3 + 2 * 5, 96}));
+  EXPECT_EQ(other.at(mamba + "mixer.dt_proj.weight"), Shape({96, 3}));
+  EXPECT_EQ(other.at(mamba + "mixer.A_log"), Shape({96, 5}));
+  EXPECT_EQ(other.at(mamba + "mixer.in_proj.bias"), Shape({192}));
+  EXPECT_FALSE(other.contains(mamba + "mixer.conv1d.bias"));
+  EXPECT_EQ(other.at(mamba + "mlp.down_proj.weight"), Shape({32, 512}));
+  EXPECT_EQ(other.at("backbone.layers.1.mixer.k_proj.weight"), Shape({16, 32}));
+  EXPECT_EQ(other.at("backbone.layers.1.mlp.down_proj.weight"), Shape({32, 256}));
+  EXPECT_EQ(shapes(samba("")).at(mamba + "mixer.dt_proj.weight"), Shape({64, 2}));
+}
+
+TEST(SambaConfig, RefusesWrongValuesByTheirKey) {
+  for (const auto& [options, key] : std::vector<std::pair<std::string, std::string>>{
+           {R"("attn": 3)", "attn"},
+           {R"("attn": {"num_heads": 2})", "attn.layers"},
+           {R"("attn": {"layers": null})", "attn.num_heads"},
+           {R"("attn": {"layers": [4], "num_heads": 2})", "attn.layers"},
+           {R"("attn": {"layers": null, "num_heads": 32})", "attn.num_heads"},
+           {R"("attn": {"layers": null, "num_heads": 2, "num_kv_heads": 3})", "attn.num_kv_heads"},
+           {R"("attn": {"layers": null, "num_heads": 2, "window_size": 0})", "attn.window_size"},
+           {R"("attn": {"layers": null, "num_heads": 4, "num_kv_heads": 3})", "attn.num_kv_heads"},
+           {R"("time_step_rank": 0)", "time_step_rank"},
+           {R"("time_step_init_scheme": "zero")", "time_step_init_scheme"},
+           {R"("expand": 0)", "expand"},
+           {R"("hidden_act": "gelu")", "hidden_act"},
+           {R"("rope_base": "big")", "rope_base"}}) {
+    EXPECT_THAT(refusal(samba(options)), HasSubstr("config.json: key '" + key + "'")) << options;
   }
 }
 

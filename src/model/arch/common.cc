@@ -4,14 +4,17 @@
 
 namespace deltafox::arch {
 
+std::int64_t hidden_ratio_size(const io::JsonObject& config, const char* key,
+                               std::int64_t hidden_size, double default_ratio) {
+  const double ratio = config.optional_number(key, default_ratio, 1e-3, 1e3).value_or(4);
+  const auto wanted = static_cast<std::int64_t>(static_cast<double>(hidden_size) * ratio * 2 / 3);
+  return (wanted + 255) / 256 * 256;
+}
+
 std::int64_t intermediate_size(const io::JsonObject& config, std::int64_t hidden_size,
                                double default_ratio) {
   const auto given = config.optional_integer("intermediate_size", std::nullopt, 1, kMaxWidth);
-  if (given) return *given;
-  const double ratio =
-      config.optional_number("hidden_ratio", default_ratio, 1e-3, 1e3).value_or(default_ratio);
-  const auto wanted = static_cast<std::int64_t>(static_cast<double>(hidden_size) * ratio * 2 / 3);
-  return (wanted + 255) / 256 * 256;
+  return given ? *given : hidden_ratio_size(config, "hidden_ratio", hidden_size, default_ratio);
 }
 
 Activation hidden_activation(const io::JsonObject& config, const char* default_name) {

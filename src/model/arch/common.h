@@ -19,7 +19,12 @@ constexpr std::int64_t kMaxLayers = 4096;
 constexpr std::int64_t kMaxStateSize = 65536;
 constexpr std::int64_t kMaxPosition = std::int64_t{1} << 40;
 
-// intermediate_size where given, else hidden_size · ratio · 2/3 rounded up to a multiple of 256.
+// hidden_size · ratio · 2/3 rounded up to a multiple of 256. The ratio is what `key` gives, where
+// the official classes take null for 4.
+std::int64_t hidden_ratio_size(const io::JsonObject& config, const char* key,
+                               std::int64_t hidden_size, double default_ratio);
+
+// intermediate_size where given, else what hidden_ratio makes of it.
 std::int64_t intermediate_size(const io::JsonObject& config, std::int64_t hidden_size,
                                double default_ratio);
 

@@ -50,6 +50,7 @@ class AttentionMixer {
     // Skips keys whose weights total at most e^tolerance; see ops/forgetting_attention.h.
     std::optional<float> log_pruning_tolerance = {};
     Init projection_init = {};
+    std::optional<Init> o_init = {};  // as the other projections' where absent
   };
   struct Weights {
     Param q_proj;                                     // [H·D, C]
