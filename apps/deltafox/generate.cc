@@ -260,8 +260,10 @@ void add_generate(CLI::App& app) {
   CLI::App* command = app.add_subcommand("generate", "Continue a prompt");
   const auto options = std::make_shared<GenerateCommand>();
   options->model_options.add(*command);
+  command->option_defaults()->group("Prompt");
   options->prompt_options.add(*command);
   options->generation_options.add(*command);
+  command->option_defaults()->group("Output");
   add_output_options(*command, *options);
   command->footer(
       "Options mean what they mean in Hugging Face transformers; the likeliest token is taken\n"

@@ -94,10 +94,14 @@ void GenerationOptions::add_endings(CLI::App& command) {
 }
 
 void GenerationOptions::add(CLI::App& command) {
-  add_lengths(command);
-  add_sampling(command);
-  add_beams(command);
-  add_endings(command);
+  const auto grouped = [&](const char* group, void (GenerationOptions::*add_some)(CLI::App&)) {
+    command.option_defaults()->group(group);
+    (this->*add_some)(command);
+  };
+  grouped("Length", &GenerationOptions::add_lengths);
+  grouped("Choice of tokens", &GenerationOptions::add_sampling);
+  grouped("Beams and sequences", &GenerationOptions::add_beams);
+  grouped("Ends", &GenerationOptions::add_endings);
 }
 
 GenerationConfig GenerationOptions::config(const std::string& directory) const {

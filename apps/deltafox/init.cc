@@ -59,9 +59,9 @@ void add_init(CLI::App& app) {
       app.add_subcommand("init", "Make a checkpoint with random weights, to train or to measure");
   const auto options = std::make_shared<InitCommand>();
   command
-      ->add_option("name", options->name,
+      ->add_option("NAME", options->name,
                    fmt::format("A size of the paper: {}", fmt::join(preset_names(), ", ")))
-      ->type_name("NAME");
+      ->type_name("");
   command->add_option("--config", options->config, "A config.json of any size instead")
       ->type_name("FILE");
   command

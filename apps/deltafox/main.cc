@@ -7,11 +7,14 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <memory>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "commands.h"
-#include "deltafox/error.h"
+#include "core/error.h"
+#include "help.h"
 #include "io/file.h"
 #include "terminal.h"
 
@@ -66,12 +69,40 @@ std::vector<std::string> normalised(const CLI::App& app, int argc, char** argv) 
   return arguments;
 }
 
+// The subcommand that the command line names, and its whole name.
+std::pair<const CLI::App*, std::string> chosen_command(const CLI::App& app) {
+  const CLI::App* command = &app;
+  std::string name = app.get_name();
+  while (!command->get_subcommands().empty()) {
+    command = command->get_subcommands().front();
+    name += " " + command->get_name();
+  }
+  return {command, name};
+}
+
+[[noreturn]] void refuse(const CLI::App& app, const CLI::ParseError& error) {
+  const auto [command, name] = chosen_command(app);
+  // What is unknown explains whatever else is wrong.
+  const std::vector<std::string> unknown = app.remaining(true);
+  const bool needs_command = command->get_require_subcommand_min() > 0;
+  std::string problem = error.what();
+  if (!unknown.empty()) {
+    const char* const kind = unknown.front().starts_with("-") ? "unknown option"
+                             : needs_command                  ? "unknown command"
+                                                              : "unexpected argument";
+    problem = fmt::format("{} '{}'", kind, unknown.front());
+  } else if (needs_command) {
+    problem = "a command is needed";
+  }
+  deltafox::fail("{} (see {} --help)", problem, name);
+}
+
 void run(int argc, char** argv) {
   using namespace deltafox::app;
   CLI::App app("Language models of the DeltaNet family: text, logits and losses.", "deltafox");
   app.set_version_flag("--version", "deltafox " DELTAFOX_VERSION);
   app.require_subcommand(1);
-  app.get_formatter()->column_width(36);
+  app.formatter(std::make_shared<HelpFormatter>());
   app.footer(
       "Each command explains itself: deltafox generate --help. Words of an option may be joined by "
       "- or _.\n\n"
@@ -90,15 +121,12 @@ void run(int argc, char** argv) {
   try {
     app.parse(normalised(app, argc, argv));
   } catch (const CLI::CallForHelp&) {
-    const CLI::App* command = &app;
-    std::string name = app.get_name();
-    while (!command->get_subcommands().empty()) {
-      command = command->get_subcommands().front();
-      name += " " + command->get_name();
-    }
+    const auto [command, name] = chosen_command(app);
     write_stdout(command->get_formatter()->make_help(command, name, CLI::AppFormatMode::Normal));
   } catch (const CLI::CallForVersion&) {
     write_stdout(app.version() + "\n");
+  } catch (const CLI::ParseError& error) {
+    refuse(app, error);
   }
 }
 
@@ -115,8 +143,6 @@ int main(int argc, char** argv) {
     run(argc, argv);
   } catch (const deltafox::app::BrokenPipe&) {
     return 0;
-  } catch (const CLI::Error& error) {
-    return fail_with(fmt::format("{} (see deltafox --help)", error.what()));
   } catch (const std::bad_alloc&) {
     return fail_with("out of memory");
   } catch (const std::exception& error) {

@@ -76,7 +76,7 @@ class PromptReader {
 }  // namespace
 
 void PromptOptions::add(CLI::App& command) {
-  command.add_option("text", text_, "The prompt")->type_name("PROMPT");
+  command.add_option("PROMPT", text_, "The prompt")->type_name("");
   command.add_option("-p,--prompt", texts_, "A prompt; may be given several times")
       ->type_name("TEXT")
       ->allow_extra_args(false);

@@ -34,8 +34,8 @@ struct PullCommand {
 void add_pull(CLI::App& app) {
   CLI::App* command = app.add_subcommand("pull", "Download a checkpoint and print its directory");
   const auto options = std::make_shared<PullCommand>();
-  command->add_option("id", options->id, "The checkpoint's hub id, ORG/NAME")
-      ->type_name("ID")
+  command->add_option("ID", options->id, "The checkpoint's hub id, ORG/NAME")
+      ->type_name("")
       ->required();
   command->add_option("--revision", options->revision, "Branch, tag or commit")
       ->type_name("NAME")

@@ -81,7 +81,7 @@ void add_state(CLI::App& app) {
 
   CLI::App* info = command->add_subcommand("info", "Show a state file's model, position and sizes");
   const auto info_options = std::make_shared<StateInfoCommand>();
-  info->add_option("file", info_options->path, "The state file")->type_name("FILE")->required();
+  info->add_option("FILE", info_options->path, "The state file")->type_name("")->required();
   info->add_flag("--json", info_options->json, "Print JSON");
   info->footer("Example:\n  deltafox state info prefix.state");
   info->callback([info_options] { info_options->run(); });

@@ -55,8 +55,7 @@ void add_tokenize(CLI::App& app) {
   const auto options = std::make_shared<TokenizeCommand>();
   options->checkpoint.add(*command);
   const CLI::Option* text =
-      command->add_option("text", options->text, "The text; - or nothing: stdin")
-          ->type_name("TEXT");
+      command->add_option("TEXT", options->text, "The text; - or nothing: stdin")->type_name("");
   command->add_option("--file", options->file, "Read the text from a file; -: stdin")
       ->type_name("FILE");
   command->add_flag("--add-special-tokens,!--no-add-special-tokens", options->add_special_tokens,
@@ -75,8 +74,8 @@ void add_detokenize(CLI::App& app) {
   const auto options = std::make_shared<DetokenizeCommand>();
   options->checkpoint.add(*command);
   command
-      ->add_option("ids", options->ids, "Ids, separated by commas or spaces; nothing: from stdin")
-      ->type_name("IDS");
+      ->add_option("IDS", options->ids, "Ids, separated by commas or spaces; nothing: from stdin")
+      ->type_name("");
   command->add_flag("--skip-special-tokens,!--no-skip-special-tokens", options->skip_special_tokens,
                     "Leave out special tokens such as BOS");
   command->add_flag("--json", options->json, "Print {\"text\": ...}");
