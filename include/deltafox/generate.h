@@ -100,6 +100,13 @@ struct GenerateOptions {
   // calls gets the same texts as in one.
   std::uint32_t first_prompt_index = 0;
 
+  // Where the prompts continue from: nothing, or a state of this model for each prompt, which is
+  // copied. What such a state has read counts neither for penalties nor for lengths. Not for beam
+  // search.
+  std::span<const State> initial_states;
+  // Whether to fill GeneratedSequence::state. Not for beam search.
+  bool return_states = false;
+
   // Called with each new token, in step order, from the calling thread. Returning false cancels
   // this sequence. Not for beam search, whose tokens are not final before the end.
   std::function<bool(const TokenEvent&)> on_token;
@@ -123,6 +130,9 @@ struct GeneratedSequence {
   // Beam search only, transformers' sequences_scores: the sum of the processed log-probabilities
   // (not normalised again after the processors), divided by length^length_penalty.
   std::optional<float> score;
+
+  // With return_states: what the model remembers once it has read all of ids, the last one too.
+  std::optional<State> state;
 
   std::span<const std::int32_t> new_ids() const {
     return std::span(ids).subspan(static_cast<std::size_t>(num_prompt_ids));
