@@ -7,6 +7,7 @@
 
 #include "core/error.h"
 #include "model/arch/delta_net.h"
+#include "model/arch/flash_linear_attention.h"
 #include "model/arch/forgetting_transformer.h"
 #include "model/arch/transformer.h"
 
@@ -22,6 +23,8 @@ constexpr std::array kArchitectures{
     Architecture{"delta_net-project_fox", arch::build_delta_net},
     Architecture{"forgetting_transformer-project_fox", arch::build_forgetting_transformer},
     Architecture{"transformer-project_fox", arch::build_transformer},
+    Architecture{"delta_net", arch::build_fla_delta_net},
+    Architecture{"forgetting_transformer", arch::build_fla_forgetting_transformer},
 };
 
 struct Preset {
