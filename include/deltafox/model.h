@@ -55,7 +55,10 @@ class State {
   ~State();
 
   std::int64_t position() const;  // tokens read so far
-  std::size_t bytes() const;      // memory held
+  bool empty() const;             // made by no model
+  // Memory held. It grows with the tokens where layers attend; pages that copies share count in
+  // each.
+  std::size_t bytes() const;
 
   struct Impl;
   explicit State(std::unique_ptr<Impl> impl);
@@ -64,6 +67,12 @@ class State {
 
  private:
   std::unique_ptr<Impl> impl_;
+};
+
+// What attention did in a model's calls, in blocks of some queries of a head by some keys.
+struct AttentionStats {
+  std::int64_t blocks = 0;          // that causality and the window leave
+  std::int64_t skipped_blocks = 0;  // of them, by adaptive computation pruning
 };
 
 // Token ids of B sequences, packed.
@@ -91,6 +100,9 @@ class Model {
   static Model load(const std::string& path_or_id, const LoadOptions& options = {});
 
   const ModelInfo& info() const;
+
+  // Of all calls since the model was loaded that have returned.
+  AttentionStats attention_stats() const;
 
   State new_state() const;
   // A versioned safetensors file that names the model by a hash of its weights.

@@ -34,6 +34,12 @@ class Scratch {
   std::size_t used_ = 0;   // bytes used of it
 };
 
+// What ops have done since the Context was made.
+struct Statistics {
+  std::int64_t attention_blocks = 0;          // of queries and keys, with causality and window
+  std::int64_t attention_blocks_skipped = 0;  // of them, by adaptive computation pruning
+};
+
 // Not thread safe: one Context a calling thread.
 class Context {
  public:
@@ -42,10 +48,12 @@ class Context {
   Device device() const { return Device::kCpu; }
   ThreadPool& threads() { return *threads_; }
   Scratch& scratch() { return scratch_; }
+  Statistics& statistics() { return statistics_; }
 
  private:
   ThreadPool* threads_;
   Scratch scratch_;
+  Statistics statistics_;
 };
 
 // Hands out scratch tensors that live as long as it does.

@@ -9,26 +9,39 @@
 HWY_BEFORE_NAMESPACE();
 namespace deltafox::cpu::HWY_NAMESPACE {
 
-HWY_INLINE void norm_row(const RmsNormArgs& args, std::int64_t r, std::int64_t width) {
-  const float* x = args.x.f32() + r * width;
-  const float* w = args.w.f32();
-  const float* gate = args.gate.data != nullptr ? args.gate.f32() + r * width : nullptr;
-  float* y = args.y.f32() + r * width;
-  const float mean = sum_of_squares(x, width) / static_cast<float>(width);
-  const VF32 scale = hn::Set(kF32, 1 / std::sqrt(mean + args.eps));
+// y = x · scale [· w] [· act(gate)]
+HWY_INLINE void scale_row(const float* x, float scale, const float* w, const float* gate,
+                          Activation activation, float* y, std::int64_t width) {
+  const VF32 scales = hn::Set(kF32, scale);
   for_row(
       width,
       [&](std::int64_t i) HWY_ATTR {
-        VF32 v = hn::Mul(hn::Mul(load(x + i), scale), load(w + i));
-        if (gate != nullptr) v = hn::Mul(v, activate(args.gate_activation, load(gate + i)));
+        VF32 v = hn::Mul(load(x + i), scales);
+        if (w != nullptr) v = hn::Mul(v, load(w + i));
+        if (gate != nullptr) v = hn::Mul(v, activate(activation, load(gate + i)));
         store(v, y + i);
       },
       [&](std::int64_t i, std::int64_t n) HWY_ATTR {
-        VF32 v = hn::Mul(hn::Mul(load_first(x + i, n), scale), load_first(w + i, n));
-        if (gate != nullptr)
-          v = hn::Mul(v, activate(args.gate_activation, load_first(gate + i, n)));
+        VF32 v = hn::Mul(load_first(x + i, n), scales);
+        if (w != nullptr) v = hn::Mul(v, load_first(w + i, n));
+        if (gate != nullptr) v = hn::Mul(v, activate(activation, load_first(gate + i, n)));
         store_first(v, y + i, n);
       });
+}
+
+HWY_INLINE void norm_row(const RmsNormArgs& args, std::int64_t r, std::int64_t width) {
+  const float* x = args.x.f32() + r * width;
+  float* y = args.y.f32() + r * width;
+  const float* w = nullptr;
+  if (args.w.data != nullptr) w = args.w.f32() + r % (args.w.shape[0] / width) * width;
+  const float* gate = args.gate.data != nullptr ? args.gate.f32() + r * width : nullptr;
+  if (args.gate_first) {
+    scale_row(x, 1, nullptr, gate, args.gate_activation, y, width);
+    x = y;
+    gate = nullptr;
+  }
+  const float mean = sum_of_squares(x, width) / static_cast<float>(width);
+  scale_row(x, 1 / std::sqrt(mean + args.eps), w, gate, args.gate_activation, y, width);
 }
 
 void rms_norm_target(Context& ctx, const RmsNormArgs& args) {

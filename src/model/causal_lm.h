@@ -12,14 +12,15 @@
 
 #include "core/context.h"
 #include "core/sequences.h"
+#include "model/blocks/attention.h"
 #include "model/blocks/delta_net.h"
 #include "model/blocks/mlp.h"
 #include "model/param.h"
 
 namespace deltafox {
 
-using Mixer = std::variant<DeltaNetMixer>;
-using MixerState = std::variant<DeltaNetMixer::State>;
+using Mixer = std::variant<DeltaNetMixer, AttentionMixer>;
+using MixerState = std::variant<DeltaNetMixer::State, AttentionMixer::State>;
 
 struct Layer {
   std::optional<Param> mixer_norm;  // [C]
@@ -74,6 +75,9 @@ class CausalLM {
   void head(Context& ctx, const ConstTensorView& x, const TensorView& logits) const;
 
   SequenceState new_state() const;
+
+  // Before weights are bound: expects the MLPs' gate and up as matrices of their own.
+  void split_gate_and_up();
 
   const Config& config() const { return config_; }
   std::int64_t num_layers() const { return static_cast<std::int64_t>(layers_.size()); }

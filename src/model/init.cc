@@ -55,6 +55,17 @@ void fill(const Param& param, std::uint64_t seed, std::uint32_t index, std::int6
     std::fill(to.begin(), to.end(), static_cast<float>(param.init.value));
     return;
   }
+  if (param.init.kind == Init::Kind::kDecayTimes) {
+    const double low = std::log(param.init.value);
+    const double spacing = (std::log(param.init.max) - low) /
+                           static_cast<double>(std::max<std::int64_t>(1, param.shape.size() - 1));
+    for (std::size_t i = 0; i < to.size(); ++i) {
+      const double time =
+          std::exp(low + spacing * static_cast<double>(begin + static_cast<std::int64_t>(i)));
+      to[i] = static_cast<float>(-std::log(std::expm1(1 / time)));
+    }
+    return;
+  }
   for (std::size_t i = 0; i < to.size(); i += 4) {
     const auto values = draw(param.init, seed, index, (static_cast<std::uint64_t>(begin) + i) / 4);
     std::copy_n(values.begin(), std::min<std::size_t>(4, to.size() - i),

@@ -60,6 +60,10 @@ std::int64_t State::position() const {
   return impl_ ? impl_->sequence.position : 0;
 }
 
+bool State::empty() const {
+  return impl_ == nullptr;
+}
+
 std::size_t State::bytes() const {
   std::size_t total = 0;
   if (!impl_) return total;
@@ -67,7 +71,9 @@ std::size_t State::bytes() const {
   auto& layers = const_cast<std::vector<MixerState>&>(impl_->sequence.layers);
   for (MixerState& layer : layers) {
     std::visit(
-        [&](auto& state) { state.visit([&](const char*, Tensor& t) { total += t.bytes(); }); },
+        [&](auto& state) {
+          state.visit([&](const char*, const StateTensor& tensor) { total += tensor.bytes(); });
+        },
         layer);
   }
   return total;
@@ -90,6 +96,10 @@ struct Model::Impl {
     }
     ~Lease() {
       const std::scoped_lock lock(model_.contexts_mutex_);
+      Statistics& statistics = context_->statistics();
+      model_.attention_stats_.blocks += statistics.attention_blocks;
+      model_.attention_stats_.skipped_blocks += statistics.attention_blocks_skipped;
+      statistics = {};
       model_.contexts_.push_back(std::move(context_));
     }
     Lease(const Lease&) = delete;
@@ -127,6 +137,7 @@ struct Model::Impl {
 
   std::mutex contexts_mutex_;
   std::vector<std::unique_ptr<Context>> contexts_;
+  AttentionStats attention_stats_;  // under contexts_mutex_
   std::once_flag hashed_;
   std::string hash_;
 
@@ -152,9 +163,10 @@ void Model::Impl::fill_info(const std::string& directory) {
   info_.num_hidden_layers = lm_.num_layers();
   lm_.visit_params([&](const std::string& name, Param& param) {
     const std::int64_t size = param.shape.size();
+    info_.weight_bytes += size * static_cast<std::int64_t>(size_of(param.value.dtype));
+    if (!param.trainable) return;
     info_.num_parameters += size;
     if (name != lm_.config().names.embeddings) info_.num_non_embedding_parameters += size;
-    info_.weight_bytes += size * static_cast<std::int64_t>(size_of(param.value.dtype));
   });
   State state(std::make_unique<State::Impl>(State::Impl{lm_.new_state()}));
   info_.state_bytes = static_cast<std::int64_t>(state.bytes());
@@ -203,7 +215,7 @@ std::vector<SequenceState*> Model::Impl::check(const Batch& batch,
   std::vector<SequenceState*> sequences;
   sequences.reserve(states.size());
   for (State* state : states) {
-    if (state == nullptr || state->bytes() == 0 || state->impl().sequence.model_id != id_) {
+    if (state == nullptr || state->empty() || state->impl().sequence.model_id != id_) {
       fail("batch: state {} was not made by this model", sequences.size());
     }
     SequenceState& sequence = state->impl().sequence;
@@ -314,6 +326,11 @@ const ModelInfo& Model::info() const {
   return impl_->info_;
 }
 
+AttentionStats Model::attention_stats() const {
+  const std::scoped_lock lock(impl_->contexts_mutex_);
+  return impl_->attention_stats_;
+}
+
 State Model::new_state() const {
   State state(std::make_unique<State::Impl>(State::Impl{impl_->lm_.new_state()}));
   state.impl().sequence.model_id = impl_->id_;
@@ -322,7 +339,7 @@ State Model::new_state() const {
 
 void Model::save_state(const State& state, const std::string& path) const {
   State copy = state;  // visiting needs a writable one
-  if (copy.bytes() == 0 || copy.impl().sequence.model_id != impl_->id_) {
+  if (copy.empty() || copy.impl().sequence.model_id != impl_->id_) {
     fail("{}: the state to save belongs to another model", path);
   }
   write_state(copy.impl().sequence, impl_->hash(), path);

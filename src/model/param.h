@@ -9,13 +9,17 @@ namespace deltafox {
 
 // How the official code initialises a weight.
 struct Init {
-  enum class Kind : std::uint8_t { kConstant, kNormal, kUniform };
+  enum class Kind : std::uint8_t { kConstant, kNormal, kUniform, kDecayTimes };
   Kind kind = Kind::kConstant;
-  double value = 0;  // the constant, the standard deviation, or the bound of ±bound
+  double value = 0;  // the constant, the standard deviation, the bound of ±bound, or the minimum
+  double max = 0;    // of kDecayTimes
 
   static Init constant(double value) { return {Kind::kConstant, value}; }
   static Init normal(double std) { return {Kind::kNormal, std}; }
   static Init uniform(double bound) { return {Kind::kUniform, bound}; }
+  // Logits b of gates σ(b) that decay to 1/e in times from min to max, the first element's to the
+  // last's, spaced evenly in the logarithm.
+  static Init decay_times(double min, double max) { return {Kind::kDecayTimes, min, max}; }
 };
 
 struct Param {
@@ -23,10 +27,13 @@ struct Param {
   Init init;
   // Matrices are kept in the dtype the user chose; everything else is small and kept in float32.
   bool is_matrix = false;
-  ConstTensorView value;  // bound by the loader
+  bool trainable = true;       // false for what the official code keeps as a buffer
+  ConstTensorView value = {};  // bound by the loader
 
-  static Param matrix(const Shape& shape, Init init) { return {shape, init, true, {}}; }
-  static Param vector(const Shape& shape, Init init) { return {shape, init, false, {}}; }
+  static Param matrix(const Shape& shape, Init init) {
+    return {.shape = shape, .init = init, .is_matrix = true};
+  }
+  static Param vector(const Shape& shape, Init init) { return {.shape = shape, .init = init}; }
 };
 
 }  // namespace deltafox

@@ -7,6 +7,9 @@
 
 #include "core/error.h"
 #include "model/arch/delta_net.h"
+#include "model/arch/flash_linear_attention.h"
+#include "model/arch/forgetting_transformer.h"
+#include "model/arch/transformer.h"
 
 namespace deltafox {
 namespace {
@@ -18,6 +21,10 @@ struct Architecture {
 
 constexpr std::array kArchitectures{
     Architecture{"delta_net-project_fox", arch::build_delta_net},
+    Architecture{"forgetting_transformer-project_fox", arch::build_forgetting_transformer},
+    Architecture{"transformer-project_fox", arch::build_transformer},
+    Architecture{"delta_net", arch::build_fla_delta_net},
+    Architecture{"forgetting_transformer", arch::build_fla_forgetting_transformer},
 };
 
 struct Preset {
@@ -25,10 +32,29 @@ struct Preset {
   std::string (*config)();
 };
 
+using arch::FoxVariant;
+
+template <FoxVariant kVariant, std::int64_t kHiddenSize, std::int64_t kLayers, std::int64_t kHeads>
+std::string fox() {
+  return arch::forgetting_transformer_config(kVariant, kHiddenSize, kLayers, kHeads);
+}
+
 constexpr std::array kPresets{
     Preset{"delta_net-125m", [] { return arch::delta_net_config(768, 12, 6); }},
     Preset{"delta_net-360m", [] { return arch::delta_net_config(1024, 24, 8); }},
     Preset{"delta_net-760m", [] { return arch::delta_net_config(1536, 24, 12); }},
+    Preset{"fox_pro-125m", fox<FoxVariant::kFoxPro, 768, 12, 12>},
+    Preset{"fox_pro-360m", fox<FoxVariant::kFoxPro, 1024, 24, 16>},
+    Preset{"fox_pro-760m", fox<FoxVariant::kFoxPro, 1536, 24, 24>},
+    Preset{"fox_llama-125m", fox<FoxVariant::kFoxLlama, 768, 12, 12>},
+    Preset{"fox_llama-360m", fox<FoxVariant::kFoxLlama, 1024, 24, 16>},
+    Preset{"fox_llama-760m", fox<FoxVariant::kFoxLlama, 1536, 24, 24>},
+    Preset{"transformer_pro-125m", fox<FoxVariant::kTransformerPro, 768, 12, 12>},
+    Preset{"transformer_pro-360m", fox<FoxVariant::kTransformerPro, 1024, 24, 16>},
+    Preset{"transformer_pro-760m", fox<FoxVariant::kTransformerPro, 1536, 24, 12>},
+    Preset{"transformer_llama-125m", [] { return arch::transformer_config(768, 12, 12); }},
+    Preset{"transformer_llama-360m", [] { return arch::transformer_config(1024, 24, 16); }},
+    Preset{"transformer_llama-760m", [] { return arch::transformer_config(1536, 24, 12); }},
 };
 
 }  // namespace

@@ -3,6 +3,7 @@
 #include <charconv>
 #include <cstring>
 #include <map>
+#include <utility>
 
 #include "core/error.h"
 #include "io/safetensors.h"
@@ -12,14 +13,16 @@ namespace {
 
 constexpr const char* kFormat = "deltafox-state";
 constexpr const char* kVersion = "1";
+// Bounds sizes computed from a position far inside 64 bits.
+constexpr std::int64_t kMaxPosition = std::int64_t{1} << 36;
 
-// visit("layers.<l>.<name>", Tensor&)
+// visit("layers.<l>.<name>", StateTensor)
 template <typename Visitor>
 void visit_tensors(SequenceState& state, Visitor&& visit) {
   for (std::size_t l = 0; l < state.layers.size(); ++l) {
     std::visit(
         [&](auto& layer) {
-          layer.visit([&](const char* name, Tensor& tensor) {
+          layer.visit([&](const char* name, const StateTensor& tensor) {
             if (tensor.bytes() > 0) visit(fmt::format("layers.{}.{}", l, name), tensor);
           });
         },
@@ -27,20 +30,50 @@ void visit_tensors(SequenceState& state, Visitor&& visit) {
   }
 }
 
+// Growing states get the room that they need at state.position.
+void grow(SequenceState& state) {
+  for (MixerState& layer : state.layers) {
+    std::visit(
+        [&](auto& of_layer) {
+          if constexpr (requires { of_layer.grow_to(state.position); }) {
+            of_layer.grow_to(state.position);
+          }
+        },
+        layer);
+  }
+}
+
+std::int64_t grown_bytes(const SequenceState& state) {
+  std::int64_t bytes = 0;
+  for (const MixerState& layer : state.layers) {
+    std::visit(
+        [&](const auto& of_layer) {
+          if constexpr (requires { of_layer.bytes_at(state.position); }) {
+            bytes += of_layer.bytes_at(state.position);
+          }
+        },
+        layer);
+  }
+  return bytes;
+}
+
 }  // namespace
 
 void write_state(SequenceState& state, const std::string& model_hash, const std::string& path) {
   std::vector<io::TensorDeclaration> tensors;
-  visit_tensors(state, [&](const std::string& name, Tensor& tensor) {
-    tensors.push_back({name, tensor.view().dtype, tensor.view().shape});
+  visit_tensors(state, [&](const std::string& name, const StateTensor& tensor) {
+    tensors.push_back({name, tensor.dtype(), tensor.shape()});
   });
   io::SafetensorsWriter writer(path, tensors,
                                {{"format", kFormat},
                                 {"version", kVersion},
                                 {"model", model_hash},
                                 {"position", std::to_string(state.position)}});
-  visit_tensors(state, [&](const std::string& name, Tensor& tensor) {
-    writer.write(name, {static_cast<const std::byte*>(tensor.view().data), tensor.bytes()});
+  visit_tensors(state, [&](const std::string& name, const StateTensor& tensor) {
+    const std::size_t bytes = tensor.bytes() / tensor.parts().size();
+    for (const TensorView& part : tensor.parts()) {
+      writer.write(name, {static_cast<const std::byte*>(part.data), bytes});
+    }
   });
   writer.finish();
 }
@@ -67,14 +100,25 @@ void read_state(const std::string& path, const std::string& model_hash, Sequence
   if (error != std::errc() || end != position.data() + position.size() || state.position < 0) {
     fail("{}: metadata 'position' must be a count of tokens, got '{}'", path, position);
   }
-  visit_tensors(state, [&](const std::string& name, Tensor& tensor) {
+  // Before memory is taken for a position that the file could not hold.
+  std::size_t stored_bytes = 0;
+  for (const io::TensorEntry& tensor : file.tensors()) stored_bytes += tensor.bytes;
+  if (state.position > kMaxPosition || std::cmp_greater(grown_bytes(state), stored_bytes)) {
+    fail("{}: metadata 'position' is {}, more tokens than the file holds", path, state.position);
+  }
+  grow(state);
+  visit_tensors(state, [&](const std::string& name, const StateTensor& tensor) {
     const ConstTensorView stored = file.view(name);
-    const TensorView view = tensor.view();
-    if (stored.shape != view.shape || stored.dtype != view.dtype) {
+    if (stored.shape != tensor.shape() || stored.dtype != tensor.dtype()) {
       fail("{}: tensor '{}' is {} {}, expected {} {}", path, name, name_of(stored.dtype),
-           to_string(stored.shape), name_of(view.dtype), to_string(view.shape));
+           to_string(stored.shape), name_of(tensor.dtype()), to_string(tensor.shape()));
     }
-    std::memcpy(view.data, stored.data, tensor.bytes());
+    const std::size_t bytes = tensor.bytes() / tensor.parts().size();
+    const auto* from = static_cast<const std::byte*>(stored.data);
+    for (const TensorView& part : tensor.parts()) {
+      std::memcpy(part.data, from, bytes);
+      from += bytes;
+    }
   });
 }
 

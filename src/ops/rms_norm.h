@@ -1,4 +1,6 @@
 // y = x · rsqrt(mean(x²) + eps) · w [· act(gate)], over the last dimension
+//
+// With `gate_first` the gate comes before the norm: x · act(gate) takes the place of x.
 #pragma once
 
 #include "core/context.h"
@@ -8,10 +10,10 @@ namespace deltafox {
 
 struct RmsNormArgs {
   ConstTensorView x;  // [R, D]
-  ConstTensorView w;  // [D]
-  // Where given, the normed row is multiplied by gate_activation(gate).
+  ConstTensorView w;  // [G·D], where row r has the weights of group r mod G; no data for ones
   ConstTensorView gate = {};  // [R, D] or no data
   Activation gate_activation = Activation::kSilu;
+  bool gate_first = false;
   TensorView y;  // [R, D], may be x
   float eps = 0;
 };

@@ -14,12 +14,16 @@ namespace deltafox::test {
 
 class Golden {
  public:
+  static constexpr const char* kArchitectures[] = {"delta_net-", "fox_", "transformer_"};
+
   // Folders whose names begin with one of the architectures that the engine has.
   static std::vector<std::string> cases() {
     std::vector<std::string> names;
     for (const auto& entry : std::filesystem::directory_iterator(root())) {
       const std::string name = entry.path().filename().string();
-      if (entry.is_directory() && name.starts_with("delta_net-")) names.push_back(name);
+      const bool known = std::any_of(std::begin(kArchitectures), std::end(kArchitectures),
+                                     [&](const char* prefix) { return name.starts_with(prefix); });
+      if (entry.is_directory() && known) names.push_back(name);
     }
     std::sort(names.begin(), names.end());
     return names;

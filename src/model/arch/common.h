@@ -16,6 +16,7 @@ namespace deltafox::arch {
 constexpr std::int64_t kMaxVocab = std::int64_t{1} << 24;
 constexpr std::int64_t kMaxWidth = std::int64_t{1} << 20;
 constexpr std::int64_t kMaxLayers = 4096;
+constexpr std::int64_t kMaxPosition = std::int64_t{1} << 40;
 
 // intermediate_size where given, else hidden_size · ratio · 2/3 rounded up to a multiple of 256.
 std::int64_t intermediate_size(const io::JsonObject& config, std::int64_t hidden_size,

@@ -1,0 +1,34 @@
+#include "ops/forgetting_attention.h"
+
+#include "ops/check.h"
+
+namespace deltafox::ops {
+
+void forgetting_attention(Context& ctx, const ForgettingAttentionArgs& args) {
+  const std::int64_t heads = args.q.shape[1];
+  check("forgetting_attention", "o", args.o, args.q.shape);
+  for (std::int64_t b = 0; b < args.sequences.count(); ++b) {
+    const KvCache& cache = *args.caches[static_cast<std::size_t>(b)];
+    const KvLayout& layout = cache.layout();
+    check("forgetting_attention", "q", args.q, {args.sequences.tokens(), heads, layout.head_dim});
+    if (heads % layout.kv_heads != 0) {
+      fail("forgetting_attention: {} heads cannot share {} of keys", heads, layout.kv_heads);
+    }
+    if (layout.gate_heads != 0 && layout.gate_heads != heads) {
+      fail("forgetting_attention: {} heads have {} forget gates", heads, layout.gate_heads);
+    }
+    if (cache.length() < args.sequences.length(b)) {
+      fail("forgetting_attention: cache {} is shorter than its {} queries", b,
+           args.sequences.length(b));
+    }
+    if (args.log_pruning_tolerance && args.score_bounds.empty() && !layout.key_norms) {
+      fail("forgetting_attention: pruning needs bounds of the scores or norms of the keys");
+    }
+  }
+  switch (ctx.device()) {
+    case Device::kCpu:
+      return cpu::forgetting_attention(ctx, args);
+  }
+}
+
+}  // namespace deltafox::ops

@@ -1,0 +1,48 @@
+// Causal softmax attention with forget gates (Lin et al., "Forgetting Transformer: Softmax
+// Attention with a Forget Gate", 2025), per head:
+//   s_ij = q_i·k_j / √D + Σ_{l=j+1..i} log f_l,  o_i = Σ_{j<=i} softmax_j(s_ij) v_j
+// A query of the last position of a sequence sees the whole cache, or with a window its last
+// positions. Query head h reads the keys and values of head h / (H / G).
+//
+// With a pruning tolerance, a query skips the pages of keys whose gates alone keep each weight
+// below e^tolerance / (number of keys) (Lin et al., "Adaptive Computation Pruning for the
+// Forgetting Transformer", 2025): pages where the gates' sum is below
+//   δ_i = tolerance − 2 U_i − ln(i + 1),  U_i a bound of |q_i·k_j| / √D.
+// So the weights that it skips total at most e^tolerance.
+//
+// cpu::forgetting_attention makes no [T, T] matrix: it passes by the keys page by page, with a
+// running maximum and sum. What a query gets depends on its position and the cache alone: not on
+// the queries beside it, on how the sequence was split into calls, or on the number of threads.
+#pragma once
+
+#include <optional>
+#include <span>
+
+#include "core/context.h"
+#include "core/sequences.h"
+#include "ops/kv_cache.h"
+
+namespace deltafox {
+
+struct ForgettingAttentionArgs {
+  ConstTensorView q;  // [T, H, D]
+  Sequences sequences;
+  std::span<const KvCache* const> caches;  // [B], this call's tokens appended
+  std::optional<float> log_pruning_tolerance = {};
+  // [H] the bound of |q·k| / √D of each head. No data: the norm of the query times the greatest
+  // norm of the keys so far, which the caches must keep.
+  std::span<const float> score_bounds = {};
+  TensorView o;  // [T, H, D]
+};
+
+namespace ops {
+void forgetting_attention(Context& ctx, const ForgettingAttentionArgs& args);
+}
+namespace cpu {
+void forgetting_attention(Context& ctx, const ForgettingAttentionArgs& args);
+}
+namespace reference {
+// Prunes nothing.
+void forgetting_attention(const ForgettingAttentionArgs& args);
+}  // namespace reference
+}  // namespace deltafox

@@ -1,0 +1,91 @@
+// One sequence's keys, values and forget gates, as attention reads them.
+//
+// They lie in pages of kKvPage tokens. A full page never changes again, and copies of a cache share
+// it; the last page, while it is filled, is each copy's own. So copying a cache costs one page, and
+// copies may be used from several threads. With a sliding window, pages that no later query can see
+// are dropped.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <memory>
+#include <optional>
+#include <vector>
+
+#include "core/tensor.h"
+
+namespace deltafox {
+
+constexpr std::int64_t kKvPage = 64;  // tokens of a page
+
+struct KvLayout {
+  std::int64_t kv_heads;  // G
+  std::int64_t head_dim;  // D
+  // H of the forget gates; 0 if there are none.
+  std::int64_t gate_heads = 0;
+  // Whether to keep the greatest norm of the keys so far, which bounds scores.
+  bool key_norms = false;
+  std::optional<std::int64_t> window = {};  // positions a query sees, its own included
+
+  // Values are padded with zeros to whole vectors.
+  std::int64_t value_stride() const { return (head_dim + 15) / 16 * 16; }
+};
+
+struct KvPage {
+  explicit KvPage(const KvLayout& layout);
+
+  Tensor keys;    // [G, D, kKvPage]: for a dimension the keys of all tokens side by side
+  Tensor values;  // [G, kKvPage, value_stride]
+  // [2, H, kKvPage]: the sum of the sequence's log gates up to and with the token, as a float and
+  // what that lacks. Differences of such sums keep a float's precision at any length.
+  Tensor gates;
+  Tensor key_norms;  // [G, kKvPage]: the greatest ‖k‖ up to and with the token
+};
+
+class KvCache {
+ public:
+  explicit KvCache(const KvLayout& layout) : layout_(layout) {}
+  KvCache(const KvCache& other);
+  KvCache(KvCache&&) noexcept = default;
+  KvCache& operator=(KvCache other) noexcept;
+  ~KvCache() = default;
+
+  const KvLayout& layout() const { return layout_; }
+  std::int64_t length() const { return length_; }          // tokens read, those dropped included
+  std::int64_t first_page() const { return first_page_; }  // the first that is held
+  std::int64_t end_page() const { return first_page_ + static_cast<std::int64_t>(pages_.size()); }
+  // Page p holds positions [p · kKvPage, (p + 1) · kKvPage).
+  const KvPage& page(std::int64_t p) const {
+    return *pages_[static_cast<std::size_t>(p - first_page_)];
+  }
+  KvPage& page(std::int64_t p) { return *pages_[static_cast<std::size_t>(p - first_page_)]; }
+
+  // The first position that the query at `position` sees.
+  std::int64_t first_visible(std::int64_t position) const {
+    return layout_.window ? std::max<std::int64_t>(0, position + 1 - *layout_.window) : 0;
+  }
+
+  // Makes room for `tokens` more; what they hold is for kv_append to write.
+  void extend(std::int64_t tokens);
+  // Drops the pages that only queries before length() see.
+  void drop_unseen();
+
+  // An empty cache becomes one of `length` zeroed tokens, with the pages that one which has read so
+  // many holds.
+  void grow_to(std::int64_t length);
+  // The memory that grow_to takes.
+  std::int64_t bytes_at(std::int64_t length) const;
+
+ private:
+  // The page of the last token is kept in any case: running sums continue from it.
+  std::int64_t first_page_at(std::int64_t length) const {
+    return std::max<std::int64_t>(0, std::min(first_visible(length), length - 1)) / kKvPage;
+  }
+
+  KvLayout layout_;
+  std::int64_t length_ = 0;
+  std::int64_t first_page_ = 0;
+  std::vector<std::shared_ptr<KvPage>> pages_;
+};
+
+}  // namespace deltafox

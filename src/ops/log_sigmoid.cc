@@ -1,0 +1,16 @@
+#include "ops/log_sigmoid.h"
+
+#include "ops/check.h"
+
+namespace deltafox::ops {
+
+void log_sigmoid(Context& ctx, const LogSigmoidArgs& args) {
+  if (args.x.data != nullptr) check("log_sigmoid", "x", args.x, args.y.shape);
+  if (args.bias.data != nullptr) check("log_sigmoid", "bias", args.bias, {args.y.shape[1]});
+  switch (ctx.device()) {
+    case Device::kCpu:
+      return cpu::log_sigmoid(ctx, args);
+  }
+}
+
+}  // namespace deltafox::ops

@@ -1,0 +1,19 @@
+#include "ops/rope.h"
+
+#include "ops/check.h"
+
+namespace deltafox::ops {
+
+void rope(Context& ctx, const RopeArgs& args) {
+  const std::int64_t tokens = args.sequences.tokens();
+  const std::int64_t dim = args.q.shape[2];
+  check("rope", "q", args.q, {tokens, args.q.shape[1], dim});
+  check("rope", "k", args.k, {tokens, args.k.shape[1], dim});
+  if (dim % 2 != 0) fail("rope: head size {} is odd", dim);
+  switch (ctx.device()) {
+    case Device::kCpu:
+      return cpu::rope(ctx, args);
+  }
+}
+
+}  // namespace deltafox::ops
