@@ -8,6 +8,7 @@ command, .clang-tidy or clang-tidy changed. What was clean is remembered in buil
 import hashlib
 import json
 import os
+import shlex
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -54,7 +55,9 @@ def main():
         if source in seen or not source.is_relative_to(ROOT) or source.is_relative_to(build):
             continue
         seen.add(source)
-        read = {(build / name).resolve() for name in made_from.get(entry["output"], [])}
+        arguments = shlex.split(entry["command"])
+        output = arguments[arguments.index("-o") + 1]
+        read = {(build / name).resolve() for name in made_from.get(output, [])}
         ours = sorted(path for path in read | {source} if path.is_relative_to(ROOT))
         key = digest([*common, entry["command"], *(path.read_bytes() for path in ours)])
         name = str(source.relative_to(ROOT)).replace("/", "_")

@@ -20,10 +20,6 @@ constexpr std::size_t kMaxWord = 15;
 // Up to here, scanning an array for the lowest rank beats a heap.
 constexpr std::size_t kMaxShortPiece = 96;
 
-std::uint64_t pair_key(std::int32_t left, std::int32_t right) {
-  return std::uint64_t{static_cast<std::uint32_t>(left)} << 32 | static_cast<std::uint32_t>(right);
-}
-
 std::uint64_t mix(std::uint64_t key) {
   key *= 0x9E3779B97F4A7C15U;
   return key ^ key >> 32;
@@ -36,30 +32,42 @@ std::uint64_t low_bytes(std::size_t n) {
 
 }  // namespace
 
-Bpe::Bpe(const std::array<std::int32_t, 256>& byte_tokens, const std::vector<Merge>& merges)
-    : byte_tokens_(byte_tokens), words_(512), word_tokens_(512) {
-  const std::size_t size = std::bit_ceil(std::max<std::size_t>(2 * merges.size(), 16));
-  pairs_.resize(size);
-  pair_shift_ = 64 - std::countr_zero(size);
-  results_.reserve(merges.size());
-  for (const Merge& merge : merges) {
-    pairs_[pair_index(merge.left, merge.right)] = {pair_key(merge.left, merge.right),
-                                                   static_cast<std::uint32_t>(results_.size())};
-    results_.push_back(merge.result);
-  }
-  byte_ranks_.resize(256 * 256);
-  for (std::size_t i = 0; i < byte_ranks_.size(); ++i) {
-    byte_ranks_[i] = rank_of(byte_tokens_[i >> 8], byte_tokens_[i & 0xFF]);
-  }
+// The high bits say where to look for a pair, the low ones are its tag.
+inline std::uint64_t Bpe::pair_hash(std::int32_t left, std::int32_t right) {
+  const std::uint64_t pair =
+      std::uint64_t{static_cast<std::uint32_t>(left)} << 32 | static_cast<std::uint32_t>(right);
+  return mix(pair) * 0xD6E8FEB86659FD93U;
 }
 
 // The slot of a pair, or the empty one where it would stand.
 inline std::size_t Bpe::pair_index(std::int32_t left, std::int32_t right) const {
-  const std::uint64_t key = pair_key(left, right);
+  const std::uint64_t hash = pair_hash(left, right);
   const std::size_t mask = pairs_.size() - 1;
-  std::size_t i = mix(key) * 0xD6E8FEB86659FD93U >> pair_shift_;
-  while (pairs_[i].pair != key && pairs_[i].rank != kNoMerge) i = (i + 1) & mask;
-  return i;
+  for (std::size_t i = hash >> pair_shift_;; i = (i + 1) & mask) {
+    const PairSlot& slot = pairs_[i];
+    if (slot.rank == kNoMerge) return i;
+    if (slot.tag != static_cast<std::uint32_t>(hash)) continue;
+    if (merges_[slot.rank].left == left && merges_[slot.rank].right == right) return i;
+  }
+}
+
+Bpe::Bpe(const std::array<std::int32_t, 256>& byte_tokens, std::vector<Merge> merges)
+    : byte_tokens_(byte_tokens), merges_(std::move(merges)) {
+  const std::size_t size = std::bit_ceil(std::max<std::size_t>(2 * merges_.size(), 16));
+  pairs_.resize(size);
+  pair_shift_ = 64 - std::countr_zero(size);
+  for (std::uint32_t rank = 0; rank < merges_.size(); ++rank) {
+    const Merge& merge = merges_[rank];
+    pairs_[pair_index(merge.left, merge.right)] = {
+        static_cast<std::uint32_t>(pair_hash(merge.left, merge.right)), rank};
+  }
+  // Words are bytes and results of merges: there cannot be more.
+  words_.resize(std::bit_ceil(2 * (merges_.size() + 256)));
+  word_tokens_.resize(words_.size());
+  byte_ranks_.resize(256 * 256);
+  for (std::size_t i = 0; i < byte_ranks_.size(); ++i) {
+    byte_ranks_[i] = rank_of(byte_tokens_[i >> 8], byte_tokens_[i & 0xFF]);
+  }
 }
 
 inline std::uint32_t Bpe::rank_of(std::int32_t left, std::int32_t right) const {
@@ -98,31 +106,13 @@ inline std::size_t Bpe::word_index(const Word& word) const {
   return i;
 }
 
-void Bpe::grow_words() {
-  std::vector<Word> words(2 * words_.size());
-  std::vector<std::int32_t> tokens(2 * words_.size());
-  words.swap(words_);
-  tokens.swap(word_tokens_);
-  for (std::size_t old = 0; old < words.size(); ++old) {
-    if (words[old] == Word{}) continue;
-    const std::size_t i = word_index(words[old]);
-    words_[i] = words[old];
-    word_tokens_[i] = tokens[old];
-  }
-}
-
 void Bpe::add_word(std::string_view bytes, std::int32_t token) {
   if (bytes.empty() || bytes.size() > kMaxWord) return;
   std::vector<std::int32_t> ids;
   merge_piece(bytes, ids);
   if (ids.size() != 1 || ids[0] != token) return;
   const Word word = word_of(bytes, bytes.data() + bytes.size());
-  std::size_t i = word_index(word);
-  if (words_[i] == word) return;
-  if (2 * ++word_count_ > words_.size()) {
-    grow_words();
-    i = word_index(word);
-  }
+  const std::size_t i = word_index(word);
   words_[i] = word;
   word_tokens_[i] = token;
 }
@@ -173,26 +163,32 @@ void Bpe::merge_piece(std::string_view piece, std::vector<std::int32_t>& ids) co
 }
 
 void Bpe::merge_short(std::string_view piece, std::vector<std::int32_t>& ids) const {
-  std::int32_t tokens[kMaxShortPiece];
-  std::uint32_t ranks[kMaxShortPiece];  // of tokens[i] with tokens[i + 1]
+  struct Part {
+    std::int32_t token;
+    std::uint32_t rank;  // with the next token
+  };
+  Part parts[kMaxShortPiece];
   std::size_t n = piece.size();
-  for (std::size_t i = 0; i < n; ++i)
-    tokens[i] = byte_tokens_[static_cast<unsigned char>(piece[i])];
-  for (std::size_t i = 0; i + 1 < n; ++i) ranks[i] = rank_of_bytes(piece, i);
-  while (n > 1) {
-    std::uint32_t lowest = kNoMerge;
-    for (std::size_t i = 0; i + 1 < n; ++i) lowest = std::min(lowest, ranks[i]);
-    if (lowest == kNoMerge) break;
-    std::size_t best = 0;
-    while (ranks[best] != lowest) ++best;
-    tokens[best] = results_[lowest];
-    std::copy(tokens + best + 2, tokens + n, tokens + best + 1);
-    if (best + 2 < n) std::copy(ranks + best + 1, ranks + n - 1, ranks + best);
-    --n;
-    if (best > 0) ranks[best - 1] = rank_of(tokens[best - 1], tokens[best]);
-    if (best + 1 < n) ranks[best] = rank_of(tokens[best], tokens[best + 1]);
+  for (std::size_t i = 0; i < n; ++i) {
+    parts[i] = {byte_tokens_[static_cast<unsigned char>(piece[i])],
+                i + 1 < n ? rank_of_bytes(piece, i) : kNoMerge};
   }
-  ids.insert(ids.end(), tokens, tokens + n);
+  for (;;) {
+    // The lowest rank and its leftmost position in one number: no branch to mispredict.
+    std::uint64_t lowest = ~std::uint64_t{0};
+    for (std::size_t i = 0; i < n; ++i) {
+      lowest = std::min(lowest, std::uint64_t{parts[i].rank} << 32 | i);
+    }
+    const auto rank = static_cast<std::uint32_t>(lowest >> 32);
+    if (rank == kNoMerge) break;
+    const auto best = static_cast<std::uint32_t>(lowest);
+    --n;
+    std::copy(parts + best + 2, parts + n + 1, parts + best + 1);
+    const std::int32_t token = merges_[rank].result;
+    parts[best] = {token, best + 1 < n ? rank_of(token, parts[best + 1].token) : kNoMerge};
+    if (best > 0) parts[best - 1].rank = rank_of(parts[best - 1].token, token);
+  }
+  for (std::size_t i = 0; i < n; ++i) ids.push_back(parts[i].token);
 }
 
 void Bpe::merge_long(std::string_view piece, std::vector<std::int32_t>& ids) const {
@@ -235,7 +231,7 @@ void Bpe::merge_long(std::string_view piece, std::vector<std::int32_t>& ids) con
     if (node.token == kNoToken || node.next == kEnd) continue;
     Node& right = nodes[node.next];
     if (rank_of(node.token, right.token) != rank) continue;
-    node.token = results_[rank];
+    node.token = merges_[rank].result;
     node.next = right.next;
     right.token = kNoToken;
     right.next = kEnd;

@@ -25,7 +25,7 @@ class Bpe {
 
   Bpe() = default;
   // byte_tokens: the token of each byte, or kNoToken.
-  Bpe(const std::array<std::int32_t, 256>& byte_tokens, const std::vector<Merge>& merges);
+  Bpe(const std::array<std::int32_t, 256>& byte_tokens, std::vector<Merge> merges);
 
   // Enters a token, so that a piece of just these bytes is found without merging. Ignored where
   // merging would not give this token, or where the bytes are too many.
@@ -51,14 +51,16 @@ class Bpe {
     std::size_t begin = 0;
     std::size_t count = 0;
   };
-  // Empty while it has no rank.
+  // Where a pair's merge stands. The tag, from the pair's hash, spares most looks at the merge
+  // itself.
   struct PairSlot {
-    std::uint64_t pair = ~std::uint64_t{0};
-    std::uint32_t rank = kNoMerge;
+    std::uint32_t tag = 0;
+    std::uint32_t rank = kNoMerge;  // kNoMerge: empty
   };
 
   static Word word_of(std::string_view piece, const char* readable_end);
   static std::uint64_t hash(const Word& word);
+  static std::uint64_t pair_hash(std::int32_t left, std::int32_t right);
   std::size_t pair_index(std::int32_t left, std::int32_t right) const;
   std::uint32_t rank_of(std::int32_t left, std::int32_t right) const;
   std::uint32_t rank_of_bytes(std::string_view piece, std::size_t at) const;
@@ -66,10 +68,9 @@ class Bpe {
   void merge_piece(std::string_view piece, std::vector<std::int32_t>& ids) const;
   void merge_short(std::string_view piece, std::vector<std::int32_t>& ids) const;
   void merge_long(std::string_view piece, std::vector<std::int32_t>& ids) const;
-  void grow_words();
 
   std::array<std::int32_t, 256> byte_tokens_{};
-  std::vector<std::int32_t> results_;  // [rank]
+  std::vector<Merge> merges_;  // [rank]
   // Ranks of the pairs that pieces begin with, [256, 256]: half of all look-ups, in little memory.
   std::vector<std::uint32_t> byte_ranks_;
   // Open addressing with linear probing, at most half full, sizes a power of two.
@@ -77,7 +78,6 @@ class Bpe {
   int pair_shift_ = 0;
   std::vector<Word> words_;
   std::vector<std::int32_t> word_tokens_;  // of words_, apart, so that a probe touches one line
-  std::size_t word_count_ = 0;
 };
 
 }  // namespace deltafox

@@ -67,6 +67,12 @@ void CausalLM::head(Context& ctx, const ConstTensorView& x, const TensorView& lo
   ops::linear(ctx, {.x = x, .w = lm_head_ ? lm_head_->value : embeddings_.value, .y = logits});
 }
 
+void CausalLM::split_gate_and_up() {
+  for (Layer& layer : layers_) {
+    if (layer.mlp) layer.mlp->split_gate_and_up();
+  }
+}
+
 SequenceState CausalLM::new_state() const {
   SequenceState state;
   state.layers.reserve(layers_.size());

@@ -87,6 +87,9 @@ class CausalLM {
 
   SequenceState new_state() const;
 
+  // Before weights are bound: expects the MLPs' gate and up as matrices of their own.
+  void split_gate_and_up();
+
   const Config& config() const { return config_; }
   std::int64_t num_layers() const { return static_cast<std::int64_t>(layers_.size()); }
 

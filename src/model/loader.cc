@@ -38,6 +38,10 @@ std::vector<Tensor> bind_params(CausalLM& model, const io::Checkpoint& checkpoin
                                 std::optional<DType> dtype, ThreadPool& threads) {
   std::vector<Tensor> buffers;
   std::set<std::string> used;
+  const ParamNames& names = model.config().names;
+  if (checkpoint.contains(names.layers + "0." + names.mlp + "up_proj.weight")) {
+    model.split_gate_and_up();
+  }
   model.visit_params([&](const std::string& name, Param& param) {
     if (!checkpoint.contains(name)) fail("{}: tensor '{}' is missing", checkpoint.path(), name);
     const ConstTensorView stored = checkpoint.view(name);

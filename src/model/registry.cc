@@ -7,6 +7,7 @@
 
 #include "core/error.h"
 #include "model/arch/delta_net.h"
+#include "model/arch/flash_linear_attention.h"
 #include "model/arch/forgetting_transformer.h"
 #include "model/arch/hgrn2.h"
 #include "model/arch/mamba2.h"
@@ -28,6 +29,8 @@ constexpr std::array kArchitectures{
     Architecture{"mamba2-project_fox", arch::build_mamba2},
     Architecture{"samba-project_fox", arch::build_samba},
     Architecture{"transformer-project_fox", arch::build_transformer},
+    Architecture{"delta_net", arch::build_fla_delta_net},
+    Architecture{"forgetting_transformer", arch::build_fla_forgetting_transformer},
 };
 
 struct Preset {

@@ -310,6 +310,10 @@ TEST(TokenizerLoad, BadConfigIsNamed) {
   files.tokenizer_config = "{\"a\": }";
   EXPECT_EQ(load_error(files).rfind("dir/tokenizer_config.json: ", 0), 0U);
   EXPECT_NE(load_error(files).find("line 1, column 7"), std::string::npos);
+  files.tokenizer_config = "{\"a\": \"" + std::string(100'000, 'x') + "\xFF";
+  EXPECT_LT(load_error(files).size(), 300U);
+  files.tokenizer_config = "{\xC3\xA9}";
+  EXPECT_TRUE(is_utf8(load_error(files)));
   files.tokenizer_config = std::nullopt;
   files.special_tokens_map = "1";
   EXPECT_EQ(load_error(files), "dir/special_tokens_map.json: not a JSON object");

@@ -288,32 +288,34 @@ TEST_F(AttentionOps, GatesKeepTheirPrecisionInLongSequences) {
   EXPECT_NEAR(o.f32()[last - 1], expected / total, 2e-6);
 }
 
+// With the value of a key telling its page, the output is what the weights of each page total.
 TEST_F(AttentionOps, PrunedWeightsTotalAtMostTheTolerance) {
+  constexpr std::int64_t kPages = 24;
+  constexpr std::int64_t kLength = kPages * kKvPage;
+  const KvLayout layout{.kv_heads = 1, .head_dim = kPages, .gate_heads = 1, .key_norms = true};
   for (const float tolerance : {-10.0F, -4.0F, -1.0F}) {
-    // Values of one: the output is what the weights total, and the plain op prunes nothing.
-    const KvLayout layout{.kv_heads = 1, .head_dim = 8, .gate_heads = 1, .key_norms = true};
-    AttentionCase c(random_, {0, 1500}, 1, layout, 0.3F);
-    const auto run = [&](AttentionCase& one, std::optional<float> pruning) {
-      one.tolerance = pruning;
-      one.run_all(ctx_, [&](const ForgettingAttentionArgs& args) {
-        ops::forgetting_attention(ctx_, args);
-      });
-    };
-    // A value of one at each pruned page in turn would cost a run each; instead v tells the age:
-    // with v = 1 for keys older than `age` and 0 else, the output is the weight of the old keys.
-    ctx_.statistics() = {};
-    AttentionCase pruned = c;
-    run(pruned, tolerance);
-    EXPECT_GT(ctx_.statistics().attention_blocks_skipped, 0);
-    EXPECT_LT(ctx_.statistics().attention_blocks_skipped, ctx_.statistics().attention_blocks);
-    AttentionCase full = c;
-    run(full, std::nullopt);
-    float max_value = 0;
-    for (std::int64_t i = 0; i < c.v.view().shape.size(); ++i) {
-      max_value = std::max(max_value, std::abs(c.v.f32()[i]));
+    AttentionCase full(random_, {0, kLength}, 1, layout, 0.3F);
+    for (std::int64_t j = 0; j < kLength; ++j) {
+      std::fill_n(full.v.f32() + j * kPages, kPages, 0.0F);
+      full.v.f32()[j * kPages + j / kKvPage] = 1;
     }
-    // Dropping weights that total w moves an average of values up to m by at most 2 w m.
-    expect_near(pruned.o, full.o, 2 * std::exp(tolerance) * max_value + 1e-5F);
+    AttentionCase pruned = full;
+    pruned.tolerance = tolerance;
+    full.run_all(
+        ctx_, [](const ForgettingAttentionArgs& args) { reference::forgetting_attention(args); });
+    ctx_.statistics() = {};
+    pruned.run_all(
+        ctx_, [&](const ForgettingAttentionArgs& args) { ops::forgetting_attention(ctx_, args); });
+    const Statistics& statistics = ctx_.statistics();
+    EXPECT_EQ(statistics.attention_blocks, kPages * (kPages + 1));  // two of queries in a page
+    EXPECT_GT(statistics.attention_blocks_skipped, statistics.attention_blocks / 4);
+    for (std::int64_t i = 0; i < kLength; ++i) {
+      double lost = 0;
+      for (std::int64_t p = 0; p < kPages; ++p) {
+        if (pruned.o.f32()[i * kPages + p] == 0) lost += full.o.f32()[i * kPages + p];
+      }
+      ASSERT_LE(lost, std::exp(tolerance)) << "query " << i;
+    }
   }
 }
 

@@ -51,6 +51,8 @@ class AttentionMixer {
     std::optional<float> log_pruning_tolerance = {};
     Init projection_init = {};
     std::optional<Init> o_init = {};  // as the other projections' where absent
+    std::string forget_gate_name = "fgate_proj";
+    std::string output_gate_name = "ogate_proj";
   };
   struct Weights {
     Param q_proj;                                     // [H·D, C]
@@ -94,7 +96,7 @@ class AttentionMixer {
 
   template <typename Visitor>
   void visit_params(const std::string& prefix, Visitor&& visit) {
-    const auto visit_optional = [&](const char* name, std::optional<Param>& param) {
+    const auto visit_optional = [&](const std::string& name, std::optional<Param>& param) {
       if (param) visit(prefix + name, *param);
     };
     visit(prefix + "q_proj.weight", weights_.q_proj);
@@ -105,9 +107,10 @@ class AttentionMixer {
           weights_.v_proj);
     visit_optional("v_proj.shift_proj.weight", weights_.v_shift_proj);
     visit(prefix + "o_proj.weight", weights_.o_proj);
-    visit_optional("fgate_proj.weight", weights_.fgate_proj);
-    visit_optional(weights_.fgate_proj ? "fgate_proj.bias" : "fgate_bias", weights_.fgate_bias);
-    visit_optional("ogate_proj.weight", weights_.ogate_proj);
+    visit_optional(config_.forget_gate_name + ".weight", weights_.fgate_proj);
+    visit_optional(weights_.fgate_proj ? config_.forget_gate_name + ".bias" : "fgate_bias",
+                   weights_.fgate_bias);
+    visit_optional(config_.output_gate_name + ".weight", weights_.ogate_proj);
     visit_optional("output_norm.weight", weights_.output_norm);
     visit_optional("q_norm.weight", weights_.q_norm);
     visit_optional("k_norm.weight", weights_.k_norm);

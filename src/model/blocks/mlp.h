@@ -1,7 +1,8 @@
 // h += down_proj(act(gate) · up), where (gate, up) are the halves of gate_proj(norm(x))
 //
-// The official code keeps gate and up in the one matrix gate_proj. `norm` is there with norm_first
-// only; else the layer has normed x.
+// The official code keeps gate and up in the one matrix gate_proj; newer versions of
+// flash-linear-attention have an up_proj beside it. `norm` is there with norm_first only; else the
+// layer has normed x.
 #pragma once
 
 #include <optional>
@@ -25,12 +26,16 @@ class Mlp {
     Init down_init;
   };
   struct Weights {
-    std::optional<Param> norm;  // [C]
-    Param gate_proj;            // [2F, C]
-    Param down_proj;            // [C, F]
+    std::optional<Param> norm;     // [C]
+    Param gate_proj;               // [2F, C], or [F, C] beside up_proj
+    std::optional<Param> up_proj;  // [F, C]
+    Param down_proj;               // [C, F]
   };
 
   explicit Mlp(const Config& config);
+
+  // Before weights are bound: expects gate and up as matrices of their own.
+  void split_gate_and_up();
 
   // hidden [T, C] += mlp(x [T, C]); x may be hidden with norm_first.
   void forward(Context& ctx, const ConstTensorView& x, const TensorView& hidden) const;
@@ -39,6 +44,7 @@ class Mlp {
   void visit_params(const std::string& prefix, Visitor&& visit) {
     if (weights_.norm) visit(prefix + "norm.weight", *weights_.norm);
     visit(prefix + "gate_proj.weight", weights_.gate_proj);
+    if (weights_.up_proj) visit(prefix + "up_proj.weight", *weights_.up_proj);
     visit(prefix + "down_proj.weight", weights_.down_proj);
   }
 
