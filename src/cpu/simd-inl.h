@@ -13,6 +13,7 @@
 #include <hwy/highway.h>
 
 #include <cstdint>
+#include <type_traits>
 
 #include "core/tensor.h"
 #include "ops/activation.h"
@@ -45,21 +46,36 @@ HWY_INLINE VF32 load(const hwy::float16_t* p) {
   return hn::PromoteTo(kF32, hn::LoadU(narrow, p));
 }
 
+// Instruction sets without masks touch whole vectors, aligned ones, whatever the mask says: there
+// the ends of rows go through a buffer.
+#if HWY_TARGET <= HWY_AVX2
+constexpr bool kHasMasks = true;
+#else
+constexpr bool kHasMasks = false;
+#endif
+
 // The first n < lanes() elements at p, then zeros.
 template <typename T>
 HWY_INLINE VF32 load_first(const T* p, std::int64_t n) {
-  HWY_ALIGN T buffer[16] = {};
-  for (std::int64_t i = 0; i < n; ++i) buffer[i] = p[i];
-  return load(buffer);
-}
-HWY_INLINE VF32 load_first(const float* p, std::int64_t n) {
-  return hn::MaskedLoad(hn::FirstN(kF32, static_cast<std::size_t>(n)), kF32, p);
+  if constexpr (kHasMasks && std::is_same_v<T, float>) {
+    return hn::MaskedLoad(hn::FirstN(kF32, static_cast<std::size_t>(n)), kF32, p);
+  } else {
+    HWY_ALIGN T buffer[16] = {};
+    for (std::int64_t i = 0; i < n; ++i) buffer[i] = p[i];
+    return load(buffer);
+  }
 }
 HWY_INLINE void store(VF32 v, float* p) {
   hn::StoreU(v, kF32, p);
 }
 HWY_INLINE void store_first(VF32 v, float* p, std::int64_t n) {
-  hn::BlendedStore(v, hn::FirstN(kF32, static_cast<std::size_t>(n)), kF32, p);
+  if constexpr (kHasMasks) {
+    hn::BlendedStore(v, hn::FirstN(kF32, static_cast<std::size_t>(n)), kF32, p);
+  } else {
+    HWY_ALIGN float buffer[16];
+    store(v, buffer);
+    for (std::int64_t i = 0; i < n; ++i) p[i] = buffer[i];
+  }
 }
 
 HWY_INLINE float sum_of(VF32 v) {
