@@ -1,7 +1,9 @@
 // deltafox generate: ids, texts, states, batches, and what it refuses.
+#include <fmt/ranges.h>
 #include <gtest/gtest.h>
 
-#include <signal.h>
+#include <csignal>
+#include <sstream>
 
 #include "apps/checkpoints.h"
 #include "apps/program.h"
@@ -11,9 +13,7 @@ namespace deltafox::test {
 namespace {
 
 std::string joined(std::span<const std::int32_t> ids) {
-  std::string text;
-  for (const std::int32_t id : ids) text += (text.empty() ? "" : ",") + std::to_string(id);
-  return text;
+  return fmt::format("{}", fmt::join(ids, ","));
 }
 
 // With a tokenizer of bytes, and no end but the length.
@@ -83,7 +83,6 @@ TEST_F(GenerateText, ThePromptMayComeFromAnywhere) {
 }
 
 TEST_F(GenerateText, SamplesByTheSeed) {
-  const Arguments options{"The fox", "--do-sample", "--seed"};
   const auto text = [&](const char* seed) {
     return run({"The fox", "--do-sample", "--seed", seed}).out;
   };
