@@ -54,9 +54,8 @@ struct GenerationConfig {
   // Unset: what the model's files say. An empty list: none, so that only the length ends a
   // sequence.
   std::optional<std::vector<std::int32_t>> eos_token_id;
-  std::optional<std::int32_t>
-      pad_token_id;                       // unset: the model's, else the first end-of-sequence id
-  std::vector<std::string> stop_strings;  // not empty ones; need a tokenizer
+  std::optional<std::int32_t> pad_token_id;  // for padded_ids()
+  std::vector<std::string> stop_strings;     // not empty ones; need a tokenizer
 
   // Not of transformers: the seed of every draw, and whether to compute log-probabilities.
   std::uint64_t seed = 0;
@@ -101,6 +100,13 @@ struct GenerateOptions {
   // calls gets the same texts as in one.
   std::uint32_t first_prompt_index = 0;
 
+  // Where the prompts continue from: nothing, or a state of this model for each prompt, which is
+  // copied. What such a state has read counts neither for penalties nor for lengths. Not for beam
+  // search.
+  std::span<const State> initial_states;
+  // Whether to fill GeneratedSequence::state. Not for beam search.
+  bool return_states = false;
+
   // Called with each new token, in step order, from the calling thread. Returning false cancels
   // this sequence. Not for beam search, whose tokens are not final before the end.
   std::function<bool(const TokenEvent&)> on_token;
@@ -125,6 +131,9 @@ struct GeneratedSequence {
   // (not normalised again after the processors), divided by length^length_penalty.
   std::optional<float> score;
 
+  // With return_states: what the model remembers once it has read all of ids, the last one too.
+  std::optional<State> state;
+
   std::span<const std::int32_t> new_ids() const {
     return std::span(ids).subspan(static_cast<std::size_t>(num_prompt_ids));
   }
@@ -136,14 +145,22 @@ struct GeneratedSequence {
 // the vocabulary, and logits that leave no token to choose.
 //
 // A draw takes the uniform number u in [0, 1) made of the first two words of Philox4x32-10 with the
-// key (seed low, seed high) and the counter (step, draw, r, prompt index): u = floor(w0·2^32 + w1 /
-// 2^11) / 2^53. With weights w_i = exp(logit_i - max logit) in float64, it chooses the first id i,
-// in index order, whose running sum w_0 + ... + w_i exceeds u·Σw. `draw` is 0, except in beam
+// key (seed low, seed high) and the counter (step, draw, r, prompt index): u = floor((w0·2^32 +
+// w1) / 2^11) / 2^53. With weights w_i = exp(logit_i - max logit) in float64, it chooses the first
+// id i, in index order, whose running sum w_0 + ... + w_i exceeds u·Σw. `draw` is 0, except in beam
 // sampling: there r is 0 and draws 0, 1, ... choose among all (beam, id) pairs, without
 // replacement.
 std::vector<GeneratedSequence> generate(const Model& model,
                                         std::span<const std::vector<std::int32_t>> prompts,
                                         const GenerationConfig& config,
                                         const GenerateOptions& options = {});
+
+// What fills rows up: the configuration's pad token, else the model's, else the first
+// end-of-sequence id in force, else 0.
+std::int32_t pad_token_id(const Model& model, const GenerationConfig& config);
+
+// The ids of all sequences as rows of one length, filled at the end.
+std::vector<std::vector<std::int32_t>> padded_ids(std::span<const GeneratedSequence> sequences,
+                                                  std::int32_t pad_token_id);
 
 }  // namespace deltafox

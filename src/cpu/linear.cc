@@ -14,6 +14,8 @@ namespace deltafox::cpu::HWY_NAMESPACE {
 
 // 4 × 6 sums, 4 + 1 operands: within the 32 registers of AVX-512; a smaller tile for the 16 of
 // AVX2.
+// K in stretches of 512 for a block of rows: six rows of w are then 12 KB.
+constexpr std::int64_t kDepthBlock = 512;
 #if HWY_TARGET <= HWY_AVX3
 constexpr int kTileRows = 4;
 constexpr int kTileColumns = 6;
@@ -22,13 +24,10 @@ constexpr int kTileRows = 3;
 constexpr int kTileColumns = 4;
 #endif
 
+// sums += x w over k in [begin, end), for kRows rows of x and kColumns rows of w.
 template <int kRows, int kColumns, typename W>
-HWY_INLINE void tile(const float* x, const W* w, float* y, std::int64_t depth, std::int64_t stride,
-                     bool accumulate) {
-  VF32 sums[kRows][kColumns];
-  for (auto& row : sums) {
-    for (VF32& sum : row) sum = hn::Zero(kF32);
-  }
+HWY_INLINE void accumulate_tile(const float* x, const W* w, std::int64_t depth, std::int64_t begin,
+                                std::int64_t end, VF32 (&sums)[kRows][kColumns]) {
   const auto step = [&](auto&& load_vector, std::int64_t k) HWY_ATTR {
     VF32 xs[kRows];
     for (int r = 0; r < kRows; ++r) xs[r] = load_vector(x + r * depth + k);
@@ -37,18 +36,68 @@ HWY_INLINE void tile(const float* x, const W* w, float* y, std::int64_t depth, s
       for (int r = 0; r < kRows; ++r) sums[r][c] = hn::MulAdd(xs[r], column, sums[r][c]);
     }
   };
-  std::int64_t k = 0;
-  for (; k + lanes() <= depth; k += lanes()) {
+  std::int64_t k = begin;
+  for (; k + lanes() <= end; k += lanes()) {
     step([](const auto* p) HWY_ATTR { return load(p); }, k);
   }
-  if (k < depth) {
-    step([n = depth - k](const auto* p) HWY_ATTR { return load_first(p, n); }, k);
+  if (k < end) {
+    step([n = end - k](const auto* p) HWY_ATTR { return load_first(p, n); }, k);
   }
+}
+
+template <int kRows, int kColumns>
+HWY_INLINE void finish_tile(const VF32 (&sums)[kRows][kColumns], float* y, std::int64_t stride,
+                            bool accumulate) {
   for (int r = 0; r < kRows; ++r) {
     for (int c = 0; c < kColumns; ++c) {
       float& out = y[r * stride + c];
       const float sum = sum_of(sums[r][c]);
       out = accumulate ? out + sum : sum;
+    }
+  }
+}
+
+template <int kRows, int kColumns, typename W>
+HWY_INLINE void tile(const float* x, const W* w, float* y, std::int64_t depth, std::int64_t stride,
+                     bool accumulate) {
+  VF32 sums[kRows][kColumns];
+  for (auto& row : sums) {
+    for (VF32& sum : row) sum = hn::Zero(kF32);
+  }
+  accumulate_tile(x, w, depth, 0, depth, sums);
+  finish_tile(sums, y, stride, accumulate);
+}
+
+// The same sums for `rows` rows, a multiple of kTileRows, by stretches of K short enough that w
+// stays in the first-level cache while the rows pass by; the vectors of sums wait in `partial`.
+template <typename W>
+HWY_INLINE void column_of_tiles(const float* x, const W* w, float* y, std::int64_t rows,
+                                std::int64_t depth, std::int64_t stride, bool accumulate,
+                                float* partial) {
+  for (std::int64_t begin = 0; begin < depth; begin += kDepthBlock) {
+    const std::int64_t end = std::min(depth, begin + kDepthBlock);
+    float* waiting = partial;
+    for (std::int64_t m = 0; m < rows; m += kTileRows) {
+      VF32 sums[kTileRows][kTileColumns];
+      float* next = waiting;
+      for (auto& row : sums) {
+        for (VF32& sum : row) {
+          sum = begin == 0 ? hn::Zero(kF32) : load(next);
+          next += lanes();
+        }
+      }
+      accumulate_tile(x + m * depth, w, depth, begin, end, sums);
+      if (end == depth) {
+        finish_tile(sums, y + m * stride, stride, accumulate);
+      } else {
+        for (auto& row : sums) {
+          for (VF32& sum : row) {
+            store(sum, waiting);
+            waiting += lanes();
+          }
+        }
+      }
+      waiting = next;
     }
   }
 }
@@ -67,11 +116,16 @@ HWY_INLINE void row_of_tiles(const float* x, const W* w, float* y, std::int64_t 
 // passes by once.
 template <typename W>
 void block(const float* x, const W* w, float* y, std::int64_t rows, std::int64_t depth,
-           std::int64_t columns, std::int64_t stride, bool accumulate) {
+           std::int64_t columns, std::int64_t stride, bool accumulate, float* partial) {
+  const std::int64_t whole_rows = rows / kTileRows * kTileRows;
   for (std::int64_t n = 0; n < columns; n += kTileColumns) {
     const std::int64_t width = std::min<std::int64_t>(kTileColumns, columns - n);
     std::int64_t m = 0;
-    for (; m + kTileRows <= rows; m += kTileRows) {
+    if (width == kTileColumns && depth > kDepthBlock && whole_rows > kTileRows) {
+      column_of_tiles(x, w + n * depth, y + n, whole_rows, depth, stride, accumulate, partial);
+      m = whole_rows;
+    }
+    for (; m < whole_rows; m += kTileRows) {
       row_of_tiles<kTileRows>(x + m * depth, w + n * depth, y + m * stride + n, depth, width,
                               stride, accumulate);
     }
@@ -93,12 +147,16 @@ void linear_of(Context& ctx, const LinearArgs& args) {
   constexpr std::int64_t kBlockColumns = 16 * kTileColumns;
   const std::int64_t row_blocks = (rows + block_rows - 1) / block_rows;
   const std::int64_t column_blocks = (columns + kBlockColumns - 1) / kBlockColumns;
-  ctx.threads().parallel_for(row_blocks * column_blocks, [&](std::int64_t task) {
+  ScratchScope scratch(ctx);
+  const std::int64_t slot_floats = std::min(block_rows, rows) * kTileColumns * lanes();
+  float* partial = scratch.tensor({ctx.threads().size(), slot_floats}).f32();
+  ctx.threads().parallel_for(row_blocks * column_blocks, [&](std::int64_t task, int slot) {
     const std::int64_t m = task / column_blocks * block_rows;
     const std::int64_t n = task % column_blocks * kBlockColumns;
     block(args.x.f32() + m * depth, static_cast<const W*>(args.w.data) + n * depth,
           args.y.f32() + m * columns + n, std::min(block_rows, rows - m), depth,
-          std::min(kBlockColumns, columns - n), columns, args.accumulate);
+          std::min(kBlockColumns, columns - n), columns, args.accumulate,
+          partial + slot * slot_floats);
   });
 }
 

@@ -1,6 +1,7 @@
 // Greedy search and sampling: every step of the model reads one token for each sequence still
 // running.
 #include <algorithm>
+#include <array>
 #include <utility>
 
 #include "infer/sampler.h"
@@ -67,6 +68,13 @@ std::optional<FinishReason> Continuations::finish_reason(const Continuation& seq
 // Ends the sequence and returns the text that was still held back.
 std::string Continuations::finish(Continuation& sequence, FinishReason reason) {
   sequence.running = false;
+  if (session_.options.return_states) {
+    State* const state = &sequence.state;
+    constexpr std::array<std::int64_t, 2> kOneToken{0, 1};
+    session_.model.forward({std::span(sequence.result.ids).last(1), kOneToken},
+                           std::span(&state, 1), {});
+    sequence.result.state = std::move(sequence.state);
+  }
   sequence.state = State();  // its memory is worth having back
   sequence.result.finish_reason = reason;
   if (!sequence.text) return {};

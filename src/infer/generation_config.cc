@@ -155,7 +155,11 @@ void GenerationConfig::validate() const {
   require(within(epsilon_cutoff, 0, 1) && epsilon_cutoff < 1, "epsilon_cutoff", "in [0, 1)",
           epsilon_cutoff);
   require(within(eta_cutoff, 0, 1) && eta_cutoff < 1, "eta_cutoff", "in [0, 1)", eta_cutoff);
-  require(repetition_penalty > 0 && std::isfinite(repetition_penalty), "repetition_penalty", "> 0",
+  require(repetition_penalty > 0, "repetition_penalty", "> 0", repetition_penalty);
+  // Beyond these, quotients of ordinary logits would not be finite float32 numbers.
+  constexpr double kTiny = 1e-10;
+  require(temperature >= kTiny, "temperature", ">= 1e-10", temperature);
+  require(within(repetition_penalty, kTiny, 1 / kTiny), "repetition_penalty", "in [1e-10, 1e10]",
           repetition_penalty);
   require(no_repeat_ngram_size >= 0, "no_repeat_ngram_size", ">= 0", no_repeat_ngram_size);
 

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <functional>
 #include <limits>
 #include <utility>
 
@@ -17,9 +18,15 @@ constexpr float kRemoved = -std::numeric_limits<float>::infinity();
 float kth_largest(std::span<const float> logits, std::size_t k, ProcessorScratch& scratch) {
   k = std::min(k, logits.size());
   if (k == 1) return *std::max_element(logits.begin(), logits.end());
-  const auto end = std::copy(logits.begin(), logits.end(), scratch.keys.begin());
-  const auto kth = scratch.keys.begin() + static_cast<std::ptrdiff_t>(k - 1);
-  std::nth_element(scratch.keys.begin(), kth, end, std::greater<>());
+  const auto copy = scratch.logits.begin();
+  const auto kth = copy + static_cast<std::ptrdiff_t>(k - 1);
+  constexpr std::size_t kSmall = 256;
+  if (k <= kSmall) {  // a heap of the k largest is rarely touched
+    std::partial_sort_copy(logits.begin(), logits.end(), copy, kth + 1, std::greater<>());
+  } else {
+    const auto end = std::copy(logits.begin(), logits.end(), copy);
+    std::nth_element(copy, kth, end, std::greater<>());
+  }
   return *kth;
 }
 
@@ -36,32 +43,34 @@ void remove_unlikely(std::span<float> logits, double probability, double log_sum
   remove_below(logits, std::min(threshold, kth_largest(logits, keep, scratch)));
 }
 
-// The tokens not yet removed, in scratch.order.
-std::span<std::int32_t> gather_tokens(std::span<const float> logits, ProcessorScratch& scratch) {
+// The tokens not yet removed, with key(logit) to rank them by, in index order.
+template <typename Key>
+std::span<RankedToken> gather_tokens(std::span<const float> logits, const ExpSum& sum, Key key,
+                                     ProcessorScratch& scratch) {
   std::size_t count = 0;
   for (std::size_t i = 0; i < logits.size(); ++i) {
-    if (logits[i] != kRemoved) scratch.order[count++] = static_cast<std::int32_t>(i);
+    if (logits[i] == kRemoved) continue;
+    scratch.ranked[count++] = {key(logits[i]), static_cast<std::int32_t>(i),
+                               static_cast<double>(std::exp(logits[i] - sum.max)) / sum.sum};
   }
-  return std::span(scratch.order).first(count);
+  return std::span(scratch.ranked).first(count);
 }
 
 // Puts the fewest tokens first that, taken in the order `before`, reach `mass` of the weights
-// together, and returns how many they are: a selection by weight, in linear time as the interval
-// that holds the last of them halves.
+// together, but at least `keep`, and returns how many they are. A selection by weight: in linear
+// time, as the interval that holds the last of them halves.
 template <typename Before>
-std::size_t select_mass(std::span<std::int32_t> tokens, const std::vector<double>& weights,
-                        double mass, Before before) {
+std::size_t select_mass(std::span<RankedToken> tokens, double mass, std::size_t keep,
+                        Before before) {
+  const auto at = [&](std::size_t i) { return tokens.begin() + static_cast<std::ptrdiff_t>(i); };
   std::size_t low = 0;
   std::size_t high = tokens.size();
   double taken = 0.0;
   while (high - low > 1) {
     const std::size_t middle = low + (high - low) / 2;
-    const auto at = [&](std::size_t i) { return tokens.begin() + static_cast<std::ptrdiff_t>(i); };
     std::nth_element(at(low), at(middle), at(high), before);
     double upper = 0.0;
-    for (std::size_t i = low; i < middle; ++i) {
-      upper += weights[static_cast<std::size_t>(tokens[i])];
-    }
+    for (const RankedToken& token : tokens.subspan(low, middle - low)) upper += token.weight;
     if (taken + upper >= mass) {
       high = middle;
     } else {
@@ -69,18 +78,9 @@ std::size_t select_mass(std::span<std::int32_t> tokens, const std::vector<double
       low = middle;
     }
   }
-  return high;
-}
-
-// As select_mass, but at least `keep` tokens.
-template <typename Before>
-std::size_t select_mass_or(std::span<std::int32_t> tokens, const std::vector<double>& weights,
-                           double mass, std::size_t keep, Before before) {
-  const std::size_t count = select_mass(tokens, weights, mass, before);
   keep = std::min(keep, tokens.size());
-  if (count >= keep) return count;
-  std::nth_element(tokens.begin(), tokens.begin() + static_cast<std::ptrdiff_t>(keep - 1),
-                   tokens.end(), before);
+  if (high >= keep) return high;
+  std::nth_element(tokens.begin(), at(keep - 1), tokens.end(), before);
   return keep;
 }
 
@@ -131,19 +131,15 @@ void top_k(std::span<float> logits, std::size_t k, ProcessorScratch& scratch) {
 }
 
 void top_p(std::span<float> logits, double p, std::size_t keep, ProcessorScratch& scratch) {
-  const double log_sum = exp_sum(logits).log();
-  const auto tokens = gather_tokens(logits, scratch);
-  for (const std::int32_t token : tokens) {
-    const auto i = static_cast<std::size_t>(token);
-    scratch.weights[i] = std::exp(static_cast<double>(logits[i]) - log_sum);
-  }
-  const auto likelier = [&](std::int32_t a, std::int32_t b) {
-    const float logit_a = logits[static_cast<std::size_t>(a)];
-    const float logit_b = logits[static_cast<std::size_t>(b)];
-    return logit_a != logit_b ? logit_a > logit_b : a > b;
+  const auto key = [](float logit) { return logit; };
+  const auto tokens = gather_tokens(logits, exp_sum(logits), key, scratch);
+  const auto likelier = [](const RankedToken& a, const RankedToken& b) {
+    return a.key != b.key ? a.key > b.key : a.id > b.id;
   };
-  const std::size_t count = select_mass_or(tokens, scratch.weights, p, keep, likelier);
-  remove_tokens(logits, tokens.subspan(count));
+  const std::size_t count = select_mass(tokens, p, keep, likelier);
+  for (const RankedToken& token : tokens.subspan(count)) {
+    logits[static_cast<std::size_t>(token.id)] = kRemoved;
+  }
 }
 
 void min_p(std::span<float> logits, double p, std::size_t keep, ProcessorScratch& scratch) {
@@ -152,27 +148,22 @@ void min_p(std::span<float> logits, double p, std::size_t keep, ProcessorScratch
 }
 
 void typical_p(std::span<float> logits, double mass, std::size_t keep, ProcessorScratch& scratch) {
-  const double log_sum = exp_sum(logits).log();
+  const ExpSum sum = exp_sum(logits);
+  const double log_sum = sum.log();
   const double expected = entropy(logits, log_sum);
-  const auto tokens = gather_tokens(logits, scratch);
-  for (const std::int32_t token : tokens) {
-    const auto i = static_cast<std::size_t>(token);
-    const double log_p = static_cast<double>(logits[i]) - log_sum;
-    scratch.weights[i] = std::exp(log_p);
-    scratch.keys[i] = static_cast<float>(std::abs(-log_p - expected));
-  }
-  const auto key = [&](std::int32_t token) {
-    return scratch.keys[static_cast<std::size_t>(token)];
+  const auto distance = [&](float logit) {
+    return static_cast<float>(std::abs(log_sum - static_cast<double>(logit) - expected));
   };
-  const auto nearer = [&](std::int32_t a, std::int32_t b) {
-    return key(a) != key(b) ? key(a) < key(b) : a < b;
+  const auto tokens = gather_tokens(logits, sum, distance, scratch);
+  const auto nearer = [](const RankedToken& a, const RankedToken& b) {
+    return a.key != b.key ? a.key < b.key : a.id < b.id;
   };
-  const std::size_t count = select_mass_or(tokens, scratch.weights, mass, keep, nearer);
+  const std::size_t count = select_mass(tokens, mass, keep, nearer);
   // Tokens as far from the entropy as the farthest that was needed stay too.
   float farthest = 0.0F;
-  for (const std::int32_t token : tokens.first(count)) farthest = std::max(farthest, key(token));
-  for (const std::int32_t token : tokens.subspan(count)) {
-    if (key(token) > farthest) logits[static_cast<std::size_t>(token)] = kRemoved;
+  for (const RankedToken& token : tokens.first(count)) farthest = std::max(farthest, token.key);
+  for (const RankedToken& token : tokens.subspan(count)) {
+    if (token.key > farthest) logits[static_cast<std::size_t>(token.id)] = kRemoved;
   }
 }
 

@@ -14,15 +14,21 @@
 
 namespace deltafox::infer {
 
-// Memory of the processors for rows of N logits, so that none allocates.
-class ProcessorScratch {
- public:
-  explicit ProcessorScratch(std::size_t vocab_size)
-      : order(vocab_size), keys(vocab_size), weights(vocab_size), seen(vocab_size, 0) {}
+// A token in a ranking. What the comparison needs lies beside it, as a ranking of the whole
+// vocabulary that looked it up elsewhere would take several times as long.
+struct RankedToken {
+  float key;
+  std::int32_t id;
+  double weight;  // its probability
+};
 
-  std::vector<std::int32_t> order;  // [N] token ids being ranked
-  std::vector<float> keys;          // [N] what they are ranked by
-  std::vector<double> weights;      // [N] their probabilities
+// Memory of the processors for rows of N logits, so that none allocates.
+struct ProcessorScratch {
+  explicit ProcessorScratch(std::size_t vocab_size)
+      : ranked(vocab_size), logits(vocab_size), seen(vocab_size, 0) {}
+
+  std::vector<RankedToken> ranked;  // [N]
+  std::vector<float> logits;        // [N] a copy to be reordered
   std::vector<std::uint8_t> seen;   // [N] all zero between calls
 };
 

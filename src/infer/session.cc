@@ -45,6 +45,12 @@ Session::Session(const Model& model_in, std::span<const std::vector<std::int32_t
   if (config.num_beams > 1 && options.on_token) {
     fail("num_beams: must be 1 to receive tokens as they come, got {}", config.num_beams);
   }
+  if (config.num_beams > 1 && (!options.initial_states.empty() || options.return_states)) {
+    fail("num_beams: must be 1 to start from states or to return them, got {}", config.num_beams);
+  }
+  if (!options.initial_states.empty() && options.initial_states.size() != prompts.size()) {
+    fail("initial_states: {} states for {} prompts", options.initial_states.size(), prompts.size());
+  }
   for (std::size_t p = 0; p < prompts.size(); ++p) {
     if (prompts[p].empty()) {
       fail("prompt {} is empty: it needs at least one token, such as the BOS token", p);
@@ -105,7 +111,10 @@ std::vector<State> Session::prefill(std::vector<float>& logits) const {
   std::vector<State*> pointers;
   states.reserve(prompts.size());
   pointers.reserve(prompts.size());
-  for (std::size_t p = 0; p < prompts.size(); ++p) states.push_back(model.new_state());
+  for (std::size_t p = 0; p < prompts.size(); ++p) {
+    states.push_back(options.initial_states.empty() ? model.new_state()
+                                                    : options.initial_states[p]);
+  }
   for (State& state : states) pointers.push_back(&state);
   logits.resize(prompts.size() * vocab_size);
   model.forward({ids, cu_seqlens}, pointers, logits);

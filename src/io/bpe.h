@@ -25,7 +25,7 @@ class Bpe {
 
   Bpe() = default;
   // byte_tokens: the token of each byte, or kNoToken.
-  Bpe(const std::array<std::int32_t, 256>& byte_tokens, const std::vector<Merge>& merges);
+  Bpe(const std::array<std::int32_t, 256>& byte_tokens, std::vector<Merge> merges);
 
   // Enters a token, so that a piece of just these bytes is found without merging. Ignored where
   // merging would not give this token, or where the bytes are too many.
@@ -39,45 +39,45 @@ class Bpe {
  private:
   static constexpr std::uint32_t kNoMerge = 0xFFFFFFFF;
 
-  // A word of at most 16 bytes, padded with zeros.
+  // A word of 1 to 15 bytes, padded with zeros; the last byte holds the length. Empty: no word.
   struct Word {
     std::uint64_t low = 0;
     std::uint64_t high = 0;
-    std::uint32_t length = 0;
     bool operator==(const Word&) const = default;
   };
-  struct WordSlot {
-    Word word;
-    std::int32_t token = kNoToken;
-  };
-  // What a word became earlier in the same call: ids[begin, begin + count).
-  struct SeenSlot {
-    Word word;
-    std::uint32_t count = 0;
+  // What a piece became earlier in the same call: ids[begin, begin + count).
+  struct Seen {
+    std::string_view piece;
     std::size_t begin = 0;
+    std::size_t count = 0;
   };
-  // Empty while it has no rank.
+  // Where a pair's merge stands. The tag, from the pair's hash, spares most looks at the merge
+  // itself.
   struct PairSlot {
-    std::uint64_t pair = ~std::uint64_t{0};
-    std::uint32_t rank = kNoMerge;
-    std::int32_t result = kNoToken;
+    std::uint32_t tag = 0;
+    std::uint32_t rank = kNoMerge;  // kNoMerge: empty
   };
 
   static Word word_of(std::string_view piece, const char* readable_end);
   static std::uint64_t hash(const Word& word);
+  static std::uint64_t pair_hash(std::int32_t left, std::int32_t right);
   std::size_t pair_index(std::int32_t left, std::int32_t right) const;
-  std::int32_t find_word(const Word& word) const;
+  std::uint32_t rank_of(std::int32_t left, std::int32_t right) const;
+  std::uint32_t rank_of_bytes(std::string_view piece, std::size_t at) const;
+  std::size_t word_index(const Word& word) const;
   void merge_piece(std::string_view piece, std::vector<std::int32_t>& ids) const;
   void merge_short(std::string_view piece, std::vector<std::int32_t>& ids) const;
   void merge_long(std::string_view piece, std::vector<std::int32_t>& ids) const;
-  void grow_words();
 
   std::array<std::int32_t, 256> byte_tokens_{};
+  std::vector<Merge> merges_;  // [rank]
+  // Ranks of the pairs that pieces begin with, [256, 256]: half of all look-ups, in little memory.
+  std::vector<std::uint32_t> byte_ranks_;
   // Open addressing with linear probing, at most half full, sizes a power of two.
   std::vector<PairSlot> pairs_;
   int pair_shift_ = 0;
-  std::vector<WordSlot> words_;
-  std::size_t word_count_ = 0;
+  std::vector<Word> words_;
+  std::vector<std::int32_t> word_tokens_;  // of words_, apart, so that a probe touches one line
 };
 
 }  // namespace deltafox

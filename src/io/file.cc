@@ -160,6 +160,7 @@ void remove_pending_files() noexcept {
 }
 
 AtomicFile::AtomicFile(std::string path) : path_(std::move(path)) {
+  if (path_.empty()) fail("cannot write to a file without a name");
   struct stat status {};
   if (stat(path_.c_str(), &status) == 0) {
     if (S_ISDIR(status.st_mode)) fail("{}: is a directory", path_);

@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <array>
+#include <cmath>
 #include <limits>
 #include <map>
 #include <nlohmann/json.hpp>
@@ -156,9 +157,15 @@ class Builder : public nlohmann::json_sax<json> {
   std::string problem_;
 };
 
+// As Python writes it: JSON has no non-finite numbers.
+std::string describe(double value) {
+  if (std::isnan(value)) return "NaN";
+  if (std::isinf(value)) return value > 0 ? "Infinity" : "-Infinity";
+  return fmt::format("{}", value);
+}
+
 std::string describe(const json& value) {
-  // dump() writes non-finite numbers as null.
-  if (value.is_number_float()) return fmt::format("{}", value.get<double>());
+  if (value.is_number_float()) return describe(value.get<double>());
   return printable(value.dump(-1, ' ', false, json::error_handler_t::replace));
 }
 
@@ -235,7 +242,9 @@ std::int64_t JsonObject::as_integer(const char* key, const json& value, std::int
 double JsonObject::as_number(const char* key, const json& value, double min, double max) const {
   const bool in_range =
       value.is_number() && value.get<double>() >= min && value.get<double>() <= max;
-  if (!in_range) refuse(key, fmt::format("a number from {} to {}", min, max), value);
+  if (!in_range) {
+    refuse(key, fmt::format("a number from {} to {}", describe(min), describe(max)), value);
+  }
   return value.get<double>();
 }
 

@@ -217,22 +217,11 @@ ConstTensorView SafetensorsFile::view(std::string_view name) const {
   if (!entry->dtype) {
     fail("{}: tensor '{}': dtype {} is not supported", path_, printable(name), entry->dtype_name);
   }
-  const std::vector<std::int64_t>& dims = entry->shape;
-  switch (dims.size()) {
-    case 0:
-      return {entry->data, *entry->dtype, {}};
-    case 1:
-      return {entry->data, *entry->dtype, {dims[0]}};
-    case 2:
-      return {entry->data, *entry->dtype, {dims[0], dims[1]}};
-    case 3:
-      return {entry->data, *entry->dtype, {dims[0], dims[1], dims[2]}};
-    case 4:
-      return {entry->data, *entry->dtype, {dims[0], dims[1], dims[2], dims[3]}};
-    default:
-      fail("{}: tensor '{}': {} dimensions, at most {} are supported", path_, printable(name),
-           dims.size(), Shape::kMaxRank);
+  if (entry->shape.size() > Shape::kMaxRank) {
+    fail("{}: tensor '{}': {} dimensions, at most {} are supported", path_, printable(name),
+         entry->shape.size(), Shape::kMaxRank);
   }
+  return {entry->data, *entry->dtype, Shape(entry->shape)};
 }
 
 }  // namespace deltafox::io

@@ -46,8 +46,10 @@ std::string quoted(const std::string& text) {
 std::string header_of(const std::vector<TensorDeclaration>& tensors,
                       const std::map<std::string, std::string>& metadata) {
   std::vector<std::string> members;
+  members.reserve(tensors.size() + 1);
   if (!metadata.empty()) {
     std::vector<std::string> pairs;
+    pairs.reserve(metadata.size());
     for (const auto& [key, value] : metadata) {
       pairs.push_back(fmt::format("{}:{}", quoted(key), quoted(value)));
     }
@@ -56,6 +58,7 @@ std::string header_of(const std::vector<TensorDeclaration>& tensors,
   std::uint64_t begin = 0;
   for (const TensorDeclaration& tensor : tensors) {
     std::vector<std::int64_t> dims;
+    dims.reserve(Shape::kMaxRank);
     for (int i = 0; i < tensor.shape.rank(); ++i) dims.push_back(tensor.shape[i]);
     const std::uint64_t end = begin + bytes_of(tensor);
     members.push_back(fmt::format(R"({}:{{"dtype":"{}","shape":[{}],"data_offsets":[{},{}]}})",

@@ -4,6 +4,7 @@
 #include <charconv>
 
 #include "core/error.h"
+#include "io/utf8.h"
 #include "io/vocabulary.h"
 
 namespace deltafox {
@@ -97,7 +98,9 @@ json parse_json(std::string_view text, const std::string& file) {
   try {
     return json::parse(text);
   } catch (const json::exception& error) {
-    fail("{}: {}", file, error.what());
+    // The message quotes the file, up to the byte at fault.
+    constexpr std::size_t kShown = 200;
+    fail("{}: {}", file, utf8::replace_invalid(std::string_view(error.what()).substr(0, kShown)));
   }
 }
 

@@ -111,8 +111,9 @@ TEST(BeamSearch, FinishReasonsTellEndOfSequenceFromLength) {
   for (const Beam& beam : run(beams(16), 4)) {
     ASSERT_TRUE(beam.finish_reason.has_value());
     EXPECT_EQ(*beam.finish_reason == FinishReason::kEos, beam.ids.back() == kEos);
-    if (*beam.finish_reason == FinishReason::kLength)
+    if (*beam.finish_reason == FinishReason::kLength) {
       EXPECT_EQ(beam.ids.size(), kPrompt.size() + 4);
+    }
     reasons.insert(*beam.finish_reason);
   }
   EXPECT_EQ(reasons, (std::set<FinishReason>{FinishReason::kEos, FinishReason::kLength}));

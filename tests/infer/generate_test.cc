@@ -98,15 +98,10 @@ TEST(Generate, EqualsTransformersOnEveryGoldenCase) {
       const auto results = generate(model, golden.at("prompt").get<Prompts>(), config);
       const auto expected = golden.at("sequences").get<Prompts>();
       ASSERT_EQ(results.size(), expected.size());
+      EXPECT_EQ(padded_ids(results, 0), expected);
       for (std::size_t s = 0; s < results.size(); ++s) {
-        // Finished rows of a batch are padded there, not here.
-        const Ids& ids = results[s].ids;
-        ASSERT_LE(ids.size(), expected[s].size());
-        Ids padded = ids;
-        padded.resize(expected[s].size(), 0);
-        EXPECT_EQ(padded, expected[s]);
         if (results[s].finish_reason == FinishReason::kEos) {
-          EXPECT_THAT(ends, testing::Contains(ids.back()));
+          EXPECT_THAT(ends, testing::Contains(results[s].ids.back()));
         } else {
           EXPECT_EQ(std::ssize(results[s].new_ids()), *config.max_new_tokens);
         }
@@ -412,6 +407,23 @@ TEST(Generate, BanningEveryTokenIsAnError) {
   GenerationConfig config = greedy(3);
   config.no_repeat_ngram_size = 1;
   EXPECT_THAT(error_of({all}, config), HasSubstr("no token is left to choose"));
+}
+
+TEST(Generate, RowsArePaddedWithThePadTokenElseTheEndElseZero) {
+  const Model model = tiny_model();  // end of sequence 255, no pad token
+  GenerationConfig config;
+  EXPECT_EQ(pad_token_id(model, config), 255);
+  config.eos_token_id = {7, 8};
+  EXPECT_EQ(pad_token_id(model, config), 7);
+  config.eos_token_id.emplace();
+  EXPECT_EQ(pad_token_id(model, config), 0);
+  config.pad_token_id = 3;
+  EXPECT_EQ(pad_token_id(model, config), 3);
+  std::vector<GeneratedSequence> sequences(2);
+  sequences[0].ids = {1, 2, 5};
+  sequences[1].ids = {4};
+  EXPECT_THAT(padded_ids(sequences, 3), ElementsAre(Ids{1, 2, 5}, Ids{4, 3, 3}));
+  EXPECT_TRUE(padded_ids({}, 3).empty());
 }
 
 TEST(Generate, FinishReasonsHaveNames) {

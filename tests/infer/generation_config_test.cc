@@ -132,6 +132,10 @@ TEST(GenerationConfig, ValuesOutOfRangeNameOptionRangeAndValue) {
             "eta_cutoff: must be in [0, 1), got -1");
   EXPECT_EQ(validation_error([](auto& c) { c.repetition_penalty = 0; }),
             "repetition_penalty: must be > 0, got 0");
+  EXPECT_EQ(validation_error([](auto& c) { c.repetition_penalty = 1e30; }),
+            "repetition_penalty: must be in [1e-10, 1e10], got 1e+30");
+  EXPECT_EQ(validation_error([](auto& c) { c.temperature = 1e-40; }),
+            "temperature: must be >= 1e-10, got 1e-40");
   EXPECT_EQ(validation_error([](auto& c) { c.no_repeat_ngram_size = -1; }),
             "no_repeat_ngram_size: must be >= 0, got -1");
   EXPECT_EQ(validation_error([](auto& c) { c.num_beams = 0; }),

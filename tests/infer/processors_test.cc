@@ -177,7 +177,8 @@ TEST(Processors, FiltersEqualTheirDefinitionsOnTheWholeVocabulary) {
         const double eta = std::min(epsilon, std::sqrt(epsilon) * std::exp(-twin.entropy));
         EXPECT_EQ(row, twin.keep_likely(eta, keep)) << "eta " << epsilon;
       }
-      for (const std::size_t k : {std::size_t{1}, std::size_t{50}, kVocab, kVocab + 1}) {
+      for (const std::size_t k :
+           {std::size_t{1}, std::size_t{50}, std::size_t{257}, kVocab, kVocab + 1}) {
         auto row = logits;
         top_k(row, k, scratch);
         const auto kept =

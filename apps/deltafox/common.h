@@ -1,0 +1,75 @@
+// What several subcommands share: options that name a model, ids and texts on the command line.
+#pragma once
+
+#include <CLI/CLI.hpp>
+#include <cstdint>
+#include <optional>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "deltafox/model.h"
+#include "deltafox/tokenizer.h"
+
+namespace deltafox::app {
+
+// --model and --revision.
+class CheckpointOptions {
+ public:
+  void add(CLI::App& command);
+
+  // The checkpoint's directory. Throws Error if neither the disk nor the cache holds it.
+  std::string directory() const;
+  const std::string& revision() const { return revision_; }
+
+ private:
+  std::string model_;
+  std::string revision_ = "main";
+};
+
+// Those, and --dtype and --threads: how a model is loaded.
+class ModelOptions {
+ public:
+  void add(CLI::App& command);
+
+  std::string directory() const { return checkpoint_.directory(); }
+  int threads() const { return threads_; }
+  std::optional<DType> dtype() const;
+  Model load(const std::string& directory) const;
+
+ private:
+  CheckpointOptions checkpoint_;
+  std::string dtype_ = "auto";
+  int threads_ = 0;
+};
+
+// float32, bfloat16, float16, as PyTorch calls them.
+DType dtype_named(const std::string& name);
+std::string_view torch_name(DType dtype);
+
+// Whether the directory holds a tokenizer's files.
+bool has_tokenizer(const std::string& directory);
+
+// "1,2,3" or "1 2 3". Throws Error naming `source` and the entry that is no id.
+std::vector<std::int32_t> parse_ids(std::string_view text, const std::string& source);
+// "1,2,3"
+std::string format_ids(std::span<const std::int32_t> ids);
+
+// A whole text file; "-" is stdin.
+std::string read_input(const std::string& path);
+
+// The one sequence that a command reads: --text or --input-ids.
+class SequenceOptions {
+ public:
+  void add(CLI::App& command);
+
+  bool given() const { return text_ || input_ids_; }
+  // Throws Error if it is empty, or if both are given.
+  std::vector<std::int32_t> ids(const std::string& directory) const;
+
+ private:
+  std::optional<std::string> text_;
+  std::optional<std::string> input_ids_;
+};
+
+}  // namespace deltafox::app

@@ -1,0 +1,12 @@
+#!/bin/bash
+# From a fresh Debian 12 to text: installs what is missing, builds, and continues a prompt with the
+# small model in models/tiny.
+#   ./quickstart.sh ["prompt"]
+set -euo pipefail
+cd "$(dirname "$0")"
+source tools/packages.sh
+
+install_missing "${build_packages[@]}"
+[[ -f build/cpu/build.ninja ]] || cmake --preset cpu >/dev/null
+cmake --build build/cpu --target deltafox_cli
+build/cpu/deltafox generate --model models/tiny "${1:-Once upon a time}"
