@@ -9,8 +9,10 @@
 HWY_BEFORE_NAMESPACE();
 namespace deltafox::cpu::HWY_NAMESPACE {
 
+// Elements of a task.
+constexpr std::int64_t kBlock = 16 * 1024;
+
 void activation_target(Context& ctx, const ActivationArgs& args) {
-  constexpr std::int64_t kBlock = 16 * 1024;
   const std::int64_t size = args.x.shape.size();
   ctx.threads().parallel_for((size + kBlock - 1) / kBlock, [&](std::int64_t task) {
     float* x = args.x.f32() + task * kBlock;
@@ -37,6 +39,26 @@ void glu_target(Context& ctx, const GluArgs& args) {
           const VF32 gated =
               hn::Mul(activate(args.activation, load_first(gate + i, n)), load_first(up + i, n));
           store_first(gated, y + i, n);
+        });
+  });
+}
+
+void forget_gate_target(Context& ctx, const ForgetGateArgs& args) {
+  const std::int64_t size = args.x.shape.size();
+  ctx.threads().parallel_for((size + kBlock - 1) / kBlock, [&](std::int64_t task) {
+    float* x = args.x.f32() + task * kBlock;
+    float* k = args.k.f32() + task * kBlock;
+    for_row(
+        std::min(kBlock, size - task * kBlock),
+        [&](std::int64_t i) HWY_ATTR {
+          const VF32 logits = load(x + i);
+          store(sigmoid(logits), x + i);
+          store(sigmoid(hn::Neg(logits)), k + i);
+        },
+        [&](std::int64_t i, std::int64_t n) HWY_ATTR {
+          const VF32 logits = load_first(x + i, n);
+          store_first(sigmoid(logits), x + i, n);
+          store_first(sigmoid(hn::Neg(logits)), k + i, n);
         });
   });
 }
@@ -89,12 +111,16 @@ HWY_AFTER_NAMESPACE();
 namespace deltafox::cpu {
 HWY_EXPORT(activation_target);
 HWY_EXPORT(glu_target);
+HWY_EXPORT(forget_gate_target);
 HWY_EXPORT(feature_map_target);
 void activation(Context& ctx, const ActivationArgs& args) {
   HWY_DYNAMIC_DISPATCH(activation_target)(ctx, args);
 }
 void glu(Context& ctx, const GluArgs& args) {
   HWY_DYNAMIC_DISPATCH(glu_target)(ctx, args);
+}
+void forget_gate(Context& ctx, const ForgetGateArgs& args) {
+  HWY_DYNAMIC_DISPATCH(forget_gate_target)(ctx, args);
 }
 void feature_map(Context& ctx, const FeatureMapArgs& args) {
   HWY_DYNAMIC_DISPATCH(feature_map_target)(ctx, args);

@@ -6,27 +6,16 @@
 #define HWY_TARGET_INCLUDE "cpu/delta_rule.cc"
 #include <hwy/foreach_target.h>
 
+#include "cpu/chunk-inl.h"
 #include "cpu/small_gemm-inl.h"
 
 HWY_BEFORE_NAMESPACE();
 namespace deltafox::cpu::HWY_NAMESPACE {
+namespace {
 
 constexpr std::int64_t kChunk = kDeltaRuleChunk;
-// Triangular matrices are computed in row blocks of this size, each up to the diagonal.
-constexpr std::int64_t kBlock = 16;
 // Shorter chunks cost less by the recurrence.
 constexpr std::int64_t kMinChunk = 12;
-
-constexpr std::int64_t round_up(std::int64_t n) {
-  return (n + kBlock - 1) / kBlock * kBlock;
-}
-
-// Rows of one head of one sequence: element d of row t is at data[t · stride + d].
-struct HeadRows {
-  const float* data;
-  std::int64_t stride;
-  const float* row(std::int64_t t) const { return data + t * stride; }
-};
 
 struct Head {
   std::int64_t key_dim;    // K
@@ -119,15 +108,6 @@ HWY_INLINE void recurrent_step(const Head& head, std::int64_t t, float* u) {
   }
 }
 
-HWY_INLINE void load_rows(HeadRows rows, std::int64_t begin, std::int64_t length,
-                          std::int64_t width, float scale, float* to, std::int64_t stride) {
-  std::fill(to, to + round_up(length) * stride, 0.0f);
-  for (std::int64_t t = 0; t < length; ++t) {
-    const float* from = rows.row(begin + t);
-    for (std::int64_t i = 0; i < width; ++i) to[t * stride + i] = from[i] * scale;
-  }
-}
-
 // scores = tril(left · k_tᵀ): rows [0, length), the diagonal included; garbage above it in its
 // blocks.
 HWY_INLINE void lower_scores(const Chunk& chunk, const float* left, std::int64_t length) {
@@ -199,28 +179,20 @@ HWY_INLINE void chunk_forward(const Head& head, const Chunk& chunk, float* state
 
 HWY_INLINE void head_forward(const Head& head, std::int64_t length, float* memory) {
   const Chunk chunk(memory, head.key_dim, head.value_dim);
-  // The chunked form wants the state with padded rows; where they need no padding it works in
-  // place.
-  const bool in_place = head.key_dim == chunk.key_stride && head.value_dim == chunk.value_stride;
   const std::int64_t tail = length % kChunk;
   const std::int64_t chunked = tail < kMinChunk ? length - tail : length;
-  float* state = in_place ? head.state : chunk.state;
-  if (!in_place && chunked > 0) {
-    std::fill(state, state + chunk.key_stride * chunk.value_stride, 0.0f);
-    for (std::int64_t i = 0; i < head.key_dim; ++i) {
-      std::copy_n(head.state + i * head.value_dim, head.value_dim, state + i * chunk.value_stride);
-    }
-  }
-  for (std::int64_t t = 0; t < chunked; t += kChunk) {
-    chunk_forward(head, chunk, state, t, std::min(kChunk, chunked - t));
-  }
-  if (!in_place && chunked > 0) {
-    for (std::int64_t i = 0; i < head.key_dim; ++i) {
-      std::copy_n(state + i * chunk.value_stride, head.value_dim, head.state + i * head.value_dim);
-    }
+  if (chunked > 0) {
+    with_padded_state(head.state, head.key_dim, head.value_dim, chunk.state,
+                      [&](float* state) HWY_ATTR {
+                        for (std::int64_t t = 0; t < chunked; t += kChunk) {
+                          chunk_forward(head, chunk, state, t, std::min(kChunk, chunked - t));
+                        }
+                      });
   }
   for (std::int64_t t = chunked; t < length; ++t) recurrent_step(head, t, chunk.u);
 }
+
+}  // namespace
 
 void delta_rule_target(Context& ctx, const DeltaRuleArgs& args) {
   const std::int64_t heads = args.q.shape[1];

@@ -12,10 +12,10 @@
 HWY_BEFORE_NAMESPACE();
 namespace deltafox::cpu::HWY_NAMESPACE {
 
-// 4 × 6 sums, 4 + 1 operands: within the 32 registers of AVX-512; a smaller tile for the 16 of
-// AVX2.
 // K in stretches of 512 for a block of rows: six rows of w are then 12 KB.
 constexpr std::int64_t kDepthBlock = 512;
+// 4 × 6 sums, 4 + 1 operands: within the 32 registers of AVX-512; a smaller tile for the 16 of
+// AVX2.
 #if HWY_TARGET <= HWY_AVX3
 constexpr int kTileRows = 4;
 constexpr int kTileColumns = 6;
@@ -160,14 +160,29 @@ void linear_of(Context& ctx, const LinearArgs& args) {
   });
 }
 
+// y = bias [+ y], for the products to be added to.
+void begin_with_bias(Context& ctx, const LinearArgs& args) {
+  const std::int64_t columns = args.y.shape[1];
+  const float* bias = args.bias.f32();
+  ctx.threads().parallel_for(args.y.shape[0], [&](std::int64_t t) {
+    float* y = args.y.f32() + t * columns;
+    for (std::int64_t n = 0; n < columns; ++n) y[n] = args.accumulate ? y[n] + bias[n] : bias[n];
+  });
+}
+
 void linear_target(Context& ctx, const LinearArgs& args) {
+  LinearArgs products = args;
+  if (args.bias.data != nullptr) {
+    begin_with_bias(ctx, args);
+    products.accumulate = true;
+  }
   switch (args.w.dtype) {
     case DType::kF32:
-      return linear_of<float>(ctx, args);
+      return linear_of<float>(ctx, products);
     case DType::kBF16:
-      return linear_of<hwy::bfloat16_t>(ctx, args);
+      return linear_of<hwy::bfloat16_t>(ctx, products);
     case DType::kF16:
-      return linear_of<hwy::float16_t>(ctx, args);
+      return linear_of<hwy::float16_t>(ctx, products);
     default:
       assert(false);
   }

@@ -82,6 +82,12 @@ HWY_INLINE VF32 sigmoid(VF32 x) {
   return hn::Div(hn::IfThenElse(hn::Lt(x, hn::Zero(kF32)), e, one), hn::Add(one, e));
 }
 
+// log(1 + e^x)
+HWY_INLINE VF32 softplus(VF32 x) {
+  const VF32 rest = hn::Log1p(kF32, hn::Exp(kF32, hn::Neg(hn::Abs(x))));
+  return hn::Add(hn::Max(x, hn::Zero(kF32)), rest);
+}
+
 HWY_INLINE VF32 activate(Activation activation, VF32 x) {
   switch (activation) {
     case Activation::kIdentity:

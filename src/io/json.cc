@@ -222,6 +222,11 @@ bool JsonObject::contains(const char* key) const {
   return find(key) != nullptr;
 }
 
+bool JsonObject::has_value(const char* key) const {
+  const json* value = find(key);
+  return value != nullptr && !value->is_null();
+}
+
 void JsonObject::refuse(const char* key, const std::string& expected, const json& got) const {
   fail("{}: key '{}{}': must be {}, got {}", file_, prefix_, key, expected, describe(got));
 }
@@ -265,6 +270,16 @@ std::optional<std::int64_t> JsonObject::optional_integer(const char* key,
   const json* value = find(key);
   if (value == nullptr) return default_value;
   if (value->is_null()) return std::nullopt;
+  return as_integer(key, *value, min, max);
+}
+
+std::optional<std::int64_t> JsonObject::integer_or(const char* key, const char* word,
+                                                   std::int64_t min, std::int64_t max) const {
+  const json* value = find(key);
+  if (value == nullptr || *value == word) return std::nullopt;
+  if (value->is_string()) {
+    refuse(key, fmt::format("\"{}\" or an integer from {} to {}", word, min, max), *value);
+  }
   return as_integer(key, *value, min, max);
 }
 

@@ -35,13 +35,17 @@ class JsonObject {
   static JsonObject parse(std::string_view text, const std::string& file);
 
   const std::string& file() const { return file_; }
-  bool contains(const char* key) const;  // true for null as well
+  bool contains(const char* key) const;   // true for null as well
+  bool has_value(const char* key) const;  // false for null as well
 
   std::int64_t integer(const char* key, std::int64_t default_value, std::int64_t min,
                        std::int64_t max) const;
   std::optional<std::int64_t> optional_integer(const char* key,
                                                std::optional<std::int64_t> default_value,
                                                std::int64_t min, std::int64_t max) const;
+  // An integer, or nothing for `word`, which is also the default.
+  std::optional<std::int64_t> integer_or(const char* key, const char* word, std::int64_t min,
+                                         std::int64_t max) const;
   // Integers are numbers. Infinity is one if min or max is; NaN never is in range.
   double number(const char* key, double default_value, double min, double max) const;
   std::optional<double> optional_number(const char* key, std::optional<double> default_value,

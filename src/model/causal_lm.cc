@@ -21,13 +21,15 @@ void mix(Context& ctx, const M& mixer, const ConstTensorView& x, const Sequences
 
 }  // namespace
 
-CausalLM::CausalLM(const Config& config, std::vector<Layer> layers)
+CausalLM::CausalLM(const Config& config, std::vector<Layer> layers, std::vector<IdleParam> idle)
     : config_(config),
       embeddings_(Param::matrix({config.vocab_size, config.hidden_size}, config.embedding_init)),
       layers_(std::move(layers)),
+      idle_(std::move(idle)),
       norm_(Param::vector({config.hidden_size}, Init::constant(1))) {
   if (!config.tie_word_embeddings) {
-    lm_head_ = Param::matrix({config.vocab_size, config.hidden_size}, config.embedding_init);
+    lm_head_ = Param::matrix({config.vocab_size, config.hidden_size},
+                             config.lm_head_init.value_or(config.embedding_init));
   }
 }
 

@@ -14,13 +14,17 @@
 #include "core/sequences.h"
 #include "model/blocks/attention.h"
 #include "model/blocks/delta_net.h"
+#include "model/blocks/hgrn2.h"
+#include "model/blocks/mamba.h"
+#include "model/blocks/mamba2.h"
 #include "model/blocks/mlp.h"
 #include "model/param.h"
 
 namespace deltafox {
 
-using Mixer = std::variant<DeltaNetMixer, AttentionMixer>;
-using MixerState = std::variant<DeltaNetMixer::State, AttentionMixer::State>;
+using Mixer = std::variant<DeltaNetMixer, AttentionMixer, Hgrn2Mixer, Mamba2Mixer, MambaMixer>;
+using MixerState = std::variant<DeltaNetMixer::State, AttentionMixer::State, Hgrn2Mixer::State,
+                                Mamba2Mixer::State, MambaMixer::State>;
 
 struct Layer {
   std::optional<Param> mixer_norm;  // [C]
@@ -34,6 +38,12 @@ struct SequenceState {
   std::uint64_t model_id = 0;  // of the loaded model that made it
   std::int64_t position = 0;   // tokens read
   std::vector<MixerState> layers;
+};
+
+// A parameter of the checkpoint that the forward pass does not read.
+struct IdleParam {
+  std::string name;
+  Param param;
 };
 
 // Names of parameters, as the official checkpoint of an architecture has them.
@@ -55,11 +65,12 @@ class CausalLM {
     std::int64_t hidden_size;  // C
     float norm_eps;
     Init embedding_init;
+    std::optional<Init> lm_head_init = {};  // as the embedding's where absent
     bool tie_word_embeddings = false;
     ParamNames names;
   };
 
-  CausalLM(const Config& config, std::vector<Layer> layers);
+  CausalLM(const Config& config, std::vector<Layer> layers, std::vector<IdleParam> idle = {});
 
   // hidden [rows, C] after the embedding (0) or layer l (l), of rows first_row... of the batch.
   using LayerHook = std::function<void(std::int64_t layer, const ConstTensorView& hidden)>;
@@ -87,6 +98,7 @@ class CausalLM {
   void visit_params(Visitor&& visit) {
     const ParamNames& names = config_.names;
     visit(names.embeddings, embeddings_);
+    for (IdleParam& idle : idle_) visit(idle.name, idle.param);
     for (std::size_t l = 0; l < layers_.size(); ++l) {
       Layer& layer = layers_[l];
       const std::string prefix = names.layers + std::to_string(l) + ".";
@@ -104,6 +116,7 @@ class CausalLM {
   Config config_;
   Param embeddings_;  // [N, C]
   std::vector<Layer> layers_;
+  std::vector<IdleParam> idle_;
   Param norm_;                    // [C]
   std::optional<Param> lm_head_;  // [N, C], absent where tied to the embedding
 };

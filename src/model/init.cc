@@ -2,7 +2,6 @@
 
 #include <cmath>
 #include <filesystem>
-#include <nlohmann/json.hpp>
 #include <numbers>
 #include <vector>
 
@@ -25,6 +24,12 @@ double open_unit(std::uint32_t bits) {
   return (bits + 0.5) * 0x1p-32;
 }
 
+double time_step_bias(const Init& init, double draw) {
+  const double low = std::log(init.value);
+  const double dt = std::max(std::exp(low + draw * (std::log(init.max) - low)), init.floor);
+  return dt + std::log(-std::expm1(-dt));
+}
+
 // Four draws for elements 4·block... of parameter `index`.
 std::array<float, 4> draw(const Init& init, std::uint64_t seed, std::uint32_t index,
                           std::uint64_t block) {
@@ -39,30 +44,45 @@ std::array<float, 4> draw(const Init& init, std::uint64_t seed, std::uint32_t in
       const double radius = init.value * std::sqrt(-2 * std::log(a));
       values[i] = static_cast<float>(radius * std::cos(2 * std::numbers::pi * b));
       values[i + 1] = static_cast<float>(radius * std::sin(2 * std::numbers::pi * b));
-    } else {
+    } else if (init.kind == Init::Kind::kUniform) {
       values[i] = static_cast<float>(init.value * (2 * a - 1));
       values[i + 1] = static_cast<float>(init.value * (2 * b - 1));
+    } else {
+      values[i] = static_cast<float>(time_step_bias(init, a));
+      values[i + 1] = static_cast<float>(time_step_bias(init, b));
     }
   }
   return values;
+}
+
+bool is_random(const Init& init) {
+  return init.kind == Init::Kind::kNormal || init.kind == Init::Kind::kUniform ||
+         init.kind == Init::Kind::kTimeStepBias;
+}
+
+// Element i of a parameter that is initialised without chance.
+double determined(const Param& param, std::int64_t i) {
+  const Init& init = param.init;
+  if (init.kind == Init::Kind::kLogIndex) {
+    return std::log(1 + static_cast<double>(i % param.shape[param.shape.rank() - 1]));
+  }
+  if (init.kind == Init::Kind::kDecayTimes) {
+    const double low = std::log(init.value);
+    const double spacing = (std::log(init.max) - low) /
+                           static_cast<double>(std::max<std::int64_t>(1, param.shape.size() - 1));
+    const double time = std::exp(low + spacing * static_cast<double>(i));
+    return -std::log(std::expm1(1 / time));
+  }
+  return init.value;
 }
 
 // Elements [begin, begin + size) of the parameter; begin and size are multiples of four, or the
 // parameter ends there.
 void fill(const Param& param, std::uint64_t seed, std::uint32_t index, std::int64_t begin,
           std::span<float> to) {
-  if (param.init.kind == Init::Kind::kConstant) {
-    std::fill(to.begin(), to.end(), static_cast<float>(param.init.value));
-    return;
-  }
-  if (param.init.kind == Init::Kind::kDecayTimes) {
-    const double low = std::log(param.init.value);
-    const double spacing = (std::log(param.init.max) - low) /
-                           static_cast<double>(std::max<std::int64_t>(1, param.shape.size() - 1));
+  if (!is_random(param.init)) {
     for (std::size_t i = 0; i < to.size(); ++i) {
-      const double time =
-          std::exp(low + spacing * static_cast<double>(begin + static_cast<std::int64_t>(i)));
-      to[i] = static_cast<float>(-std::log(std::expm1(1 / time)));
+      to[i] = static_cast<float>(determined(param, begin + static_cast<std::int64_t>(i)));
     }
     return;
   }
@@ -74,9 +94,10 @@ void fill(const Param& param, std::uint64_t seed, std::uint32_t index, std::int6
 }
 
 void write_config(const std::string& config_json, const fs::path& path) {
-  nlohmann::ordered_json config = nlohmann::ordered_json::parse(config_json);
-  config["deltafox_random_weights"] = true;
-  const std::string text = config.dump(2) + "\n";
+  // Text goes in before the last brace: Python's Infinity would not survive a JSON library.
+  std::string text = config_json.substr(0, config_json.find_last_of('}'));
+  text.erase(text.find_last_not_of(" \t\r\n") + 1);
+  text += ",\n  \"deltafox_random_weights\": true\n}\n";
   io::AtomicFile file(path.string());
   file.append(std::as_bytes(std::span(text)));
   file.commit();

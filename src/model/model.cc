@@ -19,6 +19,9 @@
 #include "model/registry.h"
 #include "model/state_file.h"
 #include "ops/cross_entropy.h"
+#include "ops/delta_rule.h"
+#include "ops/gla.h"
+#include "ops/ssd.h"
 
 namespace deltafox {
 namespace {
@@ -28,6 +31,8 @@ namespace {
 // where they end changes nothing.
 constexpr std::int64_t kPieceTokens = 1024;
 constexpr std::int64_t kPieceAlign = 64;
+static_assert(kPieceAlign % kDeltaRuleChunk == 0 && kPieceAlign % kGlaChunk == 0 &&
+              kPieceAlign % kSsdChunk == 0);
 // Rows of logits in memory at a time.
 constexpr std::int64_t kLogitRows = 128;
 

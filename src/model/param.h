@@ -9,14 +9,29 @@ namespace deltafox {
 
 // How the official code initialises a weight.
 struct Init {
-  enum class Kind : std::uint8_t { kConstant, kNormal, kUniform, kDecayTimes };
+  enum class Kind : std::uint8_t {
+    kConstant,
+    kNormal,
+    kUniform,
+    kLogIndex,
+    kTimeStepBias,
+    kDecayTimes
+  };
   Kind kind = Kind::kConstant;
   double value = 0;  // the constant, the standard deviation, the bound of ±bound, or the minimum
-  double max = 0;    // of kDecayTimes
+  double max = 0;    // of kTimeStepBias and kDecayTimes
+  double floor = 0;  // of kTimeStepBias
 
   static Init constant(double value) { return {Kind::kConstant, value}; }
   static Init normal(double std) { return {Kind::kNormal, std}; }
   static Init uniform(double bound) { return {Kind::kUniform, bound}; }
+  // log(1 + i) for element i of each row
+  static Init log_index() { return {Kind::kLogIndex}; }
+  // The inverse softplus of a time step drawn from [min, max], uniform in its logarithm, and then
+  // raised to `floor`.
+  static Init time_step_bias(double min, double max, double floor) {
+    return {Kind::kTimeStepBias, min, max, floor};
+  }
   // Logits b of gates σ(b) that decay to 1/e in times from min to max, the first element's to the
   // last's, spaced evenly in the logarithm.
   static Init decay_times(double min, double max) { return {Kind::kDecayTimes, min, max}; }

@@ -9,6 +9,9 @@
 #include "model/arch/delta_net.h"
 #include "model/arch/flash_linear_attention.h"
 #include "model/arch/forgetting_transformer.h"
+#include "model/arch/hgrn2.h"
+#include "model/arch/mamba2.h"
+#include "model/arch/samba.h"
 #include "model/arch/transformer.h"
 
 namespace deltafox {
@@ -22,6 +25,9 @@ struct Architecture {
 constexpr std::array kArchitectures{
     Architecture{"delta_net-project_fox", arch::build_delta_net},
     Architecture{"forgetting_transformer-project_fox", arch::build_forgetting_transformer},
+    Architecture{"hgrn2-project_fox", arch::build_hgrn2},
+    Architecture{"mamba2-project_fox", arch::build_mamba2},
+    Architecture{"samba-project_fox", arch::build_samba},
     Architecture{"transformer-project_fox", arch::build_transformer},
     Architecture{"delta_net", arch::build_fla_delta_net},
     Architecture{"forgetting_transformer", arch::build_fla_forgetting_transformer},
@@ -49,9 +55,16 @@ constexpr std::array kPresets{
     Preset{"fox_llama-125m", fox<FoxVariant::kFoxLlama, 768, 12, 12>},
     Preset{"fox_llama-360m", fox<FoxVariant::kFoxLlama, 1024, 24, 16>},
     Preset{"fox_llama-760m", fox<FoxVariant::kFoxLlama, 1536, 24, 24>},
+    Preset{"hgrn2-125m", [] { return arch::hgrn2_config(768, 12); }},
+    Preset{"hgrn2-360m", [] { return arch::hgrn2_config(1024, 24); }},
+    Preset{"hgrn2-760m", [] { return arch::hgrn2_config(1536, 24); }},
+    Preset{"mamba2-125m", [] { return arch::mamba2_config(768, 24, 24); }},
+    Preset{"mamba2-360m", [] { return arch::mamba2_config(1024, 48, 32); }},
+    Preset{"mamba2-760m", [] { return arch::mamba2_config(1536, 48, 48); }},
     Preset{"transformer_pro-125m", fox<FoxVariant::kTransformerPro, 768, 12, 12>},
     Preset{"transformer_pro-360m", fox<FoxVariant::kTransformerPro, 1024, 24, 16>},
     Preset{"transformer_pro-760m", fox<FoxVariant::kTransformerPro, 1536, 24, 12>},
+    Preset{"samba-760m", arch::samba_config},
     Preset{"transformer_llama-125m", [] { return arch::transformer_config(768, 12, 12); }},
     Preset{"transformer_llama-360m", [] { return arch::transformer_config(1024, 24, 16); }},
     Preset{"transformer_llama-760m", [] { return arch::transformer_config(1536, 24, 12); }},

@@ -19,6 +19,14 @@ void glu(Context& ctx, const GluArgs& args) {
   }
 }
 
+void forget_gate(Context& ctx, const ForgetGateArgs& args) {
+  check("forget_gate", "k", args.k, args.x.shape);
+  switch (ctx.device()) {
+    case Device::kCpu:
+      return cpu::forget_gate(ctx, args);
+  }
+}
+
 void feature_map(Context& ctx, const FeatureMapArgs& args) {
   switch (ctx.device()) {
     case Device::kCpu:

@@ -20,6 +20,13 @@ struct GluArgs {
   TensorView y;             // [T, F]
 };
 
+// g = sigmoid(x) in place of x, and k = 1 − g: computed as sigmoid(−x), which keeps its precision
+// where g is near one
+struct ForgetGateArgs {
+  TensorView x;  // any shape, F32
+  TensorView k;  // the same shape
+};
+
 enum class FeatureNorm : std::uint8_t { kNone, kL2, kSum };
 
 // x = norm(act(x)) over the last dimension, in place: l2 is x · rsqrt(Σx² + 1e-6), sum is x / Σx
@@ -32,17 +39,20 @@ struct FeatureMapArgs {
 namespace ops {
 void activation(Context& ctx, const ActivationArgs& args);
 void glu(Context& ctx, const GluArgs& args);
+void forget_gate(Context& ctx, const ForgetGateArgs& args);
 void feature_map(Context& ctx, const FeatureMapArgs& args);
 }  // namespace ops
 namespace cpu {
 void activation(Context& ctx, const ActivationArgs& args);
 void glu(Context& ctx, const GluArgs& args);
+void forget_gate(Context& ctx, const ForgetGateArgs& args);
 void feature_map(Context& ctx, const FeatureMapArgs& args);
 }  // namespace cpu
 namespace reference {
 float activate(Activation activation, float x);
 void activation(const ActivationArgs& args);
 void glu(const GluArgs& args);
+void forget_gate(const ForgetGateArgs& args);
 void feature_map(const FeatureMapArgs& args);
 }  // namespace reference
 }  // namespace deltafox

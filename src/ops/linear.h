@@ -1,4 +1,4 @@
-// y = x wᵀ (+ y)
+// y = x wᵀ [+ bias] [+ y]
 //
 // Each element is the sum of its K products in an order that depends on K and the instruction set
 // alone: not on T, N, the position in the matrix or the number of threads. So a token's result does
@@ -10,10 +10,11 @@
 namespace deltafox {
 
 struct LinearArgs {
-  ConstTensorView x;        // [T, K] F32
-  ConstTensorView w;        // [N, K] F32, BF16 or F16; products and sums are float32
-  TensorView y;             // [T, N] F32
-  bool accumulate = false;  // y += x wᵀ
+  ConstTensorView x;          // [T, K] F32
+  ConstTensorView w;          // [N, K] F32, BF16 or F16; products and sums are float32
+  TensorView y;               // [T, N] F32
+  bool accumulate = false;    // y += x wᵀ
+  ConstTensorView bias = {};  // [N] F32 or no data
 };
 
 namespace ops {

@@ -1,5 +1,6 @@
 // deltafox generate: ids, texts, states, batches, and what it refuses.
 #include <fmt/ranges.h>
+#include <fmt/format.h>
 #include <gtest/gtest.h>
 
 #include <csignal>
@@ -65,7 +66,7 @@ TEST_F(GenerateText, PrintsThePromptAndWhatContinuesIt) {
   for (const char* option : {"--stream", "--no-stream"}) {
     const Result result = run({"The fox", "-n", "8", option});
     expect_success(result);
-    EXPECT_EQ(result.out, "The fox" + text + "\n");
+    EXPECT_EQ(result.out, fmt::format("The fox{}\n", text));
     EXPECT_EQ(run({"The fox", "-n", "8", "--no-echo", option}).out, text + "\n");
   }
 }

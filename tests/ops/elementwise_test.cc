@@ -71,6 +71,20 @@ TEST_F(Elementwise, GluEqualsPlain) {
   }
 }
 
+TEST_F(Elementwise, ForgetGateEqualsPlainAndKeepsTheGatesPrecision) {
+  Tensor x = random_.normal_tensor({random_.integer(1, 50), random_.integer(1, 99)}, 10);
+  x.f32()[0] = 20;
+  Tensor k(DType::kF32, x.view().shape);
+  Tensor expected = x;
+  Tensor expected_k = k;
+  ops::forget_gate(ctx_, {x.view(), k.view()});
+  reference::forget_gate({expected.view(), expected_k.view()});
+  expect_close(x, expected);
+  expect_close(k, expected_k);
+  EXPECT_EQ(x.f32()[0], 1);
+  EXPECT_NEAR(k.f32()[0], 2.0611537e-9F, 1e-14F);
+}
+
 TEST_F(Elementwise, FeatureMapEqualsPlain) {
   for (const Activation activation : kActivations) {
     for (const FeatureNorm norm : {FeatureNorm::kNone, FeatureNorm::kL2, FeatureNorm::kSum}) {
@@ -89,15 +103,18 @@ TEST_F(Elementwise, FeatureMapEqualsPlain) {
 
 TEST_F(Elementwise, RmsNormEqualsPlain) {
   for (int round = 0; round < 20; ++round) {
-    const std::int64_t rows = random_.integer(1, 30);
+    const std::int64_t groups = random_.integer(1, 3);
+    const std::int64_t rows = groups * random_.integer(1, 10);
     const std::int64_t width = random_.integer(1, 300);
     const Tensor x = random_.normal_tensor({rows, width});
-    const Tensor w = random_.normal_tensor({width});
+    const Tensor w = random_.normal_tensor({groups * width});
     const Tensor gate = random_.normal_tensor({rows, width});
     Tensor y(DType::kF32, {rows, width});
     Tensor expected = y;
     RmsNormArgs args{.x = x.view(), .w = w.view(), .gate = {}, .y = y.view(), .eps = 1e-5F};
     if (round % 2 == 0) args.gate = gate.view();
+    if (round % 5 == 0) args.w = {};
+    args.gate_first = round % 4 == 0;
     ops::rms_norm(ctx_, args);
     args.y = expected.view();
     reference::rms_norm(args);

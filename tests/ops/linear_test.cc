@@ -44,9 +44,11 @@ TEST_P(LinearParity, FastEqualsPlain) {
     Tensor expected = y;
     const bool accumulate = round % 2 == 0;
     const Tensor& stored = w;
-    const LinearArgs args{x.view(), stored.view(), y.view(), accumulate};
+    const Tensor bias = random.normal_tensor({columns});
+    const ConstTensorView bias_or_none = round % 3 == 0 ? bias.view() : ConstTensorView();
+    const LinearArgs args{x.view(), stored.view(), y.view(), accumulate, bias_or_none};
     ops::linear(ctx, args);
-    reference::linear({x.view(), stored.view(), expected.view(), accumulate});
+    reference::linear({x.view(), stored.view(), expected.view(), accumulate, bias_or_none});
     for (std::int64_t t = 0; t < rows; ++t) {
       for (std::int64_t n = 0; n < columns; ++n) {
         ASSERT_NEAR(y.f32()[t * columns + n], expected.f32()[t * columns + n],

@@ -6,23 +6,14 @@
 #include "ops/delta_rule.h"
 #include "ops/short_conv.h"
 #include "support/random.h"
+#include "support/tensors.h"
 
 namespace deltafox {
 namespace {
 
+using test::expect_near;
+using test::pointers;
 using test::Random;
-
-std::vector<float*> pointers(std::vector<Tensor>& states) {
-  std::vector<float*> result;
-  for (Tensor& state : states) result.push_back(state.f32());
-  return result;
-}
-
-void expect_near(const Tensor& got, const Tensor& expected, float tolerance) {
-  for (std::int64_t i = 0; i < got.view().shape.size(); ++i) {
-    ASSERT_NEAR(got.f32()[i], expected.f32()[i], tolerance) << "element " << i;
-  }
-}
 
 struct ConvCase {
   explicit ConvCase(Random& random, std::int64_t channels, std::int64_t width)

@@ -36,6 +36,14 @@ void glu(const GluArgs& args) {
   }
 }
 
+void forget_gate(const ForgetGateArgs& args) {
+  for (std::int64_t i = 0; i < args.x.shape.size(); ++i) {
+    const float x = args.x.f32()[i];
+    args.x.f32()[i] = activate(Activation::kSigmoid, x);
+    args.k.f32()[i] = activate(Activation::kSigmoid, -x);
+  }
+}
+
 void feature_map(const FeatureMapArgs& args) {
   const std::int64_t width = args.x.shape[2];
   for (std::int64_t r = 0; r < args.x.shape[0] * args.x.shape[1]; ++r) {

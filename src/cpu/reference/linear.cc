@@ -14,6 +14,7 @@ void linear(const LinearArgs& args) {
       for (std::int64_t k = 0; k < depth; ++k) {
         sum += static_cast<double>(args.x.f32()[t * depth + k]) * load_f32(args.w, n * depth + k);
       }
+      if (args.bias.data != nullptr) sum += args.bias.f32()[n];
       float& y = args.y.f32()[t * columns + n];
       y = static_cast<float>(args.accumulate ? y + sum : sum);
     }

@@ -52,7 +52,7 @@ AttentionMixer::AttentionMixer(const Config& config)
           .ogate_proj = {},
           .output_norm = {},
           .o_proj = Param::matrix({config.hidden_size, config.num_heads * config.head_dim},
-                                  config.projection_init),
+                                  config.o_init.value_or(config.projection_init)),
       } {
   const std::int64_t query_dim = config.num_heads * config.head_dim;
   const std::int64_t key_dim = config.num_kv_heads * config.head_dim;

@@ -50,6 +50,7 @@ class AttentionMixer {
     // Skips keys whose weights total at most e^tolerance; see ops/forgetting_attention.h.
     std::optional<float> log_pruning_tolerance = {};
     Init projection_init = {};
+    std::optional<Init> o_init = {};  // as the other projections' where absent
     std::string forget_gate_name = "fgate_proj";
     std::string output_gate_name = "ogate_proj";
   };

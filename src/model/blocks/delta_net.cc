@@ -1,52 +1,34 @@
 #include "model/blocks/delta_net.h"
 
-#include <cmath>
-
+#include "model/blocks/projection.h"
 #include "ops/delta_rule.h"
 #include "ops/linear.h"
 #include "ops/rms_norm.h"
-#include "ops/short_conv.h"
 
 namespace deltafox {
-namespace {
-
-// The official layer initialises its own projections, before the model's initialiser (normal, and
-// the scaling of o_proj by depth) gets to them: xavier_uniform with gain 2^-2.5.
-Param projection(std::int64_t rows, std::int64_t columns) {
-  const double bound = std::exp2(-2.5) * std::sqrt(6.0 / static_cast<double>(rows + columns));
-  return Param::matrix({rows, columns}, Init::uniform(bound));
-}
-
-// PyTorch's default for a depthwise convolution: kaiming_uniform with a = √5 and fan-in W.
-Param convolution(std::int64_t channels, std::int64_t width) {
-  return Param::vector({channels, 1, width},
-                       Init::uniform(1 / std::sqrt(static_cast<double>(width))));
-}
-
-}  // namespace
 
 DeltaNetMixer::DeltaNetMixer(const Config& config)
     : config_(config),
       weights_{
           .norm = {},
-          .q_proj = projection(config.key_dim, config.hidden_size),
-          .k_proj = projection(config.key_dim, config.hidden_size),
-          .v_proj = projection(config.value_dim, config.hidden_size),
+          .q_proj = xavier_projection(config.key_dim, config.hidden_size),
+          .k_proj = xavier_projection(config.key_dim, config.hidden_size),
+          .v_proj = xavier_projection(config.value_dim, config.hidden_size),
           .b_proj = {},
           .q_conv1d = {},
           .k_conv1d = {},
           .v_conv1d = {},
           .g_proj = {},
           .o_norm = Param::vector({config.value_dim / config.num_heads}, Init::constant(1)),
-          .o_proj = projection(config.hidden_size, config.value_dim),
+          .o_proj = xavier_projection(config.hidden_size, config.value_dim),
       } {
   if (config.norm_first) weights_.norm = Param::vector({config.hidden_size}, Init::constant(1));
-  if (config.use_beta) weights_.b_proj = projection(config.num_heads, config.hidden_size);
-  if (config.use_gate) weights_.g_proj = projection(config.value_dim, config.hidden_size);
+  if (config.use_beta) weights_.b_proj = xavier_projection(config.num_heads, config.hidden_size);
+  if (config.use_gate) weights_.g_proj = xavier_projection(config.value_dim, config.hidden_size);
   if (config.use_short_conv) {
-    weights_.q_conv1d = convolution(config.key_dim, config.conv_size);
-    weights_.k_conv1d = convolution(config.key_dim, config.conv_size);
-    weights_.v_conv1d = convolution(config.value_dim, config.conv_size);
+    weights_.q_conv1d = depthwise_convolution(config.key_dim, config.conv_size);
+    weights_.k_conv1d = depthwise_convolution(config.key_dim, config.conv_size);
+    weights_.v_conv1d = depthwise_convolution(config.value_dim, config.conv_size);
   }
 }
 
@@ -60,30 +42,6 @@ DeltaNetMixer::State DeltaNetMixer::new_state() const {
   state.recurrent = Tensor(DType::kF32, {config_.num_heads, config_.key_dim / config_.num_heads,
                                          config_.value_dim / config_.num_heads});
   return state;
-}
-
-// activation(conv(proj x)), or activation(proj x) without a convolution.
-TensorView DeltaNetMixer::project(Context& ctx, ScratchScope& scratch, const ConstTensorView& x,
-                                  const Sequences& sequences, const Param& proj,
-                                  const std::optional<Param>& conv, std::span<State* const> states,
-                                  Tensor State::*conv_state, Activation activation) const {
-  const std::int64_t channels = proj.shape[0];
-  const TensorView projected = scratch.tensor({x.shape[0], channels});
-  ops::linear(ctx, {.x = x, .w = proj.value, .y = projected});
-  if (!conv) {
-    ops::activation(ctx, {.activation = activation, .x = projected});
-    return projected;
-  }
-  const TensorView y = scratch.tensor(projected.shape);
-  const std::span<float*> conv_states = scratch.array<float*>(sequences.count());
-  for (std::size_t b = 0; b < states.size(); ++b) conv_states[b] = (states[b]->*conv_state).f32();
-  ops::short_conv(ctx, {.x = projected,
-                        .w = conv->value.reshaped({channels, config_.conv_size}),
-                        .sequences = sequences,
-                        .states = conv_states,
-                        .activation = activation,
-                        .y = y});
-  return y;
 }
 
 void DeltaNetMixer::forward(Context& ctx, const ConstTensorView& x, const Sequences& sequences,
@@ -106,15 +64,20 @@ void DeltaNetMixer::forward(Context& ctx, const ConstTensorView& x, const Sequen
   const bool silu = config_.qk_activation == Activation::kSilu;
   const Activation qk_conv_activation =
       silu && config_.use_short_conv ? Activation::kSilu : Activation::kIdentity;
-  const TensorView q = project(ctx, scratch, input, sequences, weights_.q_proj, weights_.q_conv1d,
-                               states, &State::q_conv, qk_conv_activation)
-                           .reshaped(keys);  // [T, H, K]
-  const TensorView k = project(ctx, scratch, input, sequences, weights_.k_proj, weights_.k_conv1d,
-                               states, &State::k_conv, qk_conv_activation)
-                           .reshaped(keys);  // [T, H, K]
-  const TensorView v = project(ctx, scratch, input, sequences, weights_.v_proj, weights_.v_conv1d,
-                               states, &State::v_conv, Activation::kSilu)
-                           .reshaped(values);  // [T, H, V]
+  const auto projected = [&](const Param& proj, const std::optional<Param>& conv,
+                             Tensor State::*conv_state, Activation activation) {
+    return project_and_convolve(ctx, scratch, input, proj, conv, sequences,
+                                state_pointers(scratch, states, conv_state), activation);
+  };
+  const TensorView q =
+      projected(weights_.q_proj, weights_.q_conv1d, &State::q_conv, qk_conv_activation)
+          .reshaped(keys);  // [T, H, K]
+  const TensorView k =
+      projected(weights_.k_proj, weights_.k_conv1d, &State::k_conv, qk_conv_activation)
+          .reshaped(keys);  // [T, H, K]
+  const TensorView v =
+      projected(weights_.v_proj, weights_.v_conv1d, &State::v_conv, Activation::kSilu)
+          .reshaped(values);  // [T, H, V]
   const Activation head_activation = silu ? Activation::kIdentity : config_.qk_activation;
   ops::feature_map(ctx, {.activation = head_activation, .norm = config_.qk_norm, .x = q});
   ops::feature_map(ctx, {.activation = head_activation, .norm = config_.qk_norm, .x = k});
@@ -127,11 +90,13 @@ void DeltaNetMixer::forward(Context& ctx, const ConstTensorView& x, const Sequen
   }
 
   const TensorView o = scratch.tensor(values);  // [T, H, V]
-  const std::span<float*> recurrent = scratch.array<float*>(sequences.count());
-  for (std::size_t b = 0; b < states.size(); ++b) recurrent[b] = states[b]->recurrent.f32();
-  ops::delta_rule(
-      ctx,
-      {.q = q, .k = k, .v = v, .beta = beta, .sequences = sequences, .states = recurrent, .o = o});
+  ops::delta_rule(ctx, {.q = q,
+                        .k = k,
+                        .v = v,
+                        .beta = beta,
+                        .sequences = sequences,
+                        .states = state_pointers(scratch, states, &State::recurrent),
+                        .o = o});
 
   TensorView gate;  // [T, H·V]
   if (weights_.g_proj) {

@@ -85,11 +85,6 @@ class DeltaNetMixer {
   }
 
  private:
-  TensorView project(Context& ctx, ScratchScope& scratch, const ConstTensorView& x,
-                     const Sequences& sequences, const Param& proj,
-                     const std::optional<Param>& conv, std::span<State* const> states,
-                     Tensor State::*conv_state, Activation activation) const;
-
   Config config_;
   Weights weights_;
 };

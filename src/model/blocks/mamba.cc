@@ -1,0 +1,82 @@
+#include "model/blocks/mamba.h"
+
+#include "model/blocks/projection.h"
+#include "ops/linear.h"
+#include "ops/selective_scan.h"
+
+namespace deltafox {
+
+MambaMixer::MambaMixer(const Config& config)
+    : config_(config),
+      weights_{
+          .in_proj = Param::matrix({2 * config.inner_size, config.hidden_size},
+                                   default_init(config.hidden_size)),
+          .in_bias = {},
+          .conv1d = depthwise_convolution(config.inner_size, config.conv_size),
+          .conv1d_bias = {},
+          .x_proj = Param::matrix({config.dt_rank + 2 * config.state_size, config.inner_size},
+                                  default_init(config.inner_size)),
+          .dt_proj = Param::matrix({config.inner_size, config.dt_rank}, config.dt_init),
+          .dt_bias = Param::vector({config.inner_size}, config.dt_bias_init),
+          .a_log = Param::vector({config.inner_size, config.state_size}, Init::log_index()),
+          .d = Param::vector({config.inner_size}, Init::constant(1)),
+          .out_proj = Param::matrix({config.hidden_size, config.inner_size}, config.out_init),
+          .out_bias = {},
+      } {
+  if (config.use_bias) {
+    weights_.in_bias = Param::vector({2 * config.inner_size}, Init::constant(0));
+    weights_.out_bias = Param::vector({config.hidden_size}, Init::constant(0));
+  }
+  if (config.use_conv_bias) {
+    weights_.conv1d_bias = Param::vector({config.inner_size}, default_init(config.conv_size));
+  }
+}
+
+MambaMixer::State MambaMixer::new_state() const {
+  return {.conv = Tensor(DType::kF32, {config_.inner_size, config_.conv_size}),
+          .ssm = Tensor(DType::kF32, {config_.state_size, config_.inner_size})};
+}
+
+void MambaMixer::forward(Context& ctx, const ConstTensorView& x, const Sequences& sequences,
+                         std::span<State* const> states, const TensorView& hidden) const {
+  const std::int64_t inner = config_.inner_size;
+  const std::int64_t size = config_.state_size;
+  ScratchScope scratch(ctx);
+  const auto half = [&](std::int64_t begin) {
+    return project(
+        ctx, scratch, x, rows_of(weights_.in_proj.value, begin, inner),
+        weights_.in_bias ? rows_of(weights_.in_bias->value, begin, inner) : ConstTensorView{});
+  };
+  const TensorView input = half(0);  // [T, E]
+  const TensorView z = half(inner);  // [T, E]
+  const TensorView mixed =
+      convolve(ctx, scratch, input, weights_.conv1d, value_of(weights_.conv1d_bias), sequences,
+               state_pointers(scratch, states, &State::conv), Activation::kSilu);  // [T, E]
+  const auto selected = [&](std::int64_t begin, std::int64_t count) {
+    return project(ctx, scratch, mixed, rows_of(weights_.x_proj.value, begin, count));
+  };
+  const TensorView low_rank = selected(0, config_.dt_rank);                       // [T, R]
+  const TensorView b = selected(config_.dt_rank, size);                           // [T, N]
+  const TensorView c = selected(config_.dt_rank + size, size);                    // [T, N]
+  const TensorView dt = project(ctx, scratch, low_rank, weights_.dt_proj.value);  // [T, E]
+
+  const TensorView y = scratch.tensor(mixed.shape);  // [T, E]
+  ops::selective_scan(ctx, {.x = mixed,
+                            .dt = dt,
+                            .dt_bias = weights_.dt_bias.value,
+                            .a_log = weights_.a_log.value,
+                            .b = b,
+                            .c = c,
+                            .d = weights_.d.value,
+                            .gate = z,
+                            .sequences = sequences,
+                            .states = state_pointers(scratch, states, &State::ssm),
+                            .y = y});
+  ops::linear(ctx, {.x = y,
+                    .w = weights_.out_proj.value,
+                    .y = hidden,
+                    .accumulate = true,
+                    .bias = value_of(weights_.out_bias)});
+}
+
+}  // namespace deltafox

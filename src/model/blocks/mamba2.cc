@@ -1,0 +1,84 @@
+#include "model/blocks/mamba2.h"
+
+#include "model/blocks/projection.h"
+#include "ops/linear.h"
+#include "ops/rms_norm.h"
+#include "ops/ssd.h"
+
+namespace deltafox {
+
+Mamba2Mixer::Mamba2Mixer(const Config& config)
+    : config_(config),
+      weights_{
+          .in_proj = Param::matrix(
+              {config.inner() + config.conv_channels() + config.num_heads, config.hidden_size},
+              default_init(config.hidden_size)),
+          .in_bias = {},
+          .conv1d = depthwise_convolution(config.conv_channels(), config.conv_size),
+          .conv1d_bias = {},
+          .dt_bias = Param::vector({config.num_heads}, config.dt_bias_init),
+          .a_log = Param::vector({config.num_heads}, Init::log_index()),
+          .d = Param::vector({config.num_heads}, Init::constant(1)),
+          .norm = Param::vector({config.inner()}, Init::constant(1)),
+          .out_proj = Param::matrix({config.hidden_size, config.inner()}, config.out_init),
+          .out_bias = {},
+      } {
+  if (config.use_bias) {
+    weights_.in_bias = Param::vector({weights_.in_proj.shape[0]}, Init::constant(0));
+    weights_.out_bias = Param::vector({config.hidden_size}, Init::constant(0));
+  }
+  if (config.use_conv_bias) {
+    weights_.conv1d_bias = Param::vector({config.conv_channels()}, default_init(config.conv_size));
+  }
+}
+
+Mamba2Mixer::State Mamba2Mixer::new_state() const {
+  return {.conv = Tensor(DType::kF32, {config_.conv_channels(), config_.conv_size}),
+          .ssm = Tensor(DType::kF32, {config_.num_heads, config_.state_size, config_.head_dim})};
+}
+
+void Mamba2Mixer::forward(Context& ctx, const ConstTensorView& x, const Sequences& sequences,
+                          std::span<State* const> states, const TensorView& hidden) const {
+  const std::int64_t tokens = x.shape[0];
+  const std::int64_t inner = config_.inner();
+  ScratchScope scratch(ctx);
+  const auto part = [&](std::int64_t begin, std::int64_t count) {
+    return project(
+        ctx, scratch, x, rows_of(weights_.in_proj.value, begin, count),
+        weights_.in_bias ? rows_of(weights_.in_bias->value, begin, count) : ConstTensorView{});
+  };
+  const TensorView z = part(0, inner);                             // [T, H·P]
+  const TensorView inputs = part(inner, config_.conv_channels());  // [T, H·P + 2·G·N]
+  const TensorView dt = part(inner + config_.conv_channels(), config_.num_heads);  // [T, H]
+  const TensorView xbc =
+      convolve(ctx, scratch, inputs, weights_.conv1d, value_of(weights_.conv1d_bias), sequences,
+               state_pointers(scratch, states, &State::conv), config_.conv_activation);
+
+  const TensorView y = scratch.tensor({tokens, config_.num_heads, config_.head_dim});
+  ops::ssd(ctx, {.xbc = xbc,
+                 .dt = dt,
+                 .dt_bias = weights_.dt_bias.value,
+                 .a_log = weights_.a_log.value,
+                 .d = weights_.d.value,
+                 .dt_min = config_.dt_min,
+                 .dt_max = config_.dt_max,
+                 .num_groups = config_.num_groups,
+                 .sequences = sequences,
+                 .states = state_pointers(scratch, states, &State::ssm),
+                 .y = y});
+  const Shape groups{tokens * config_.num_groups, inner / config_.num_groups};
+  ops::rms_norm(ctx, {.x = y.reshaped(groups),
+                      .w = weights_.norm.value,
+                      .gate = z.reshaped(groups),
+                      .gate_activation = Activation::kSilu,
+                      .gate_first = true,
+                      .y = y.reshaped(groups),
+                      .eps = config_.norm_eps});
+  ops::linear(ctx, {.x = y.reshaped({tokens, inner}),
+                    .w = weights_.out_proj.value,
+                    .y = hidden,
+                    .accumulate = true,
+                    .bias = value_of(weights_.out_bias)});
+}
+
+}  // namespace deltafox

@@ -1,0 +1,64 @@
+#include "model/blocks/projection.h"
+
+#include <cmath>
+
+#include "ops/linear.h"
+#include "ops/short_conv.h"
+
+namespace deltafox {
+
+Param xavier_projection(std::int64_t rows, std::int64_t columns) {
+  const double bound = std::exp2(-2.5) * std::sqrt(6.0 / static_cast<double>(rows + columns));
+  return Param::matrix({rows, columns}, Init::uniform(bound));
+}
+
+Init default_init(std::int64_t fan_in) {
+  return Init::uniform(1 / std::sqrt(static_cast<double>(fan_in)));
+}
+
+Param depthwise_convolution(std::int64_t channels, std::int64_t width) {
+  return Param::vector({channels, 1, width}, default_init(width));
+}
+
+ConstTensorView rows_of(const ConstTensorView& tensor, std::int64_t begin, std::int64_t count) {
+  const bool vector = tensor.shape.rank() == 1;
+  const std::int64_t columns = vector ? 1 : tensor.shape[1];
+  const std::size_t offset = static_cast<std::size_t>(begin * columns) * size_of(tensor.dtype);
+  return {static_cast<const std::byte*>(tensor.data) + offset, tensor.dtype,
+          vector ? Shape{count} : Shape{count, columns}};
+}
+
+TensorView project(Context& ctx, ScratchScope& scratch, const ConstTensorView& x,
+                   const ConstTensorView& w, const ConstTensorView& bias) {
+  const TensorView y = scratch.tensor({x.shape[0], w.shape[0]});
+  ops::linear(ctx, {.x = x, .w = w, .y = y, .bias = bias});
+  return y;
+}
+
+TensorView convolve(Context& ctx, ScratchScope& scratch, const ConstTensorView& x,
+                    const Param& conv, const ConstTensorView& bias, const Sequences& sequences,
+                    std::span<float* const> states, Activation activation) {
+  const TensorView y = scratch.tensor(x.shape);
+  ops::short_conv(ctx, {.x = x,
+                        .w = conv.value.reshaped({conv.shape[0], conv.shape[2]}),
+                        .bias = bias,
+                        .sequences = sequences,
+                        .states = states,
+                        .activation = activation,
+                        .y = y});
+  return y;
+}
+
+TensorView project_and_convolve(Context& ctx, ScratchScope& scratch, const ConstTensorView& x,
+                                const Param& proj, const std::optional<Param>& conv,
+                                const Sequences& sequences, std::span<float* const> states,
+                                Activation activation) {
+  const TensorView y = project(ctx, scratch, x, proj.value);
+  if (conv) return convolve(ctx, scratch, y, *conv, {}, sequences, states, activation);
+  if (activation != Activation::kIdentity) {
+    ops::activation(ctx, {.activation = activation, .x = y});
+  }
+  return y;
+}
+
+}  // namespace deltafox

@@ -1,0 +1,59 @@
+// What mixers are made of besides their recurrence: projections with or without a short
+// convolution, and how the official code initialises them.
+#pragma once
+
+#include <optional>
+#include <span>
+
+#include "core/context.h"
+#include "core/sequences.h"
+#include "model/param.h"
+#include "ops/activation.h"
+
+namespace deltafox {
+
+// As the official layers of DeltaNet and HGRN2 initialise their projections, before the model's
+// initialiser (normal, and the scaling of o_proj by depth) gets to them: xavier_uniform with gain
+// 2^-2.5.
+Param xavier_projection(std::int64_t rows, std::int64_t columns);
+
+// PyTorch's default for linear and convolution layers, kaiming_uniform with a = √5.
+Init default_init(std::int64_t fan_in);
+
+// The weight [channels, 1, W] of a depthwise convolution.
+Param depthwise_convolution(std::int64_t channels, std::int64_t width);
+
+// Rows [begin, begin + count) of a matrix, or as many elements of a vector.
+ConstTensorView rows_of(const ConstTensorView& tensor, std::int64_t begin, std::int64_t count);
+
+// No data for a weight that a block lacks.
+inline ConstTensorView value_of(const std::optional<Param>& param) {
+  return param ? param->value : ConstTensorView{};
+}
+
+// Where one tensor of each sequence's state lies.
+template <typename State>
+std::span<float*> state_pointers(ScratchScope& scratch, std::span<State* const> states,
+                                 Tensor State::*tensor) {
+  const std::span<float*> pointers =
+      scratch.array<float*>(static_cast<std::int64_t>(states.size()));
+  for (std::size_t b = 0; b < states.size(); ++b) pointers[b] = (states[b]->*tensor).f32();
+  return pointers;
+}
+
+// y [T, N] = x [T, C] wᵀ [+ bias], in scratch memory
+TensorView project(Context& ctx, ScratchScope& scratch, const ConstTensorView& x,
+                   const ConstTensorView& w, const ConstTensorView& bias = {});
+
+// y [T, N] = act(conv(x [T, N])), in scratch memory
+TensorView convolve(Context& ctx, ScratchScope& scratch, const ConstTensorView& x,
+                    const Param& conv, const ConstTensorView& bias, const Sequences& sequences,
+                    std::span<float* const> states, Activation activation);
+
+// y [T, N] = act(conv(x [T, C] wᵀ)), or act(x wᵀ) without a convolution, in scratch memory
+TensorView project_and_convolve(Context& ctx, ScratchScope& scratch, const ConstTensorView& x,
+                                const Param& proj, const std::optional<Param>& conv,
+                                const Sequences& sequences, std::span<float* const> states,
+                                Activation activation);
+
+}  // namespace deltafox

@@ -1,0 +1,41 @@
+// Gated linear attention, per head, on a state S [K,V]:
+//   S ← diag(g) S + k vᵀ,  o = Sᵀ q / √K
+//
+// cpu::gla works in chunks of 16 tokens (Yang et al., "Gated Linear Attention Transformers with
+// Hardware-Efficient Training", 2024): with S the state before the chunk and Γ_t = g_1 ⊙ … ⊙ g_t,
+//   O = ((Q ⊙ Γ) S + A V) / √K,  A_ts = Σ_i q_ti k_si Π_{s<r≤t} g_ri  (s ≤ t),
+//   S ← diag(Γ_n) S + Σ_s (k_s ⊙ Π_{r>s} g_r) v_sᵀ.
+// Every product of gates is taken forward in time, factor by factor: none is a quotient of two long
+// ones, so gates near zero cost no precision. Chunks start at the first row of each sequence of the
+// call; short chunks use the recurrence itself.
+#pragma once
+
+#include <span>
+
+#include "core/context.h"
+#include "core/sequences.h"
+
+namespace deltafox {
+
+constexpr std::int64_t kGlaChunk = 16;
+
+struct GlaArgs {
+  ConstTensorView q;  // [T, H, K]
+  ConstTensorView k;  // [T, H, K]
+  ConstTensorView g;  // [T, H, K], in [0, 1]
+  ConstTensorView v;  // [T, H, V]
+  Sequences sequences;
+  std::span<float* const> states;  // [B], each [H, K, V]; updated
+  TensorView o;                    // [T, H, V]
+};
+
+namespace ops {
+void gla(Context& ctx, const GlaArgs& args);
+}
+namespace cpu {
+void gla(Context& ctx, const GlaArgs& args);
+}
+namespace reference {
+void gla(const GlaArgs& args);
+}
+}  // namespace deltafox

@@ -1,0 +1,27 @@
+#include "ops/ssd.h"
+
+#include "ops/check.h"
+
+namespace deltafox::ops {
+
+void ssd(Context& ctx, const SsdArgs& args) {
+  const std::int64_t tokens = args.sequences.tokens();
+  const std::int64_t heads = args.y.shape[1];
+  const std::int64_t head_dim = args.y.shape[2];
+  const std::int64_t groups = args.num_groups;
+  if (groups < 1 || heads % groups != 0) {
+    fail("ssd: {} heads do not fall into {} groups", heads, groups);
+  }
+  check("ssd", "y", args.y, {tokens, heads, head_dim});
+  check("ssd", "xbc", args.xbc, {tokens, heads * head_dim + 2 * groups * args.state_size()});
+  check("ssd", "dt", args.dt, {tokens, heads});
+  check("ssd", "dt_bias", args.dt_bias, {heads});
+  check("ssd", "a_log", args.a_log, {heads});
+  check("ssd", "d", args.d, {heads});
+  switch (ctx.device()) {
+    case Device::kCpu:
+      return cpu::ssd(ctx, args);
+  }
+}
+
+}  // namespace deltafox::ops
