@@ -168,10 +168,12 @@ def main():
                 own["gpt2"]["encode_mb_per_s"] / tiktoken_rates["encode_mb_per_s"],
         })
     report = json.dumps({
-        "command": "python3 " + shlex.join(sys.argv),
+        "command": "build/venv/bin/python " + shlex.join(sys.argv),
         "date": datetime.date.today().isoformat(),
         "cpu": cpu_name(),
         "threads": 1,
+        "clock": "processor time of the thread",
+        "load_average": os.getloadavg()[0],
         "versions": {"tiktoken": tiktoken.__version__, "tokenizers": tokenizers.__version__,
                      "python": sys.version.split()[0]},
         "load_ms": ours["load_ms"],

@@ -2,10 +2,13 @@
 #pragma once
 
 #include <CLI/CLI.hpp>
+#include <charconv>
 #include <cstdint>
 #include <optional>
+#include <span>
 #include <string>
 #include <string_view>
+#include <type_traits>
 #include <vector>
 
 #include "deltafox/model.h"
@@ -46,6 +49,20 @@ class ModelOptions {
 // float32, bfloat16, float16, as PyTorch calls them.
 DType dtype_named(const std::string& name);
 std::string_view torch_name(DType dtype);
+
+// A check of options that are whole numbers: the complaint, or nothing. CLI11 by itself takes -1
+// for a large unsigned number, 010 for 8, and cuts off what is out of range.
+template <typename Int>
+std::string whole_number(const std::string& text) {
+  Int value{};
+  const char* const end = text.data() + text.size();
+  const auto [rest, error] = std::from_chars(text.data(), end, value);
+  const bool octal = text.size() > 1 && text.front() == '0';
+  if (error == std::errc() && rest == end && !octal) return {};
+  return (std::is_signed_v<Int> ? "must be a whole number, got '"
+                                : "must be a whole number >= 0, got '") +
+         text + "'";
+}
 
 // Whether the directory holds a tokenizer's files.
 bool has_tokenizer(const std::string& directory);

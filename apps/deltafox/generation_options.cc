@@ -77,6 +77,7 @@ void GenerationOptions::add_endings(CLI::App& command) {
   add(command, "--eos-token-id", &Config::eos_token_id,
       "Ids that end a sequence, instead of the model's; may be given several times")
       ->type_name("ID")
+      ->check(whole_number<std::int32_t>)
       ->allow_extra_args(false)
       ->delimiter(',');
   command.add_flag_function(

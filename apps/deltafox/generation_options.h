@@ -7,6 +7,7 @@
 #include <type_traits>
 #include <vector>
 
+#include "common.h"
 #include "deltafox/generate.h"
 
 namespace deltafox::app {
@@ -33,14 +34,14 @@ class GenerationOptions {
   CLI::Option* add(CLI::App& command, const std::string& name, T GenerationConfig::*member,
                    const std::string& help) {
     using Value = typename ValueOf<T>::Type;
-    return command
-        .add_option_function<Value>(
-            name,
-            [this, member](const Value& value) {
-              overrides_.emplace_back([=](GenerationConfig& config) { config.*member = value; });
-            },
-            help)
-        ->type_name(std::is_floating_point_v<Value> ? "X" : "N");
+    CLI::Option* const option = command.add_option_function<Value>(
+        name,
+        [this, member](const Value& value) {
+          overrides_.emplace_back([=](GenerationConfig& config) { config.*member = value; });
+        },
+        help);
+    if constexpr (std::is_integral_v<Value>) option->check(whole_number<Value>);
+    return option->type_name(std::is_floating_point_v<Value> ? "X" : "N");
   }
 
   void add_lengths(CLI::App& command);

@@ -75,6 +75,7 @@ void add_init(CLI::App& app) {
       ->type_name("NAME")
       ->capture_default_str();
   command->add_option("--seed", options->seed, "The same seed gives the same file on any machine")
+      ->check(whole_number<std::uint64_t>)
       ->type_name("N")
       ->capture_default_str();
   command->add_option("--threads", options->threads, "Threads; 0: one for each core")

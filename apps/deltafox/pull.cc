@@ -46,7 +46,7 @@ void add_pull(CLI::App& app) {
       "After Ctrl-C or a lost connection, the same command goes on where it stopped. Environment:\n"
       "HF_HOME, HF_HUB_CACHE, HF_ENDPOINT, HF_TOKEN, HF_TOKEN_PATH, HF_HUB_OFFLINE.\n\n"
       "Example:\n"
-      "  deltafox generate --model \"$(deltafox pull ORG/NAME)\" \"Once upon a time\"");
+      "  deltafox pull ORG/NAME && deltafox generate --model ORG/NAME \"Once upon a time\"");
   command->callback([options] { options->run(); });
 }
 

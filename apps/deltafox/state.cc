@@ -2,11 +2,13 @@
 #include <fmt/format.h>
 
 #include <array>
+#include <charconv>
 #include <memory>
 
 #include "commands.h"
 #include "common.h"
 #include "core/error.h"
+#include "io/json.h"
 #include "io/safetensors.h"
 #include "terminal.h"
 
@@ -37,6 +39,12 @@ void StateInfoCommand::run() const {
     return found == file.metadata().end() ? std::string() : found->second;
   };
   if (value("format") != "deltafox-state") fail("{}: not a deltafox state file", path);
+  const std::string text = value("position");
+  std::int64_t position = 0;
+  const auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), position);
+  if (error != std::errc() || end != text.data() + text.size()) {
+    fail("{}: metadata 'position' must be a count of tokens, got '{}'", path, io::printable(text));
+  }
   std::size_t bytes = 0;
   nlohmann::ordered_json tensors = nlohmann::ordered_json::object();
   std::string lines;
@@ -44,18 +52,19 @@ void StateInfoCommand::run() const {
     bytes += tensor.bytes;
     const nlohmann::ordered_json shape = tensor.shape;
     tensors[tensor.name] = {{"dtype", tensor.dtype_name}, {"shape", shape}};
-    lines += fmt::format("  {:<24} {} {}\n", tensor.name, tensor.dtype_name, shape.dump());
+    lines += fmt::format("  {:<24} {} {}\n", io::printable(tensor.name), tensor.dtype_name,
+                         shape.dump());
   }
   if (json) {
     return print_json({{"version", value("version")},
                        {"model", value("model")},
-                       {"position", value("position")},
+                       {"position", position},
                        {"bytes", bytes},
                        {"tensors", tensors}});
   }
   write_stdout(
       fmt::format("version   {}\nmodel     {}\nposition  {} tokens\nsize      {}\ntensors\n{}",
-                  value("version"), value("model"), value("position"),
+                  io::printable(value("version")), io::printable(value("model")), position,
                   format_bytes(static_cast<double>(bytes)), lines));
 }
 

@@ -72,6 +72,7 @@ class ScratchScope {
   std::span<T> array(std::int64_t n) {
     static_assert(std::is_trivially_destructible_v<T>);
     const auto count = static_cast<std::size_t>(n);
+    // NOLINTNEXTLINE(bugprone-sizeof-expression): of pointers too.
     return {reinterpret_cast<T*>(scratch_.allocate(count * sizeof(T))), count};
   }
 

@@ -2,6 +2,7 @@
 //   's|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+
 // \p{L} and \p{N} are the Unicode general categories L* and N* as utf8proc knows them, \s is the
 // Unicode property White_Space (so U+0085 is a space, U+001C..U+001F, U+180E and U+200B are not).
+// utf8proc 2.8 knows Unicode 14: what was assigned later counts as neither letter nor number.
 #pragma once
 
 #include <array>

@@ -78,7 +78,7 @@ class CheckpointCopy {
 // A tensor [rows, columns] to write.
 struct IntegerTensor {
   std::string name;
-  DType dtype;  // kI32 or kI64
+  DType dtype;  // kI64, or one of four bytes
   std::int64_t rows;
   std::vector<std::int32_t> values;
 };
@@ -91,7 +91,7 @@ inline void write_integers(const std::string& path, const std::vector<IntegerTen
   }
   io::SafetensorsWriter writer(path, declarations);
   for (const IntegerTensor& tensor : tensors) {
-    if (tensor.dtype == DType::kI32) {
+    if (size_of(tensor.dtype) == sizeof(std::int32_t)) {
       writer.write(tensor.name, std::as_bytes(std::span(tensor.values)));
     } else {
       const std::vector<std::int64_t> wide(tensor.values.begin(), tensor.values.end());

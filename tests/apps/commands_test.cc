@@ -157,12 +157,12 @@ TEST(Pull, FetchesACheckpointThatOtherCommandsFindByItsId) {
   const TemporaryDirectory home;
   const Surroundings surroundings{
       .environment = {{"HF_HOME", home.path()}, {"HF_ENDPOINT", hub.url()}}};
-  const Result result = run_program({"pull", "org/name"}, surroundings);
+  const Result result = run_program({"pull", "org/tiny"}, surroundings);
   expect_success(result);
   ASSERT_TRUE(result.out.ends_with("\n"));
   const std::string directory = result.out.substr(0, result.out.size() - 1);
   EXPECT_TRUE(std::filesystem::exists(directory + "/config.json"));
-  const Result info = run_program({"info", "--model", "org/name", "--json"}, surroundings);
+  const Result info = run_program({"info", "--model", "org/tiny", "--json"}, surroundings);
   expect_success(info);
   EXPECT_EQ(info.json().at("directory"), directory);
 }

@@ -1,7 +1,10 @@
 // deltafox generate: ids, texts, states, batches, and what it refuses.
+#include <fmt/ranges.h>
+#include <fmt/format.h>
 #include <gtest/gtest.h>
 
-#include <signal.h>
+#include <csignal>
+#include <sstream>
 
 #include "apps/checkpoints.h"
 #include "apps/program.h"
@@ -11,9 +14,7 @@ namespace deltafox::test {
 namespace {
 
 std::string joined(std::span<const std::int32_t> ids) {
-  std::string text;
-  for (const std::int32_t id : ids) text += (text.empty() ? "" : ",") + std::to_string(id);
-  return text;
+  return fmt::format("{}", fmt::join(ids, ","));
 }
 
 // With a tokenizer of bytes, and no end but the length.
@@ -65,7 +66,7 @@ TEST_F(GenerateText, PrintsThePromptAndWhatContinuesIt) {
   for (const char* option : {"--stream", "--no-stream"}) {
     const Result result = run({"The fox", "-n", "8", option});
     expect_success(result);
-    EXPECT_EQ(result.out, "The fox" + text + "\n");
+    EXPECT_EQ(result.out, fmt::format("The fox{}\n", text));
     EXPECT_EQ(run({"The fox", "-n", "8", "--no-echo", option}).out, text + "\n");
   }
 }
@@ -83,7 +84,6 @@ TEST_F(GenerateText, ThePromptMayComeFromAnywhere) {
 }
 
 TEST_F(GenerateText, SamplesByTheSeed) {
-  const Arguments options{"The fox", "--do-sample", "--seed"};
   const auto text = [&](const char* seed) {
     return run({"The fox", "--do-sample", "--seed", seed}).out;
   };

@@ -91,7 +91,7 @@ TEST(Generate, EqualsTransformersOnEveryGoldenCase) {
         nlohmann::json::parse(test::read_text(test::golden_path(name + "/generate.json")));
     EXPECT_EQ(cases.size(), 7U);
     for (const auto& [key, golden] : cases.items()) {
-      SCOPED_TRACE(name + ": " + key);
+      SCOPED_TRACE(testing::Message() << name << ": " << key);
       // A null eos_token_id is an unset one, for which both take the model's.
       const auto config = GenerationConfig::from_json(golden.at("options").dump(), key);
       const Ids ends = config.eos_token_id.value_or(model.info().eos_token_ids);

@@ -34,7 +34,7 @@ std::string joined(const std::vector<std::string>& pieces) {
 std::string pick(const std::string& text, std::size_t size,
                  const std::function<bool(const std::string&)>& fits) {
   for (std::size_t i = 4; i + size <= text.size(); ++i) {
-    const std::string candidate = text.substr(i, size);
+    std::string candidate = text.substr(i, size);
     if (fits(candidate) && text.find(candidate) == i) return candidate;
   }
   throw std::runtime_error("the model's text holds nothing of the kind");
