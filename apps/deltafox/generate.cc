@@ -25,6 +25,7 @@ struct GenerateCommand {
   PromptOptions prompt_options;
   GenerationOptions generation_options;
   bool output_ids = false;
+  bool pad = false;
   bool echo = true;
   bool stream = true;
   bool skip_special_tokens = true;
@@ -112,6 +113,12 @@ void Generation::print_texts(const std::vector<GeneratedSequence>& sequences) co
 }
 
 void Generation::print_ids(const std::vector<GeneratedSequence>& sequences) const {
+  if (command_.pad) {
+    for (const auto& row : padded_ids(sequences, pad_token_id(model_, config_))) {
+      write_stdout(format_ids(row) + "\n");
+    }
+    return;
+  }
   for (const GeneratedSequence& sequence : sequences) {
     write_stdout(format_ids(command_.echo ? std::span<const std::int32_t>(sequence.ids)
                                           : sequence.new_ids()) +
@@ -206,6 +213,7 @@ void Generation::run() {
 
 void GenerateCommand::check(const Prompts& prompts, const GenerationConfig& config) const {
   if (logprobs && !json && !prompt_options.jsonl()) fail("--logprobs: needs --json or --jsonl");
+  if (pad && (!output_ids || !echo)) fail("--pad: needs --output-ids, with the prompt's");
   if (load_state.empty() && save_state.empty()) return;
   const char* const option = load_state.empty() ? "--save-state" : "--load-state";
   if (prompts.size() != 1 || config.num_return_sequences != 1 || config.num_beams != 1) {
@@ -234,6 +242,8 @@ void add_output_options(CLI::App& command, GenerateCommand& options) {
                    "Print the prompt in front of what continues it (default)");
   command.add_flag("--output-ids", options.output_ids,
                    "Print token ids instead of text, a line for each sequence");
+  command.add_flag("--pad", options.pad,
+                   "With --output-ids: fill the lines up to one length with the pad token");
   command.add_flag("--stream,!--no-stream", options.stream,
                    "Print a single sequence as it comes (default)");
   command.add_flag("--skip-special-tokens,!--no-skip-special-tokens", options.skip_special_tokens,

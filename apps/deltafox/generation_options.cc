@@ -86,7 +86,8 @@ void GenerationOptions::add_endings(CLI::App& command) {
         overrides_.emplace_back([](Config& config) { config.eos_token_id.emplace(); });
       },
       "No id ends a sequence, only the length does");
-  add(command, "--pad-token-id", &Config::pad_token_id, "Id of padding, never needed here")
+  add(command, "--pad-token-id", &Config::pad_token_id,
+      "What --pad fills up with, instead of the model's pad token")
       ->type_name("ID");
   add(command, "--stop", &Config::stop_strings,
       "A text that ends a sequence; may be given several times")

@@ -83,6 +83,17 @@ TEST_F(GenerateText, ThePromptMayComeFromAnywhere) {
   EXPECT_TRUE(run({"--prompt=-5"}).out.starts_with("-5"));
 }
 
+TEST_F(GenerateText, FillsRowsOfIdsUpWhereAsked) {
+  const Arguments prompts{"--prompt",       "a", "--prompt", "bcd", "-n", "1", "--output-ids",
+                          "--pad-token-id", "7"};
+  const std::string plain = run(prompts).out;
+  Arguments padded = prompts;
+  padded.emplace_back("--pad");
+  const std::size_t line = plain.find('\n');
+  EXPECT_EQ(run(padded).out, plain.substr(0, line) + ",7,7" + plain.substr(line));
+  expect_refusal(run({"a", "--pad"}), {"--pad"});
+}
+
 TEST_F(GenerateText, SamplesByTheSeed) {
   const auto text = [&](const char* seed) {
     return run({"The fox", "--do-sample", "--seed", seed}).out;
