@@ -95,7 +95,7 @@ check_includes() { tools/check_includes.py --self-test && tools/check_includes.p
 fuzz() {
   local new=build/fuzz-corpus/$1 log=build/fuzz-$1.log
   mkdir -p "$new"
-  build/cpu-fuzz/tests/fuzz/fuzz_"$1" -max_total_time=$fuzz_seconds -timeout=10 \
+  build/cpu-asan/tests/fuzz/fuzz_"$1" -max_total_time=$fuzz_seconds -timeout=10 \
     -rss_limit_mb=2048 -artifact_prefix=build/fuzz-"$1"- "$new" tests/fuzz/corpus/"$1" 2>"$log" || {
     tail -n 40 "$log"
     return 1
@@ -128,7 +128,7 @@ if [[ $mode == '' && -f $green && $(head -n 1 $green) == "$everything" ]]; then
   exit
 fi
 
-check 'build of cpu' build cpu -D DELTAFOX_BUILD_TESTS=ON
+check 'build of cpu' build cpu -D DELTAFOX_BUILD_TESTS=ON -D DELTAFOX_BUILD_BENCH=ON
 run_tests cpu
 if [[ $mode == --quick ]]; then
   left_out+=('checks of the sources, sanitizers, fuzzing (--quick)')
@@ -143,16 +143,14 @@ check 'clang-tidy' tools/tidy.py build/cpu
 
 check 'build of cpu-asan' build cpu-asan
 run_tests cpu-asan
-
-check 'build of cpu-tsan' build cpu-tsan
-run_tests cpu-tsan -R "$thread_tests"
-left_out+=('ThreadSanitizer on tests without threads')
-
-check 'build of cpu-fuzz' build cpu-fuzz
 for source in tests/fuzz/*_fuzz.cc; do
   name=$(basename "$source" _fuzz.cc)
   check "fuzzing $name for $fuzz_seconds s" fuzz "$name"
 done
+
+check 'build of cpu-tsan' build cpu-tsan
+run_tests cpu-tsan -R "$thread_tests"
+left_out+=('ThreadSanitizer on tests without threads')
 
 finish | tee build/summary
 ((failed == 0)) || exit 1

@@ -45,7 +45,8 @@ def digest(parts):
 def main():
     build = (ROOT / sys.argv[1]).resolve()
     version = subprocess.run([TIDY, "--version"], check=True, capture_output=True).stdout
-    common = [version, (ROOT / ".clang-tidy").read_bytes(), *EXTRA]
+    rules = [path.read_bytes() for path in (ROOT / ".clang-tidy", ROOT / "tests" / ".clang-tidy")]
+    common = [version, *rules, *EXTRA]
     made_from = dependencies(build)
 
     jobs = {}  # stamp file -> source
