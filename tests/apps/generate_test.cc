@@ -1,6 +1,6 @@
 // deltafox generate: ids, texts, states, batches, and what it refuses.
-#include <fmt/ranges.h>
 #include <fmt/format.h>
+#include <fmt/ranges.h>
 #include <gtest/gtest.h>
 
 #include <csignal>
