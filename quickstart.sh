@@ -7,7 +7,6 @@ cd "$(dirname "$0")"
 source tools/packages.sh
 
 install_missing "${build_packages[@]}"
-[[ -f build/cpu/build.ninja ]] ||
-  cmake --preset cpu -D DELTAFOX_BUILD_TESTS=OFF -D DELTAFOX_BUILD_BENCH=OFF >/dev/null
+[[ -f build/cpu/build.ninja ]] || cmake --preset cpu -D DELTAFOX_BUILD_TESTS=OFF >/dev/null
 cmake --build build/cpu --target deltafox_cli
 build/cpu/deltafox generate --model models/tiny "${1:-Once upon a time}"
