@@ -1,6 +1,7 @@
 #!/usr/bin/env python3
-"""Runs clang-tidy over the sources of a build that is up to date: tools/tidy.py build/cpu
+"""Runs clang-tidy over the sources of a build that is up to date: tools/tidy.py build/cpu [--tests]
 
+The tests' sources, which take as long as all others together, are checked with --tests only.
 A file that was clean is checked again only when it, a header of ours that it includes, its compile
 command, .clang-tidy or clang-tidy changed. What was clean is remembered in build/tidy/.
 """
@@ -54,6 +55,8 @@ def main():
     for entry in json.loads((build / "compile_commands.json").read_text()):
         source = Path(entry["file"])
         if source in seen or not source.is_relative_to(ROOT) or source.is_relative_to(build):
+            continue
+        if source.is_relative_to(ROOT / "tests") and "--tests" not in sys.argv[2:]:
             continue
         seen.add(source)
         arguments = shlex.split(entry["command"])

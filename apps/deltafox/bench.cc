@@ -65,6 +65,7 @@ Timings measure(const Model& model, const BenchCommand& options) {
   for (int run = -1; run < options.runs; ++run) {  // the first one warms up
     std::vector<State> states(batch, model.new_state());
     std::vector<State*> pointers;
+    pointers.reserve(batch);
     for (State& state : states) pointers.push_back(&state);
     const double prefill = seconds_of([&] { model.forward({ids, cu_seqlens}, pointers, logits); });
     const double decode = seconds_of([&] {

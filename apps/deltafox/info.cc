@@ -51,6 +51,7 @@ std::vector<std::string> stored_dtypes(const std::string& directory) {
     bytes[std::string(tensor.dtype_name)] += tensor.bytes;
   }
   std::vector<std::string> names;
+  names.reserve(bytes.size());
   for (const auto& [name, count] : bytes) names.push_back(name);
   std::stable_sort(names.begin(), names.end(), [&](const std::string& a, const std::string& b) {
     return bytes.at(a) > bytes.at(b);

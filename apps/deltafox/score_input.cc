@@ -140,6 +140,7 @@ void for_each_group(
                                    row);
     std::vector<State> states(static_cast<std::size_t>(rows), model.new_state());
     std::vector<State*> pointers;
+    pointers.reserve(states.size());
     for (State& state : states) pointers.push_back(&state);
     visit(row, batch, pointers);
   }

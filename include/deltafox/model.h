@@ -32,11 +32,10 @@ struct ModelInfo {
   std::int64_t vocab_size = 0;
   std::int64_t hidden_size = 0;
   std::int64_t num_hidden_layers = 0;
-  std::int64_t num_parameters = 0;  // all, tied embeddings counted once
-  std::int64_t num_non_embedding_parameters =
-      0;                          // without embedding and LM head, as the paper counts
-  std::int64_t weight_bytes = 0;  // memory of the weights as kept
-  std::int64_t state_bytes = 0;   // one sequence's state when new
+  std::int64_t num_parameters = 0;                // all, tied embeddings counted once
+  std::int64_t num_non_embedding_parameters = 0;  // all but the embedding, as the paper does
+  std::int64_t weight_bytes = 0;                  // memory of the weights as kept
+  std::int64_t state_bytes = 0;                   // one sequence's state when new
   std::optional<std::int32_t> bos_token_id;
   std::vector<std::int32_t> eos_token_ids;  // generation_config.json first, else config.json
   std::optional<std::int32_t> pad_token_id;
