@@ -19,9 +19,9 @@ namespace deltafox {
 constexpr std::int64_t kDeltaRuleChunk = 64;
 
 struct DeltaRuleArgs {
-  ConstTensorView q;     // [T, H, K]
-  ConstTensorView k;     // [T, H, K]
-  ConstTensorView v;     // [T, H, V]
+  ConstTensorView q;          // [T, H, K]
+  ConstTensorView k;          // [T, H, K]
+  ConstTensorView v;          // [T, H, V]
   ConstTensorView beta = {};  // [T, H], or no data for β = 1
   Sequences sequences;
   std::span<float* const> states;  // [B], each [H, K, V]; updated

@@ -15,8 +15,8 @@
 namespace deltafox {
 
 struct ShortConvArgs {
-  ConstTensorView x;     // [T, C]
-  ConstTensorView w;     // [C, W]
+  ConstTensorView x;          // [T, C]
+  ConstTensorView w;          // [C, W]
   ConstTensorView bias = {};  // [C] or no data
   Sequences sequences;
   std::span<float* const> states;  // [B], each [C, W]
