@@ -83,12 +83,12 @@ struct ConstTensorView {
   }
 };
 
-// Owns zeroed memory; copying it copies the contents.
+// Owns zeroed memory of the host or a GPU; copying it copies the contents.
 class Tensor {
  public:
   Tensor() = default;
-  Tensor(DType dtype, const Shape& shape)
-      : buffer_(static_cast<std::size_t>(shape.size()) * size_of(dtype)),
+  Tensor(DType dtype, const Shape& shape, Device device = Device::kCpu)
+      : buffer_(static_cast<std::size_t>(shape.size()) * size_of(dtype), device),
         dtype_(dtype),
         shape_(shape) {}
 
@@ -97,6 +97,7 @@ class Tensor {
   float* f32() { return view().f32(); }
   const float* f32() const { return view().f32(); }
   std::size_t bytes() const { return buffer_.size(); }
+  Device device() const { return buffer_.device(); }
 
  private:
   Buffer buffer_;

@@ -8,6 +8,8 @@ void activation(Context& ctx, const ActivationArgs& args) {
   switch (ctx.device()) {
     case Device::kCpu:
       return cpu::activation(ctx, args);
+    case Device::kCuda:
+      return cuda::activation(ctx, args);
   }
 }
 
@@ -16,6 +18,8 @@ void glu(Context& ctx, const GluArgs& args) {
   switch (ctx.device()) {
     case Device::kCpu:
       return cpu::glu(ctx, args);
+    case Device::kCuda:
+      return cuda::glu(ctx, args);
   }
 }
 
@@ -24,6 +28,8 @@ void forget_gate(Context& ctx, const ForgetGateArgs& args) {
   switch (ctx.device()) {
     case Device::kCpu:
       return cpu::forget_gate(ctx, args);
+    case Device::kCuda:
+      return cuda::forget_gate(ctx, args);
   }
 }
 
@@ -31,6 +37,8 @@ void feature_map(Context& ctx, const FeatureMapArgs& args) {
   switch (ctx.device()) {
     case Device::kCpu:
       return cpu::feature_map(ctx, args);
+    case Device::kCuda:
+      return cuda::feature_map(ctx, args);
   }
 }
 

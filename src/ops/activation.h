@@ -48,6 +48,12 @@ void glu(Context& ctx, const GluArgs& args);
 void forget_gate(Context& ctx, const ForgetGateArgs& args);
 void feature_map(Context& ctx, const FeatureMapArgs& args);
 }  // namespace cpu
+namespace cuda {
+void activation(Context& ctx, const ActivationArgs& args);
+void glu(Context& ctx, const GluArgs& args);
+void forget_gate(Context& ctx, const ForgetGateArgs& args);
+void feature_map(Context& ctx, const FeatureMapArgs& args);
+}  // namespace cuda
 namespace reference {
 float activate(Activation activation, float x);
 void activation(const ActivationArgs& args);

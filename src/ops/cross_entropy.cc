@@ -10,6 +10,8 @@ void cross_entropy(Context& ctx, const CrossEntropyArgs& args) {
   switch (ctx.device()) {
     case Device::kCpu:
       return cpu::cross_entropy(ctx, args);
+    case Device::kCuda:
+      return cuda::cross_entropy(ctx, args);
   }
 }
 

@@ -20,6 +20,9 @@ void cross_entropy(Context& ctx, const CrossEntropyArgs& args);
 namespace cpu {
 void cross_entropy(Context& ctx, const CrossEntropyArgs& args);
 }
+namespace cuda {
+void cross_entropy(Context& ctx, const CrossEntropyArgs& args);
+}
 namespace reference {
 void cross_entropy(const CrossEntropyArgs& args);
 }

@@ -15,6 +15,8 @@ void delta_rule(Context& ctx, const DeltaRuleArgs& args) {
   switch (ctx.device()) {
     case Device::kCpu:
       return cpu::delta_rule(ctx, args);
+    case Device::kCuda:
+      return cuda::delta_rule(ctx, args);
   }
 }
 

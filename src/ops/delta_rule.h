@@ -34,6 +34,9 @@ void delta_rule(Context& ctx, const DeltaRuleArgs& args);
 namespace cpu {
 void delta_rule(Context& ctx, const DeltaRuleArgs& args);
 }
+namespace cuda {
+void delta_rule(Context& ctx, const DeltaRuleArgs& args);
+}
 namespace reference {
 void delta_rule(const DeltaRuleArgs& args);
 }

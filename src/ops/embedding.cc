@@ -10,6 +10,8 @@ void embedding(Context& ctx, const EmbeddingArgs& args) {
   switch (ctx.device()) {
     case Device::kCpu:
       return cpu::embedding(ctx, args);
+    case Device::kCuda:
+      return cuda::embedding(ctx, args);
   }
 }
 

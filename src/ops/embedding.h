@@ -20,4 +20,7 @@ void embedding(Context& ctx, const EmbeddingArgs& args);
 namespace cpu {
 void embedding(Context& ctx, const EmbeddingArgs& args);
 }
+namespace cuda {
+void embedding(Context& ctx, const EmbeddingArgs& args);
+}
 }  // namespace deltafox

@@ -28,6 +28,8 @@ void forgetting_attention(Context& ctx, const ForgettingAttentionArgs& args) {
   switch (ctx.device()) {
     case Device::kCpu:
       return cpu::forgetting_attention(ctx, args);
+    case Device::kCuda:
+      return cuda::forgetting_attention(ctx, args);
   }
 }
 

@@ -41,6 +41,9 @@ void forgetting_attention(Context& ctx, const ForgettingAttentionArgs& args);
 namespace cpu {
 void forgetting_attention(Context& ctx, const ForgettingAttentionArgs& args);
 }
+namespace cuda {
+void forgetting_attention(Context& ctx, const ForgettingAttentionArgs& args);
+}
 namespace reference {
 // Prunes nothing.
 void forgetting_attention(const ForgettingAttentionArgs& args);

@@ -9,6 +9,8 @@ void gate(Context& ctx, const GateArgs& args) {
   switch (ctx.device()) {
     case Device::kCpu:
       return cpu::gate(ctx, args);
+    case Device::kCuda:
+      return cuda::gate(ctx, args);
   }
 }
 

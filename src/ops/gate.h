@@ -18,6 +18,9 @@ void gate(Context& ctx, const GateArgs& args);
 namespace cpu {
 void gate(Context& ctx, const GateArgs& args);
 }
+namespace cuda {
+void gate(Context& ctx, const GateArgs& args);
+}
 namespace reference {
 void gate(const GateArgs& args);
 }

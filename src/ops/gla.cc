@@ -15,6 +15,8 @@ void gla(Context& ctx, const GlaArgs& args) {
   switch (ctx.device()) {
     case Device::kCpu:
       return cpu::gla(ctx, args);
+    case Device::kCuda:
+      return cuda::gla(ctx, args);
   }
 }
 

@@ -35,6 +35,9 @@ void gla(Context& ctx, const GlaArgs& args);
 namespace cpu {
 void gla(Context& ctx, const GlaArgs& args);
 }
+namespace cuda {
+void gla(Context& ctx, const GlaArgs& args);
+}
 namespace reference {
 void gla(const GlaArgs& args);
 }

@@ -20,6 +20,8 @@ void kv_append(Context& ctx, const KvAppendArgs& args) {
   switch (ctx.device()) {
     case Device::kCpu:
       return cpu::kv_append(ctx, args);
+    case Device::kCuda:
+      return cuda::kv_append(ctx, args);
   }
 }
 

@@ -11,6 +11,8 @@ void linear(Context& ctx, const LinearArgs& args) {
   switch (ctx.device()) {
     case Device::kCpu:
       return cpu::linear(ctx, args);
+    case Device::kCuda:
+      return cuda::linear(ctx, args);
   }
 }
 

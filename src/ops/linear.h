@@ -23,6 +23,9 @@ void linear(Context& ctx, const LinearArgs& args);
 namespace cpu {
 void linear(Context& ctx, const LinearArgs& args);
 }
+namespace cuda {
+void linear(Context& ctx, const LinearArgs& args);
+}
 namespace reference {
 void linear(const LinearArgs& args);
 }

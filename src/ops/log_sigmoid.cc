@@ -10,6 +10,8 @@ void log_sigmoid(Context& ctx, const LogSigmoidArgs& args) {
   switch (ctx.device()) {
     case Device::kCpu:
       return cpu::log_sigmoid(ctx, args);
+    case Device::kCuda:
+      return cuda::log_sigmoid(ctx, args);
   }
 }
 

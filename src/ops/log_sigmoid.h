@@ -17,6 +17,9 @@ void log_sigmoid(Context& ctx, const LogSigmoidArgs& args);
 namespace cpu {
 void log_sigmoid(Context& ctx, const LogSigmoidArgs& args);
 }
+namespace cuda {
+void log_sigmoid(Context& ctx, const LogSigmoidArgs& args);
+}
 namespace reference {
 void log_sigmoid(const LogSigmoidArgs& args);
 }

@@ -18,6 +18,8 @@ void rms_norm(Context& ctx, const RmsNormArgs& args) {
   switch (ctx.device()) {
     case Device::kCpu:
       return cpu::rms_norm(ctx, args);
+    case Device::kCuda:
+      return cuda::rms_norm(ctx, args);
   }
 }
 

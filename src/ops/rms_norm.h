@@ -24,6 +24,9 @@ void rms_norm(Context& ctx, const RmsNormArgs& args);
 namespace cpu {
 void rms_norm(Context& ctx, const RmsNormArgs& args);
 }
+namespace cuda {
+void rms_norm(Context& ctx, const RmsNormArgs& args);
+}
 namespace reference {
 void rms_norm(const RmsNormArgs& args);
 }

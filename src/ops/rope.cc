@@ -13,6 +13,8 @@ void rope(Context& ctx, const RopeArgs& args) {
   switch (ctx.device()) {
     case Device::kCpu:
       return cpu::rope(ctx, args);
+    case Device::kCuda:
+      return cuda::rope(ctx, args);
   }
 }
 

@@ -27,6 +27,9 @@ void rope(Context& ctx, const RopeArgs& args);
 namespace cpu {
 void rope(Context& ctx, const RopeArgs& args);
 }
+namespace cuda {
+void rope(Context& ctx, const RopeArgs& args);
+}
 namespace reference {
 void rope(const RopeArgs& args);
 }

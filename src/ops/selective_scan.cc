@@ -20,6 +20,8 @@ void selective_scan(Context& ctx, const SelectiveScanArgs& args) {
   switch (ctx.device()) {
     case Device::kCpu:
       return cpu::selective_scan(ctx, args);
+    case Device::kCuda:
+      return cuda::selective_scan(ctx, args);
   }
 }
 

@@ -31,6 +31,9 @@ void selective_scan(Context& ctx, const SelectiveScanArgs& args);
 namespace cpu {
 void selective_scan(Context& ctx, const SelectiveScanArgs& args);
 }
+namespace cuda {
+void selective_scan(Context& ctx, const SelectiveScanArgs& args);
+}
 namespace reference {
 void selective_scan(const SelectiveScanArgs& args);
 }

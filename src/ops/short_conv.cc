@@ -13,6 +13,8 @@ void short_conv(Context& ctx, const ShortConvArgs& args) {
   switch (ctx.device()) {
     case Device::kCpu:
       return cpu::short_conv(ctx, args);
+    case Device::kCuda:
+      return cuda::short_conv(ctx, args);
   }
 }
 

@@ -30,6 +30,9 @@ void short_conv(Context& ctx, const ShortConvArgs& args);
 namespace cpu {
 void short_conv(Context& ctx, const ShortConvArgs& args);
 }
+namespace cuda {
+void short_conv(Context& ctx, const ShortConvArgs& args);
+}
 namespace reference {
 void short_conv(const ShortConvArgs& args);
 }

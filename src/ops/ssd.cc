@@ -21,6 +21,8 @@ void ssd(Context& ctx, const SsdArgs& args) {
   switch (ctx.device()) {
     case Device::kCpu:
       return cpu::ssd(ctx, args);
+    case Device::kCuda:
+      return cuda::ssd(ctx, args);
   }
 }
 

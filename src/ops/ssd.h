@@ -44,6 +44,9 @@ void ssd(Context& ctx, const SsdArgs& args);
 namespace cpu {
 void ssd(Context& ctx, const SsdArgs& args);
 }
+namespace cuda {
+void ssd(Context& ctx, const SsdArgs& args);
+}
 namespace reference {
 void ssd(const SsdArgs& args);
 }

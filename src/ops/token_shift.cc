@@ -13,6 +13,8 @@ void token_shift(Context& ctx, const TokenShiftArgs& args) {
   switch (ctx.device()) {
     case Device::kCpu:
       return cpu::token_shift(ctx, args);
+    case Device::kCuda:
+      return cuda::token_shift(ctx, args);
   }
 }
 

@@ -25,6 +25,9 @@ void token_shift(Context& ctx, const TokenShiftArgs& args);
 namespace cpu {
 void token_shift(Context& ctx, const TokenShiftArgs& args);
 }
+namespace cuda {
+void token_shift(Context& ctx, const TokenShiftArgs& args);
+}
 namespace reference {
 void token_shift(const TokenShiftArgs& args);
 }
