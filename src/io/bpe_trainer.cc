@@ -219,11 +219,13 @@ BpeVocabulary train_bpe(const PieceCounts& pieces, std::int32_t vocab_size,
 }
 
 std::string BpeVocabulary::vocab_json() const {
-  nlohmann::ordered_json json;
-  for (std::size_t id = 0; id < tokens.size(); ++id)
-    json.push_back({alphabet_name(tokens[id]), id});
-  json.push_back({kEndOfText, tokens.size()});
-  return json.dump() + "\n";
+  std::string text = "{";
+  const auto add = [&](const std::string& name, std::size_t id) {
+    text += fmt::format("{}{}: {}", id == 0 ? "" : ", ", nlohmann::json(name).dump(), id);
+  };
+  for (std::size_t id = 0; id < tokens.size(); ++id) add(alphabet_name(tokens[id]), id);
+  add(kEndOfText, tokens.size());
+  return text + "}\n";
 }
 
 std::string BpeVocabulary::merges_txt() const {
