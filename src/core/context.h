@@ -86,16 +86,19 @@ class Context {
   Statistics statistics_;
 };
 
-// Hands out scratch memory that lives as long as it does.
+// Hands out scratch memory that lives as long as it does; or, with `keep`, as long as the scope
+// around it.
 class ScratchScope {
  public:
-  explicit ScratchScope(Context& ctx)
+  explicit ScratchScope(Context& ctx, bool keep = false)
       : scratch_(ctx.scratch()),
         mark_(scratch_.mark()),
         tensor_scratch_(ctx.tensor_scratch()),
         tensor_mark_(tensor_scratch_.mark()),
-        activation_dtype_(ctx.activation_dtype()) {}
+        activation_dtype_(ctx.activation_dtype()),
+        keep_(keep) {}
   ~ScratchScope() {
+    if (keep_) return;
     tensor_scratch_.release(tensor_mark_);
     scratch_.release(mark_);
   }
@@ -123,6 +126,7 @@ class ScratchScope {
   Scratch& tensor_scratch_;
   Scratch::Mark tensor_mark_;
   DType activation_dtype_;
+  bool keep_;
 };
 
 }  // namespace deltafox

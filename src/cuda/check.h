@@ -12,7 +12,8 @@ namespace deltafox::cuda {
 [[noreturn]] void fail_cuda(cudaError_t status, const char* what);
 
 inline void check(cudaError_t status, const char* what) {
-  if (status != cudaSuccess) [[unlikely]] fail_cuda(status, what);
+  if (status != cudaSuccess) [[unlikely]]
+    fail_cuda(status, what);
 }
 
 // After each launch.

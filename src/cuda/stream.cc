@@ -204,7 +204,8 @@ void Stream::synchronize() {
 void Stream::begin_capture() {
   handle();
   const std::scoped_lock lock(Memory::instance().mutex());
-  check(cudaStreamBeginCapture(stream_, cudaStreamCaptureModeThreadLocal), "cudaStreamBeginCapture");
+  check(cudaStreamBeginCapture(stream_, cudaStreamCaptureModeThreadLocal),
+        "cudaStreamBeginCapture");
   capturing_ = true;
 }
 
@@ -233,8 +234,8 @@ const void* Stream::upload(std::span<const std::byte> bytes) {
   }
   std::memcpy(uploads_host_ + uploads_used_, bytes.data(), bytes.size());
   std::byte* device = uploads_device_ + uploads_used_;
-  check(cudaMemcpyAsync(device, uploads_host_ + uploads_used_, bytes.size(),
-                        cudaMemcpyHostToDevice, handle()),
+  check(cudaMemcpyAsync(device, uploads_host_ + uploads_used_, bytes.size(), cudaMemcpyHostToDevice,
+                        handle()),
         "cudaMemcpyAsync");
   uploads_used_ += size;
   uploads_.emplace(std::move(key), device);

@@ -44,7 +44,7 @@ class Stream {
 
   cublasLtHandle_t blas() const { return blas_; }
   int multiprocessors() const { return multiprocessors_; }
-  int major() const { return major_; }  // of the compute capability
+  int major() const { return major_; }                 // of the compute capability
   std::int64_t launches() const { return launches_; }  // handle()s taken
 
  private:
