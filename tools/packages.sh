@@ -27,6 +27,7 @@ test_packages=(
   clang-14
   clang-format-14
   clang-tidy-14
+  libclang-rt-14-dev
   libgmock-dev
   libgtest-dev
   python3

@@ -10,7 +10,7 @@ namespace deltafox {
 
 struct EmbeddingArgs {
   std::span<const std::int32_t> ids;  // [T], each in [0, N)
-  ConstTensorView table;              // [N, C] F32, BF16 or F16
+  ConstTensorView table;              // [N, C] F32, BF16, F16, kQ8 or kQ4
   TensorView y;                       // [T, C] F32
 };
 

@@ -1,8 +1,10 @@
 #include "model/blocks/projection.h"
 
+#include <cassert>
 #include <cmath>
 #include <cstring>
 
+#include "core/quantized.h"
 #include "ops/activation.h"
 #include "ops/linear.h"
 #include "ops/short_conv.h"
@@ -25,7 +27,10 @@ Param depthwise_convolution(std::int64_t channels, std::int64_t width) {
 ConstTensorView rows_of(const ConstTensorView& tensor, std::int64_t begin, std::int64_t count) {
   const bool vector = tensor.shape.rank() == 1;
   const std::int64_t columns = vector ? 1 : tensor.shape[1];
-  const std::size_t offset = static_cast<std::size_t>(begin * columns) * size_of(tensor.dtype);
+  // The bytes of the rows before; panels of a packed matrix are cut at their ends only.
+  assert(!is_packed(tensor.dtype) || begin % kPanelRows == 0);
+  const std::size_t offset =
+      begin == 0 ? 0 : bytes_of(tensor.dtype, vector ? Shape{begin} : Shape{begin, columns});
   return {static_cast<const std::byte*>(tensor.data) + offset, tensor.dtype,
           vector ? Shape{count} : Shape{count, columns}};
 }
