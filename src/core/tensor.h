@@ -47,6 +47,9 @@ class Shape {
 // "[2, 64, 128]"
 std::string to_string(const Shape& shape);
 
+// Bytes of a tensor: elements one after the other, or a packed matrix [N, K].
+std::size_t bytes_of(DType dtype, const Shape& shape);
+
 struct TensorView {
   void* data = nullptr;
   DType dtype = DType::kF32;
@@ -88,9 +91,7 @@ class Tensor {
  public:
   Tensor() = default;
   Tensor(DType dtype, const Shape& shape)
-      : buffer_(static_cast<std::size_t>(shape.size()) * size_of(dtype)),
-        dtype_(dtype),
-        shape_(shape) {}
+      : buffer_(bytes_of(dtype, shape)), dtype_(dtype), shape_(shape) {}
 
   TensorView view() { return {buffer_.data(), dtype_, shape_}; }
   ConstTensorView view() const { return {buffer_.data(), dtype_, shape_}; }
