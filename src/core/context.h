@@ -56,11 +56,15 @@ class Context {
   Statistics statistics_;
 };
 
-// Hands out scratch tensors that live as long as it does.
+// Hands out scratch tensors that live as long as it does; or, with `keep`, as long as the scope
+// around it.
 class ScratchScope {
  public:
-  explicit ScratchScope(Context& ctx) : scratch_(ctx.scratch()), mark_(scratch_.mark()) {}
-  ~ScratchScope() { scratch_.release(mark_); }
+  explicit ScratchScope(Context& ctx, bool keep = false)
+      : scratch_(ctx.scratch()), mark_(scratch_.mark()), keep_(keep) {}
+  ~ScratchScope() {
+    if (!keep_) scratch_.release(mark_);
+  }
   ScratchScope(const ScratchScope&) = delete;
   ScratchScope& operator=(const ScratchScope&) = delete;
 
@@ -79,6 +83,7 @@ class ScratchScope {
  private:
   Scratch& scratch_;
   Scratch::Mark mark_;
+  bool keep_;
 };
 
 }  // namespace deltafox

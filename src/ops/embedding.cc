@@ -13,4 +13,14 @@ void embedding(Context& ctx, const EmbeddingArgs& args) {
   }
 }
 
+void embedding_backward(Context& ctx, const EmbeddingBackwardArgs& args) {
+  const auto tokens = static_cast<std::int64_t>(args.ids.size());
+  check("embedding_backward", "dy", args.dy, {tokens, args.dtable.shape[1]});
+  check("embedding_backward", "dtable", args.dtable, {args.dtable.shape[0], args.dtable.shape[1]});
+  switch (ctx.device()) {
+    case Device::kCpu:
+      return cpu::embedding_backward(ctx, args);
+  }
+}
+
 }  // namespace deltafox::ops

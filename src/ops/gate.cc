@@ -12,4 +12,15 @@ void gate(Context& ctx, const GateArgs& args) {
   }
 }
 
+void gate_backward(Context& ctx, const GateBackwardArgs& args) {
+  check("gate_backward", "x", args.x, args.gate.shape);
+  check("gate_backward", "dy", args.dy, args.gate.shape);
+  check("gate_backward", "dx", args.dx, args.gate.shape);
+  check("gate_backward", "dgate", args.dgate, args.gate.shape);
+  switch (ctx.device()) {
+    case Device::kCpu:
+      return cpu::gate_backward(ctx, args);
+  }
+}
+
 }  // namespace deltafox::ops

@@ -14,4 +14,18 @@ void linear(Context& ctx, const LinearArgs& args) {
   }
 }
 
+void linear_backward(Context& ctx, const LinearBackwardArgs& args) {
+  const Shape outputs{args.x.shape[0], args.w.shape[0]};
+  check("linear_backward", "w", args.w, {args.w.shape[0], args.w.shape[1]});
+  check("linear_backward", "x", args.x, {args.x.shape[0], args.w.shape[1]});
+  check("linear_backward", "dy", args.dy, outputs);
+  if (args.dx.data != nullptr) check("linear_backward", "dx", args.dx, args.x.shape);
+  if (args.dw.data != nullptr) check("linear_backward", "dw", args.dw, args.w.shape);
+  if (args.dbias.data != nullptr) check("linear_backward", "dbias", args.dbias, {args.w.shape[0]});
+  switch (ctx.device()) {
+    case Device::kCpu:
+      return cpu::linear_backward(ctx, args);
+  }
+}
+
 }  // namespace deltafox::ops
