@@ -9,15 +9,19 @@ void activation(Context& ctx, const ActivationArgs& args) {
   switch (ctx.device()) {
     case Device::kCpu:
       return cpu::activation(ctx, args);
+    case Device::kCuda:
+      return cuda::activation(ctx, args);
   }
 }
 
 void glu(Context& ctx, const GluArgs& args) {
   const OpTimer timer("glu");
-  check("glu", "gate_up", args.gate_up, {args.y.shape[0], 2 * args.y.shape[1]});
+  check_activation(ctx, "glu", "gate_up", args.gate_up, {args.y.shape[0], 2 * args.y.shape[1]});
   switch (ctx.device()) {
     case Device::kCpu:
       return cpu::glu(ctx, args);
+    case Device::kCuda:
+      return cuda::glu(ctx, args);
   }
 }
 
@@ -27,6 +31,8 @@ void forget_gate(Context& ctx, const ForgetGateArgs& args) {
   switch (ctx.device()) {
     case Device::kCpu:
       return cpu::forget_gate(ctx, args);
+    case Device::kCuda:
+      return cuda::forget_gate(ctx, args);
   }
 }
 
@@ -35,6 +41,8 @@ void feature_map(Context& ctx, const FeatureMapArgs& args) {
   switch (ctx.device()) {
     case Device::kCpu:
       return cpu::feature_map(ctx, args);
+    case Device::kCuda:
+      return cuda::feature_map(ctx, args);
   }
 }
 
@@ -44,6 +52,8 @@ void activation_backward(Context& ctx, const ActivationBackwardArgs& args) {
   switch (ctx.device()) {
     case Device::kCpu:
       return cpu::activation_backward(ctx, args);
+    case Device::kCuda:
+      fail_on_cuda("activation_backward");
   }
 }
 
@@ -53,6 +63,8 @@ void glu_backward(Context& ctx, const GluBackwardArgs& args) {
   switch (ctx.device()) {
     case Device::kCpu:
       return cpu::glu_backward(ctx, args);
+    case Device::kCuda:
+      fail_on_cuda("glu_backward");
   }
 }
 
@@ -64,6 +76,8 @@ void forget_gate_backward(Context& ctx, const ForgetGateBackwardArgs& args) {
   switch (ctx.device()) {
     case Device::kCpu:
       return cpu::forget_gate_backward(ctx, args);
+    case Device::kCuda:
+      fail_on_cuda("forget_gate_backward");
   }
 }
 
@@ -73,6 +87,8 @@ void feature_map_backward(Context& ctx, const FeatureMapBackwardArgs& args) {
   switch (ctx.device()) {
     case Device::kCpu:
       return cpu::feature_map_backward(ctx, args);
+    case Device::kCuda:
+      fail_on_cuda("feature_map_backward");
   }
 }
 
