@@ -16,6 +16,7 @@
 #include "io/json.h"
 #include "io/safetensors.h"
 #include "model/loader.h"
+#include "model/quantize.h"
 #include "model/registry.h"
 #include "model/state_file.h"
 #include "ops/cross_entropy.h"
@@ -147,6 +148,7 @@ struct Model::Impl {
   std::string hash_;
 
  private:
+  static io::JsonObject read_config(const std::string& directory, const std::string& text);
   void fill_info(const std::string& directory);
 };
 
@@ -154,10 +156,17 @@ Model::Impl::Impl(const std::string& directory, const LoadOptions& options)
     : threads_(options.threads),
       checkpoint_(io::Checkpoint::open(directory)),
       config_text_(io::read_text_file(directory + "/config.json", kMaxConfigBytes)),
-      config_(io::JsonObject::parse(config_text_, directory + "/config.json")),
+      config_(read_config(directory, config_text_)),
       lm_(build_model(config_)),
       buffers_(bind_params(lm_, checkpoint_, options.dtype, threads_)) {
   fill_info(directory);
+}
+
+// Before the model is built: a scheme that is not known explains tensors that are missing.
+io::JsonObject Model::Impl::read_config(const std::string& directory, const std::string& text) {
+  io::JsonObject config = io::JsonObject::parse(text, directory + "/config.json");
+  check_quantization(config);
+  return config;
 }
 
 void Model::Impl::fill_info(const std::string& directory) {
