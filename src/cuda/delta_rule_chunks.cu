@@ -408,8 +408,10 @@ __device__ void store_transposed(const float (&s)[kTiles][4], float* to, int row
 }
 
 // −Vᵀ of this warp's 16 value columns as an accumulator.
-__device__ void load_values(float (&r)[8][4], std::uint32_t tile, int first_piece) {
-  const int lane = threadIdx.x % 32;
+__device__ void load_values(float (&r)[8][4], std::uint32_t tile) {
+  const int thread = read_thread();
+  const int lane = thread % 32;
+  const int first_piece = thread / 32 * 2;
 #pragma unroll
   for (int j = 0; j < 8; j += 2) {
     std::uint32_t m[4];
@@ -490,7 +492,7 @@ __device__ void walk_outputs(const ChunkParams& p, const Segment& segment, int h
     float r[8][4];
     float o[8][4];
     std::uint32_t f[4][4];
-    load_values(r, base + L::kV, 2 * warp);
+    load_values(r, base + L::kV);
     Products::begin(r);
     Products::template times_transposed<false>(r, sf, base + L::kK);
     Products::commit();
@@ -520,7 +522,7 @@ __device__ void walk_outputs(const ChunkParams& p, const Segment& segment, int h
                   problem.value_dim - column);
     out += static_cast<std::ptrdiff_t>(kChunk) * stride;
     __syncwarp();
-    if (lane == 0) barrier_arrive(barriers + (2 * stage + 1) * 8);
+    if (read_thread() % 32 == 0) barrier_arrive(barriers + (2 * stage + 1) * 8);
     if (++stage == p.stages) {
       stage = 0;
       parity ^= 1;
@@ -534,18 +536,26 @@ __device__ void walk_outputs(const ChunkParams& p, const Segment& segment, int h
 
 // One chunk's change of 64 columns of [M | N].
 template <class Products, int kKeys, bool kHasValues>
-__device__ void advance_map(float (&s)[kKeys / 8][4], std::uint32_t base, int first_piece) {
+__device__ void advance_map(float (&s)[kKeys / 8][4], std::uint32_t base) {
   using L = Layout<kKeys, true>;
-  std::uint32_t sf[kKeys / 16][4];
   float r[8][4];
   std::uint32_t f[4][4];
-  to_operand(sf, s);
-  if (kHasValues) load_values(r, base + L::kV, first_piece);
-  Products::begin(r);
-  Products::template times_transposed<!kHasValues>(r, sf, base + L::kK);
-  Products::commit();
-  Products::template wait<0>();
-  Products::end(r);
+  if (kHasValues) load_values(r, base + L::kV);
+  // In parts, lest [M | N] and its rounded copy outgrow the registers.
+#pragma unroll
+  for (int i = 0; i < kKeys / 64; ++i) {
+    const auto& part = reinterpret_cast<const float(&)[8][4]>(s[8 * i]);
+    to_operand(f, part);
+    Products::begin(r);
+    if (i == 0 && !kHasValues) {
+      Products::template times_transposed<true>(r, f, base + L::kK);
+    } else {
+      Products::template times_transposed<false>(r, f, base + L::kK + i * kTileBlockBytes);
+    }
+    Products::commit();
+    Products::template wait<0>();
+    Products::end(r);
+  }
   to_operand(f, r);
   Products::begin(r);
   Products::template times_transposed<true>(r, f, base + L::kT);
@@ -594,10 +604,10 @@ __device__ void walk_maps(const ChunkParams& p, const Segment& segment, int head
   for (int c = 0; c < segment.chunks; ++c) {
     const std::uint32_t base = shared_address(stages) + stage * L::kStage;
     barrier_wait(barriers + 2 * stage * 8, parity);
-    advance_map<Products, kKeys, true>(n, base, 2 * warp);
-    if (has_map) advance_map<Products, kKeys, false>(m, base, 2 * warp);
+    advance_map<Products, kKeys, true>(n, base);
+    if (has_map) advance_map<Products, kKeys, false>(m, base);
     __syncwarp();
-    if (lane == 0) barrier_arrive(barriers + (2 * stage + 1) * 8);
+    if (read_thread() % 32 == 0) barrier_arrive(barriers + (2 * stage + 1) * 8);
     if (++stage == p.stages) {
       stage = 0;
       parity ^= 1;
@@ -653,10 +663,10 @@ __global__ void __launch_bounds__(kThreads, 1)
     __syncthreads();
 
     if (threadIdx.x >= 256) {
-      if constexpr (Products::kGroup) give_registers<kMaps ? 56 : 88>();
+      if constexpr (Products::kGroup) give_registers<88>();
       prepare_chunks<Products, kKeys, kMaps>(p, segment, head, first_value, stages, fixed);
     } else {
-      if constexpr (Products::kGroup) take_registers<kMaps ? 224 : 208>();
+      if constexpr (Products::kGroup) take_registers<208>();
       if constexpr (kMaps) {
         walk_maps<Products, kKeys>(p, segment, head, stages, fixed);
       } else {
