@@ -12,8 +12,6 @@
 #include "common.h"
 #include "core/error.h"
 #include "core/read_bandwidth.h"
-#include "io/json.h"
-#include "io/safetensors.h"
 #include "terminal.h"
 
 namespace deltafox::app {
@@ -80,17 +78,6 @@ Timings measure(const Model& model, const BenchCommand& options) {
   return timings;
 }
 
-// Bytes of weights that a step must read: all but the embedding, of which it reads a few rows,
-// unless that is the head as well.
-std::int64_t weight_bytes_of_a_step(const ModelInfo& info, std::optional<DType> dtype) {
-  const io::JsonObject config = io::JsonObject::parse(info.config_json, "config.json");
-  if (config.boolean("tie_word_embeddings", false)) return info.weight_bytes;
-  const std::int64_t embedding = info.num_parameters - info.num_non_embedding_parameters;
-  const io::Checkpoint checkpoint = io::Checkpoint::open(info.directory);
-  const DType kept = dtype ? *dtype : checkpoint.view("lm_head.weight").dtype;
-  return info.weight_bytes - embedding * static_cast<std::int64_t>(size_of(kept));
-}
-
 void BenchCommand::check() const {
   const auto within = [](const char* option, std::int64_t value, std::int64_t max) {
     if (value < 1 || value > max) fail("{}: must be in [1, {}], got {}", option, max, value);
@@ -119,8 +106,7 @@ void BenchCommand::run() const {
   const double prefill_rate = static_cast<double>(batch * prompt) / prefill;
   const double decode_rate = static_cast<double>(batch * generated) / decode;
   // Every step also reads and writes each sequence's state.
-  const std::int64_t step_bytes =
-      weight_bytes_of_a_step(info, model_options.dtype()) + 2 * batch * info.state_bytes;
+  const std::int64_t step_bytes = info.step_weight_bytes + 2 * batch * info.state_bytes;
   const double decode_bandwidth = static_cast<double>(step_bytes * generated) / decode;
   const std::string dtype =
       model_options.dtype() ? std::string(torch_name(*model_options.dtype())) : "as stored";

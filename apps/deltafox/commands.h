@@ -16,5 +16,6 @@ void add_init(CLI::App& app);
 void add_pull(CLI::App& app);
 void add_state(CLI::App& app);
 void add_bench(CLI::App& app);
+void add_data(CLI::App& app);
 
 }  // namespace deltafox::app

@@ -22,7 +22,8 @@ struct NamedDType {
 
 constexpr std::array kDTypes{NamedDType{"float32", DType::kF32},
                              NamedDType{"bfloat16", DType::kBF16},
-                             NamedDType{"float16", DType::kF16}};
+                             NamedDType{"float16", DType::kF16}, NamedDType{"int8", DType::kQ8},
+                             NamedDType{"int4", DType::kQ4}};
 
 }  // namespace
 
@@ -30,7 +31,7 @@ DType dtype_named(const std::string& name) {
   for (const NamedDType& known : kDTypes) {
     if (name == known.name) return known.dtype;
   }
-  fail("--dtype: must be float32, bfloat16 or float16, got '{}'", io::printable(name));
+  fail("--dtype: must be float32, bfloat16, float16, int8 or int4, got '{}'", io::printable(name));
 }
 
 std::string_view torch_name(DType dtype) {
@@ -58,9 +59,10 @@ std::string CheckpointOptions::directory() const {
 void ModelOptions::add(CLI::App& command) {
   checkpoint_.add(command);
   command
-      .add_option("--dtype", dtype_,
-                  "How the weight matrices are kept in memory: as stored (auto), float32, bfloat16 "
-                  "or float16")
+      .add_option(
+          "--dtype", dtype_,
+          "How the weight matrices are kept in memory: as stored (auto), float32, bfloat16, "
+          "float16, int8 or int4")
       ->type_name("NAME")
       ->capture_default_str();
   command.add_option("--threads", threads_, "Threads; 0: one for each core")

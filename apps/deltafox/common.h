@@ -46,7 +46,7 @@ class ModelOptions {
   int threads_ = 0;
 };
 
-// float32, bfloat16, float16, as PyTorch calls them.
+// float32, bfloat16, float16, as PyTorch calls them; int8 and int4, the packed forms.
 DType dtype_named(const std::string& name);
 std::string_view torch_name(DType dtype);
 

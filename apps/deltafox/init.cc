@@ -39,6 +39,9 @@ std::string InitCommand::config_text() const {
 }
 
 void InitCommand::run() const {
+  if (is_packed(dtype_named(dtype))) {
+    fail("--dtype: weights are initialised as float32, bfloat16 or float16, got '{}'", dtype);
+  }
   ProgressBar progress(ProgressBar::Unit::kBytes);
   write_initialised(config_text(), output,
                     {.seed = seed,

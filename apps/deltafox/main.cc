@@ -118,6 +118,7 @@ void run(int argc, char** argv) {
   add_pull(app);
   add_state(app);
   add_bench(app);
+  add_data(app);
   try {
     app.parse(normalised(app, argc, argv));
   } catch (const CLI::CallForHelp&) {

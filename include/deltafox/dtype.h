@@ -1,4 +1,5 @@
-// Element types of tensors, named as in safetensors files.
+// Element types of tensors, named as in safetensors files; and two packed forms of weight matrices,
+// whose elements lie in blocks with scales of their own (core/quantized.h, docs/quantization.md).
 #pragma once
 
 #include <cstddef>
@@ -7,9 +8,13 @@
 
 namespace deltafox {
 
-enum class DType : std::uint8_t { kF32, kBF16, kF16, kI32, kI64, kU8 };
+enum class DType : std::uint8_t { kF32, kBF16, kF16, kI32, kI64, kU8, kQ8, kQ4 };
 
-// Bytes of one element.
+constexpr bool is_packed(DType dtype) {
+  return dtype == DType::kQ8 || dtype == DType::kQ4;
+}
+
+// Bytes of one element; 0 for a packed form, which has none of its own.
 constexpr std::size_t size_of(DType dtype) {
   switch (dtype) {
     case DType::kF32:
@@ -22,11 +27,14 @@ constexpr std::size_t size_of(DType dtype) {
       return 8;
     case DType::kU8:
       return 1;
+    case DType::kQ8:
+    case DType::kQ4:
+      return 0;
   }
   return 0;
 }
 
-// The safetensors name: "F32", "BF16", "F16", "I32", "I64", "U8".
+// The safetensors name: "F32", "BF16", "F16", "I32", "I64", "U8"; "Q8", "Q4" for the packed forms.
 constexpr std::string_view name_of(DType dtype) {
   switch (dtype) {
     case DType::kF32:
@@ -41,6 +49,10 @@ constexpr std::string_view name_of(DType dtype) {
       return "I64";
     case DType::kU8:
       return "U8";
+    case DType::kQ8:
+      return "Q8";
+    case DType::kQ4:
+      return "Q4";
   }
   return "?";
 }

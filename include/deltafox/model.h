@@ -19,8 +19,9 @@
 namespace deltafox {
 
 struct LoadOptions {
-  // How the weight matrices are kept: as stored when empty; kF32 is the exact mode. Vectors (norms,
-  // convolutions, biases) and all arithmetic are float32.
+  // How the weight matrices are kept: as stored when empty; kF32 is the exact mode, kQ8 and kQ4 are
+  // int8 and int4 (docs/quantization.md). Vectors (norms, convolutions, biases) and all arithmetic
+  // but the products with matrices of fewer bits are float32.
   std::optional<DType> dtype = {};
   int threads = 0;  // 0: one for each core this process may use
   std::string revision = "main";
@@ -35,6 +36,7 @@ struct ModelInfo {
   std::int64_t num_parameters = 0;                // all, tied embeddings counted once
   std::int64_t num_non_embedding_parameters = 0;  // all but the embedding, as the paper does
   std::int64_t weight_bytes = 0;                  // memory of the weights as kept
+  std::int64_t step_weight_bytes = 0;             // of them, those that every step reads
   std::int64_t state_bytes = 0;                   // one sequence's state when new
   std::optional<std::int32_t> bos_token_id;
   std::vector<std::int32_t> eos_token_ids;  // generation_config.json first, else config.json

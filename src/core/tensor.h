@@ -47,6 +47,9 @@ class Shape {
 // "[2, 64, 128]"
 std::string to_string(const Shape& shape);
 
+// Bytes of a tensor: elements one after the other, or a packed matrix [N, K].
+std::size_t bytes_of(DType dtype, const Shape& shape);
+
 struct TensorView {
   void* data = nullptr;
   DType dtype = DType::kF32;
@@ -83,20 +86,19 @@ struct ConstTensorView {
   }
 };
 
-// Owns zeroed memory; copying it copies the contents.
+// Owns zeroed memory of the host or a GPU; copying it copies the contents.
 class Tensor {
  public:
   Tensor() = default;
-  Tensor(DType dtype, const Shape& shape)
-      : buffer_(static_cast<std::size_t>(shape.size()) * size_of(dtype)),
-        dtype_(dtype),
-        shape_(shape) {}
+  Tensor(DType dtype, const Shape& shape, Device device = Device::kCpu)
+      : buffer_(bytes_of(dtype, shape), device), dtype_(dtype), shape_(shape) {}
 
   TensorView view() { return {buffer_.data(), dtype_, shape_}; }
   ConstTensorView view() const { return {buffer_.data(), dtype_, shape_}; }
   float* f32() { return view().f32(); }
   const float* f32() const { return view().f32(); }
   std::size_t bytes() const { return buffer_.size(); }
+  Device device() const { return buffer_.device(); }
 
  private:
   Buffer buffer_;

@@ -3,6 +3,7 @@
 #include <cstring>
 
 #include "core/float_convert.h"
+#include "ops/quantize.h"
 
 namespace deltafox::cpu {
 
@@ -11,7 +12,12 @@ void embedding(Context& ctx, const EmbeddingArgs& args) {
   const auto tokens = static_cast<std::int64_t>(args.ids.size());
   ctx.threads().parallel_for(tokens, [&](std::int64_t t) {
     const std::int64_t row = args.ids[static_cast<std::size_t>(t)];
-    to_f32(args.table, row * width, {args.y.f32() + t * width, static_cast<std::size_t>(width)});
+    float* y = args.y.f32() + t * width;
+    if (is_packed(args.table.dtype)) {
+      dequantize_row(args.table, row, y);
+    } else {
+      to_f32(args.table, row * width, {y, static_cast<std::size_t>(width)});
+    }
   });
 }
 

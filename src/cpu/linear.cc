@@ -1,7 +1,9 @@
-// y = x wᵀ by dot products: both operands are read along K, so weights are used as they lie in the
-// file. A tile of kRows × kColumns sums is kept in registers; each sum is one vector accumulated
-// over K in steps of a vector and added up across lanes at the end, whatever the tile.
-#include "ops/linear.h"
+// Which kernel, and: y = x wᵀ by dot products: both operands are read along K, so weights are used
+// as they lie in the file. A tile of kRows × kColumns sums is kept in registers; each sum is one
+// vector accumulated over K in steps of a vector and added up across lanes at the end, whatever the
+// tile.
+#include "core/float_convert.h"
+#include "cpu/linear_kernels.h"
 
 #undef HWY_TARGET_INCLUDE
 #define HWY_TARGET_INCLUDE "cpu/linear.cc"
@@ -160,29 +162,14 @@ void linear_of(Context& ctx, const LinearArgs& args) {
   });
 }
 
-// y = bias [+ y], for the products to be added to.
-void begin_with_bias(Context& ctx, const LinearArgs& args) {
-  const std::int64_t columns = args.y.shape[1];
-  const float* bias = args.bias.f32();
-  ctx.threads().parallel_for(args.y.shape[0], [&](std::int64_t t) {
-    float* y = args.y.f32() + t * columns;
-    for (std::int64_t n = 0; n < columns; ++n) y[n] = args.accumulate ? y[n] + bias[n] : bias[n];
-  });
-}
-
 void linear_target(Context& ctx, const LinearArgs& args) {
-  LinearArgs products = args;
-  if (args.bias.data != nullptr) {
-    begin_with_bias(ctx, args);
-    products.accumulate = true;
-  }
   switch (args.w.dtype) {
     case DType::kF32:
-      return linear_of<float>(ctx, products);
+      return linear_of<float>(ctx, args);
     case DType::kBF16:
-      return linear_of<hwy::bfloat16_t>(ctx, products);
+      return linear_of<hwy::bfloat16_t>(ctx, args);
     case DType::kF16:
-      return linear_of<hwy::float16_t>(ctx, products);
+      return linear_of<hwy::float16_t>(ctx, args);
     default:
       assert(false);
   }
@@ -194,8 +181,47 @@ HWY_AFTER_NAMESPACE();
 #if HWY_ONCE
 namespace deltafox::cpu {
 HWY_EXPORT(linear_target);
-void linear(Context& ctx, const LinearArgs& args) {
+
+void linear_widened(Context& ctx, const LinearArgs& args) {
   HWY_DYNAMIC_DISPATCH(linear_target)(ctx, args);
+}
+
+namespace {
+
+// y = bias [+ y], for the products to be added to.
+void begin_with_bias(Context& ctx, const LinearArgs& args) {
+  const std::int64_t columns = args.y.shape[1];
+  const float* bias = args.bias.f32();
+  ctx.threads().parallel_for(args.y.shape[0], [&](std::int64_t t) {
+    float* y = args.y.f32() + t * columns;
+    for (std::int64_t n = 0; n < columns; ++n) y[n] = args.accumulate ? y[n] + bias[n] : bias[n];
+  });
+}
+
+// x rounded to bfloat16, as float32.
+ConstTensorView rounded_to_bf16(Context& ctx, ScratchScope& scratch, const ConstTensorView& x) {
+  const TensorView rounded = scratch.tensor(x.shape);
+  const std::int64_t width = x.shape[1];
+  ctx.threads().parallel_for(x.shape[0], [&](std::int64_t t) {
+    const float* from = x.f32() + t * width;
+    float* to = rounded.f32() + t * width;
+    for (std::int64_t k = 0; k < width; ++k) to[k] = bf16_to_f32(f32_to_bf16(from[k]));
+  });
+  return rounded;
+}
+
+}  // namespace
+
+void linear(Context& ctx, const LinearArgs& args) {
+  ScratchScope scratch(ctx);
+  LinearArgs products = args;
+  if (args.bias.data != nullptr) {
+    begin_with_bias(ctx, args);
+    products.accumulate = true;
+  }
+  if (is_packed(args.w.dtype)) return linear_packed(ctx, products);
+  if (args.w.dtype == DType::kBF16) products.x = rounded_to_bf16(ctx, scratch, args.x);
+  linear_widened(ctx, products);
 }
 }  // namespace deltafox::cpu
 #endif

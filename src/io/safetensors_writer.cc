@@ -29,6 +29,9 @@ int rank_of(DType dtype) {
       return 2;
     case DType::kU8:
       return 1;
+    case DType::kQ8:
+    case DType::kQ4:
+      break;  // written as U8
   }
   return 0;
 }

@@ -5,6 +5,7 @@
 
 #include "core/error.h"
 #include "core/float_convert.h"
+#include "ops/quantize.h"
 
 namespace deltafox {
 namespace {
@@ -32,11 +33,35 @@ Tensor converted(const ConstTensorView& from, DType dtype, ThreadPool& threads) 
   return to;
 }
 
+Tensor packed(const ConstTensorView& from, DType dtype, const std::string& file,
+              const std::string& name, Context& ctx) {
+  Tensor to(dtype, from.shape);
+  try {
+    ops::quantize(ctx, {.w = from, .packed = to.view()});
+  } catch (const Error& error) {
+    fail("{}: tensor '{}': {}", file, name, error.what());
+  }
+  return to;
+}
+
 }  // namespace
+
+DType kept_dtype(const ParamNames& names, const std::string& name, const Param& param,
+                 DType wanted) {
+  if (!param.is_matrix) return DType::kF32;
+  if (!is_packed(wanted)) return wanted;
+  // Small matrices give gates and time steps: little to save, much to spoil.
+  constexpr std::int64_t kMinPacked = 64;
+  if (!param.packable || param.shape[0] < kMinPacked || param.shape[1] < kMinPacked) {
+    return DType::kBF16;
+  }
+  return name == names.embeddings ? DType::kQ8 : wanted;
+}
 
 std::vector<Tensor> bind_params(CausalLM& model, const io::Checkpoint& checkpoint,
                                 std::optional<DType> dtype, ThreadPool& threads) {
   std::vector<Tensor> buffers;
+  Context ctx(threads);
   std::set<std::string> used;
   const ParamNames& names = model.config().names;
   if (checkpoint.contains(names.layers + "0." + names.mlp + "up_proj.weight")) {
@@ -53,10 +78,11 @@ std::vector<Tensor> bind_params(CausalLM& model, const io::Checkpoint& checkpoin
       fail("{}: tensor '{}' has shape {}, but the config asks for {}", checkpoint.file_of(name),
            name, to_string(stored.shape), to_string(param.shape));
     }
-    const DType kept = param.is_matrix ? dtype.value_or(stored.dtype) : DType::kF32;
+    const DType kept = kept_dtype(names, name, param, dtype.value_or(stored.dtype));
     param.value = stored;
     if (stored.dtype != kept) {
-      buffers.push_back(converted(stored, kept, threads));
+      buffers.push_back(is_packed(kept) ? packed(stored, kept, checkpoint.file_of(name), name, ctx)
+                                        : converted(stored, kept, threads));
       param.value = std::as_const(buffers.back()).view();
     }
     used.insert(name);

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <optional>
+#include <string>
 #include <vector>
 
 #include "core/tensor.h"
@@ -10,6 +11,11 @@
 #include "model/causal_lm.h"
 
 namespace deltafox {
+
+// How a parameter is kept in a model whose matrices are `wanted`: vectors in float32; with a packed
+// form the embedding as kQ8, and small or oddly cut matrices as bfloat16.
+DType kept_dtype(const ParamNames& names, const std::string& name, const Param& param,
+                 DType wanted);
 
 // Points every parameter at its tensor in `checkpoint`, which must outlive the model. Tensors that
 // are kept in another dtype than stored are converted into buffers, which are returned and must

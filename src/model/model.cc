@@ -168,7 +168,11 @@ void Model::Impl::fill_info(const std::string& directory) {
   info_.num_hidden_layers = lm_.num_layers();
   lm_.visit_params([&](const std::string& name, Param& param) {
     const std::int64_t size = param.shape.size();
-    info_.weight_bytes += size * static_cast<std::int64_t>(size_of(param.value.dtype));
+    const auto bytes = static_cast<std::int64_t>(bytes_of(param.value.dtype, param.shape));
+    info_.weight_bytes += bytes;
+    const bool looked_up =
+        name == lm_.config().names.embeddings && !lm_.config().tie_word_embeddings;
+    if (!looked_up) info_.step_weight_bytes += bytes;
     if (!param.trainable) return;
     info_.num_parameters += size;
     if (name != lm_.config().names.embeddings) info_.num_non_embedding_parameters += size;
@@ -318,8 +322,8 @@ Model::Model(std::shared_ptr<Impl> impl) : impl_(std::move(impl)) {}
 
 Model Model::load(const std::string& path_or_id, const LoadOptions& options) {
   if (options.dtype && *options.dtype != DType::kF32 && *options.dtype != DType::kBF16 &&
-      *options.dtype != DType::kF16) {
-    fail("dtype: weights are kept as float32, bfloat16 or float16");
+      *options.dtype != DType::kF16 && !is_packed(*options.dtype)) {
+    fail("dtype: weights are kept as float32, bfloat16, float16, int8 or int4");
   }
   if (options.threads < 0 || options.threads > 1024) {
     fail("threads: must be from 0 to 1024, got {}", options.threads);

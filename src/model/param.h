@@ -42,6 +42,8 @@ struct Param {
   Init init;
   // Matrices are kept in the dtype the user chose; everything else is small and kept in float32.
   bool is_matrix = false;
+  // False for a matrix that its block reads in parts which packed panels cannot be cut into.
+  bool packable = true;
   bool trainable = true;       // false for what the official code keeps as a buffer
   ConstTensorView value = {};  // bound by the loader
 

@@ -1,5 +1,12 @@
 // y = x wᵀ [+ bias] [+ y]
 //
+// By the kind of w:
+//   F32, F16  products and sums are float32
+//   BF16      x is rounded to bfloat16; products and sums are float32
+//   kQ8, kQ4  x is rounded to 8-bit integers with a scale for each 256 columns of a row; products
+//   of
+//             256 columns are added exactly, then as float32 in order: the same bits on every
+//             machine
 // Each element is the sum of its K products in an order that depends on K and the instruction set
 // alone: not on T, N, the position in the matrix or the number of threads. So a token's result does
 // not depend on the tokens beside it.
@@ -11,19 +18,38 @@ namespace deltafox {
 
 struct LinearArgs {
   ConstTensorView x;          // [T, K] F32
-  ConstTensorView w;          // [N, K] F32, BF16 or F16; products and sums are float32
+  ConstTensorView w;          // [N, K] of any kind below
   TensorView y;               // [T, N] F32
   bool accumulate = false;    // y += x wᵀ
   ConstTensorView bias = {};  // [N] F32 or no data
 };
 
+// dx = dy w, or dx += dy w; dw += dyᵀ x; dbias += Σ_t dy_t
+//
+// The order of each sum depends on its length alone, as in linear.
+struct LinearBackwardArgs {
+  ConstTensorView dy;          // [T, N]
+  ConstTensorView x;           // [T, K]
+  ConstTensorView w;           // [N, K] F32
+  TensorView dx = {};          // [T, K] or no data
+  bool accumulate_dx = false;  // dx += dy w
+  TensorView dw = {};          // [N, K] or no data
+  TensorView dbias = {};       // [N] or no data
+};
+
 namespace ops {
 void linear(Context& ctx, const LinearArgs& args);
-}
+void linear_backward(Context& ctx, const LinearBackwardArgs& args);
+}  // namespace ops
 namespace cpu {
+void linear(Context& ctx, const LinearArgs& args);
+void linear_backward(Context& ctx, const LinearBackwardArgs& args);
+}  // namespace cpu
+namespace cuda {
 void linear(Context& ctx, const LinearArgs& args);
 }
 namespace reference {
 void linear(const LinearArgs& args);
-}
+void linear_backward(const LinearBackwardArgs& args);
+}  // namespace reference
 }  // namespace deltafox

@@ -6,6 +6,7 @@
 
 #include "core/float_convert.h"
 #include "deltafox/error.h"
+#include "ops/quantize.h"
 #include "support/random.h"
 
 namespace deltafox {
@@ -19,9 +20,15 @@ constexpr float kEps = 1.1920929e-7F;
 // least four lanes the longest chain is K/4 plus the few steps of the final sum.
 float error_bound(const LinearArgs& args, std::int64_t t, std::int64_t n) {
   const std::int64_t depth = args.w.shape[1];
+  std::vector<float> w(static_cast<std::size_t>(depth));
+  if (is_packed(args.w.dtype)) {
+    cpu::dequantize_row(args.w, n, w.data());
+  } else {
+    to_f32(args.w, n * depth, w);
+  }
   float magnitude = 0;
   for (std::int64_t k = 0; k < depth; ++k) {
-    magnitude += std::abs(args.x.f32()[t * depth + k] * load_f32(args.w, n * depth + k));
+    magnitude += std::abs(args.x.f32()[t * depth + k] * w[static_cast<std::size_t>(k)]);
   }
   return kEps * (static_cast<float>(depth) / 4 + 8) * (magnitude + 1);
 }
@@ -39,7 +46,11 @@ TEST_P(LinearParity, FastEqualsPlain) {
     const Tensor x = random.normal_tensor({rows, depth});
     const Tensor wide = random.normal_tensor({columns, depth});
     Tensor w(GetParam(), {columns, depth});
-    convert(wide.view(), w.view());
+    if (is_packed(GetParam())) {
+      ops::quantize(ctx, {.w = wide.view(), .packed = w.view()});
+    } else {
+      convert(wide.view(), w.view());
+    }
     Tensor y = random.normal_tensor({rows, columns});
     Tensor expected = y;
     const bool accumulate = round % 2 == 0;
@@ -60,7 +71,8 @@ TEST_P(LinearParity, FastEqualsPlain) {
 }
 
 INSTANTIATE_TEST_SUITE_P(Weights, LinearParity,
-                         testing::Values(DType::kF32, DType::kBF16, DType::kF16),
+                         testing::Values(DType::kF32, DType::kBF16, DType::kF16, DType::kQ8,
+                                         DType::kQ4),
                          [](const auto& param) { return std::string(name_of(param.param)); });
 
 TEST(Linear, ARowDoesNotDependOnTheRowsBesideItNorOnThreads) {

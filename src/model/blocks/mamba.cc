@@ -1,5 +1,6 @@
 #include "model/blocks/mamba.h"
 
+#include "core/quantized.h"
 #include "model/blocks/projection.h"
 #include "ops/linear.h"
 #include "ops/selective_scan.h"
@@ -23,6 +24,9 @@ MambaMixer::MambaMixer(const Config& config)
           .out_proj = Param::matrix({config.hidden_size, config.inner_size}, config.out_init),
           .out_bias = {},
       } {
+  weights_.in_proj.packable = config.inner_size % kPanelRows == 0;
+  weights_.x_proj.packable =
+      config.dt_rank % kPanelRows == 0 && config.state_size % kPanelRows == 0;
   if (config.use_bias) {
     weights_.in_bias = Param::vector({2 * config.inner_size}, Init::constant(0));
     weights_.out_bias = Param::vector({config.hidden_size}, Init::constant(0));

@@ -1,5 +1,6 @@
 #include "model/blocks/mamba2.h"
 
+#include "core/quantized.h"
 #include "model/blocks/projection.h"
 #include "ops/linear.h"
 #include "ops/rms_norm.h"
@@ -23,6 +24,8 @@ Mamba2Mixer::Mamba2Mixer(const Config& config)
           .out_proj = Param::matrix({config.hidden_size, config.inner()}, config.out_init),
           .out_bias = {},
       } {
+  weights_.in_proj.packable =
+      config.inner() % kPanelRows == 0 && config.conv_channels() % kPanelRows == 0;
   if (config.use_bias) {
     weights_.in_bias = Param::vector({weights_.in_proj.shape[0]}, Init::constant(0));
     weights_.out_bias = Param::vector({config.hidden_size}, Init::constant(0));

@@ -1,7 +1,11 @@
 #include "model/blocks/projection.h"
 
+#include <cassert>
 #include <cmath>
+#include <cstring>
 
+#include "core/quantized.h"
+#include "ops/activation.h"
 #include "ops/linear.h"
 #include "ops/short_conv.h"
 
@@ -23,9 +27,18 @@ Param depthwise_convolution(std::int64_t channels, std::int64_t width) {
 ConstTensorView rows_of(const ConstTensorView& tensor, std::int64_t begin, std::int64_t count) {
   const bool vector = tensor.shape.rank() == 1;
   const std::int64_t columns = vector ? 1 : tensor.shape[1];
-  const std::size_t offset = static_cast<std::size_t>(begin * columns) * size_of(tensor.dtype);
+  // The bytes of the rows before; panels of a packed matrix are cut at their ends only.
+  assert(!is_packed(tensor.dtype) || begin % kPanelRows == 0);
+  const std::size_t offset =
+      begin == 0 ? 0 : bytes_of(tensor.dtype, vector ? Shape{begin} : Shape{begin, columns});
   return {static_cast<const std::byte*>(tensor.data) + offset, tensor.dtype,
           vector ? Shape{count} : Shape{count, columns}};
+}
+
+TensorView copy_of(ScratchScope& scratch, const ConstTensorView& from) {
+  const TensorView to = scratch.tensor(from.shape);
+  std::memcpy(to.data, from.data, static_cast<std::size_t>(from.shape.size()) * sizeof(float));
+  return to;
 }
 
 TensorView project(Context& ctx, ScratchScope& scratch, const ConstTensorView& x,
@@ -52,13 +65,54 @@ TensorView convolve(Context& ctx, ScratchScope& scratch, const ConstTensorView& 
 TensorView project_and_convolve(Context& ctx, ScratchScope& scratch, const ConstTensorView& x,
                                 const Param& proj, const std::optional<Param>& conv,
                                 const Sequences& sequences, std::span<float* const> states,
-                                Activation activation) {
+                                Activation activation, TensorView* projected) {
   const TensorView y = project(ctx, scratch, x, proj.value);
+  if (projected != nullptr) *projected = y;
   if (conv) return convolve(ctx, scratch, y, *conv, {}, sequences, states, activation);
   if (activation != Activation::kIdentity) {
+    if (projected != nullptr) *projected = copy_of(scratch, y);
     ops::activation(ctx, {.activation = activation, .x = y});
   }
   return y;
+}
+
+void convolve_backward(Context& ctx, const ConstTensorView& x, const Param& conv,
+                       const std::optional<Param>& bias, const Sequences& sequences,
+                       Activation activation, const TensorView& dy, const TensorView& dx,
+                       Gradients& gradients) {
+  const Shape taps{conv.shape[0], conv.shape[2]};
+  const TensorView dw = gradients.of(conv);
+  ops::short_conv_backward(ctx, {.x = x,
+                                 .w = conv.value.reshaped(taps),
+                                 .bias = value_of(bias),
+                                 .sequences = sequences,
+                                 .activation = activation,
+                                 .dy = dy,
+                                 .dx = dx,
+                                 .dw = dw.reshaped(taps),
+                                 .dbias = gradients.of(bias)});
+}
+
+void project_and_convolve_backward(Context& ctx, const ConstTensorView& x,
+                                   const ConstTensorView& projected, const Param& proj,
+                                   const std::optional<Param>& conv, const Sequences& sequences,
+                                   Activation activation, const TensorView& dy,
+                                   const TensorView& dx, bool accumulate_dx, Gradients& gradients) {
+  ScratchScope scratch(ctx);
+  TensorView dprojected = dy;  // [T, N]
+  if (conv) {
+    dprojected = scratch.tensor(dy.shape);
+    convolve_backward(ctx, projected, *conv, std::nullopt, sequences, activation, dy, dprojected,
+                      gradients);
+  } else if (activation != Activation::kIdentity) {
+    ops::activation_backward(ctx, {.activation = activation, .x = projected, .dy = dy, .dx = dy});
+  }
+  ops::linear_backward(ctx, {.dy = dprojected,
+                             .x = x,
+                             .w = proj.value,
+                             .dx = dx,
+                             .accumulate_dx = accumulate_dx,
+                             .dw = gradients.of(proj)});
 }
 
 }  // namespace deltafox

@@ -1,0 +1,15 @@
+// The kernels behind cpu::linear, one for each way that weights are kept. All add: y = y + x wᵀ
+// where args.accumulate, and none reads args.bias.
+#pragma once
+
+#include "ops/linear.h"
+
+namespace deltafox::cpu {
+
+// F32, BF16 and F16 weights, widened to float32 as they are read; by Highway.
+void linear_widened(Context& ctx, const LinearArgs& args);
+
+// kQ8 and kQ4 weights.
+void linear_packed(Context& ctx, const LinearArgs& args);
+
+}  // namespace deltafox::cpu

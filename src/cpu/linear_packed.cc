@@ -1,0 +1,165 @@
+// y = x wᵀ for packed weights. Rows of x become integers with a scale for each block of 256
+// columns; products of a block are exact integers; blocks are added in order, as float32. So every
+// kernel gives the same bits, for any number of tokens and threads.
+#include "cpu/linear_kernels.h"
+#include "cpu/packed_kernels.h"
+
+#undef HWY_TARGET_INCLUDE
+#define HWY_TARGET_INCLUDE "cpu/linear_packed.cc"
+#include <hwy/foreach_target.h>
+
+#include "cpu/simd-inl.h"
+
+HWY_BEFORE_NAMESPACE();
+namespace deltafox::cpu::HWY_NAMESPACE {
+
+constexpr std::int64_t kGroupsOfBlock = kQuantBlock / kQuantGroup;
+
+// A block of x: q = x · (127 / max|x|), rounded to the nearest even.
+HWY_INLINE void quantize_block(const float* x, std::int64_t size, std::int8_t* q, float* scale,
+                               std::int32_t* sum, std::int16_t* group_sums) {
+  VF32 largest = hn::Zero(kF32);
+  for_row(
+      size, [&](std::int64_t i) HWY_ATTR { largest = hn::Max(largest, hn::Abs(load(x + i))); },
+      [&](std::int64_t i, std::int64_t n)
+          HWY_ATTR { largest = hn::Max(largest, hn::Abs(load_first(x + i, n))); });
+  const float max = hn::GetLane(hn::MaxOfLanes(kF32, largest));
+  *scale = max / 127;
+  const VF32 inverse = hn::Set(kF32, max > 1e-30F ? 127 / max : 0.0F);
+  const hn::Rebind<std::int32_t, F32> wide;
+  const hn::Rebind<std::int8_t, F32> narrow;
+  const auto rounded = [&](VF32 v) HWY_ATTR {
+    return hn::DemoteTo(narrow, hn::ConvertTo(wide, hn::Round(hn::Mul(v, inverse))));
+  };
+  for_row(
+      size, [&](std::int64_t i) HWY_ATTR { hn::StoreU(rounded(load(x + i)), narrow, q + i); },
+      [&](std::int64_t i, std::int64_t n) HWY_ATTR {
+        HWY_ALIGN std::int8_t last[16];
+        hn::StoreU(rounded(load_first(x + i, n)), narrow, last);
+        std::copy_n(last, n, q + i);
+      });
+  *sum = 0;
+  for (std::int64_t g = 0; g < kGroupsOfBlock; ++g) {
+    int group = 0;
+    for (std::int64_t i = g * kQuantGroup; i < std::min((g + 1) * kQuantGroup, size); ++i) {
+      group += q[i];
+    }
+    group_sums[g] = static_cast<std::int16_t>(group);
+    *sum += group;
+  }
+}
+
+void quantize_row_target(const float* x, std::int64_t size, std::int8_t* q, float* scales,
+                         std::int32_t* sums, std::int16_t* group_sums) {
+  for (std::int64_t b = 0; b * kQuantBlock < size; ++b) {
+    const std::int64_t begin = b * kQuantBlock;
+    quantize_block(x + begin, std::min(kQuantBlock, size - begin), q + begin, scales + b, sums + b,
+                   group_sums + b * kGroupsOfBlock);
+  }
+}
+
+}  // namespace deltafox::cpu::HWY_NAMESPACE
+HWY_AFTER_NAMESPACE();
+
+#if HWY_ONCE
+namespace deltafox::cpu {
+HWY_EXPORT(quantize_row_target);
+namespace {
+
+constexpr std::int64_t kBlockTokens = 192;  // their sums and integers stay in the caches
+
+QuantizedRows quantized(Context& ctx, ScratchScope& scratch, const ConstTensorView& x,
+                        const PackedLayout& layout) {
+  const std::int64_t tokens = x.shape[0];
+  const std::int64_t depth = x.shape[1];
+  const std::int64_t blocks = layout.blocks();
+  const std::int64_t groups = blocks * (kQuantBlock / kQuantGroup);
+  // Not a multiple of 4096: rows must not compete for the same sets of the first-level cache.
+  const std::int64_t stride = layout.columns() + 64;
+  std::int8_t* q = scratch.array<std::int8_t>(tokens * stride).data();
+  float* scales = scratch.array<float>(tokens * blocks).data();
+  std::int32_t* sums = scratch.array<std::int32_t>(tokens * blocks).data();
+  std::int16_t* group_sums = scratch.array<std::int16_t>(tokens * groups).data();
+  const auto row = HWY_DYNAMIC_DISPATCH(quantize_row_target);
+  constexpr std::int64_t kRowsOfTask = 4;
+  ctx.threads().parallel_for((tokens + kRowsOfTask - 1) / kRowsOfTask, [&](std::int64_t task) {
+    const std::int64_t end = std::min(tokens, (task + 1) * kRowsOfTask);
+    for (std::int64_t t = task * kRowsOfTask; t < end; ++t) {
+      row(x.f32() + t * depth, depth, q + t * stride, scales + t * blocks, sums + t * blocks,
+          group_sums + t * groups);
+      std::fill(q + t * stride + depth, q + (t + 1) * stride, std::int8_t{0});
+    }
+  });
+  return {q, stride, scales, sums, group_sums, blocks};
+}
+
+// y[token, column] = sums [+ y]
+void store_sums(const float* sums, std::int64_t tokens, std::int64_t columns, float* y,
+                std::int64_t stride, bool accumulate) {
+  for (std::int64_t t = 0; t < tokens; ++t) {
+    const float* from = sums + t * kTileColumns;
+    float* to = y + t * stride;
+    for (std::int64_t n = 0; n < columns; ++n) to[n] = accumulate ? to[n] + from[n] : from[n];
+  }
+}
+
+}  // namespace
+
+void linear_packed(Context& ctx, const LinearArgs& args) {
+  const std::int64_t tokens = args.x.shape[0];
+  const std::int64_t columns = args.w.shape[0];
+  const bool four_bits = args.w.dtype == DType::kQ4;
+  const PackedLayout layout(args.w.dtype, columns, args.w.shape[1]);
+  ScratchScope scratch(ctx);
+  const QuantizedRows x = quantized(ctx, scratch, args.x, layout);
+  const std::int64_t token_blocks = (tokens + kBlockTokens - 1) / kBlockTokens;
+  const std::int64_t tiles = (layout.panels() + kMaxPanels - 1) / kMaxPanels;
+  const std::int64_t sum_bytes = std::min(tokens, kBlockTokens) * kTileColumns * 4;
+  const std::int64_t expanded_bytes = four_bits ? kTileColumns * kQuantBlock : 0;
+  const std::int64_t slot_bytes = sum_bytes + expanded_bytes;
+  std::byte* slots = scratch.array<std::byte>(ctx.threads().size() * slot_bytes).data();
+  ctx.threads().parallel_for(tiles * token_blocks, [&](std::int64_t task, int slot) {
+    const std::int64_t first_panel = task / token_blocks * kMaxPanels;
+    const std::int64_t token = task % token_blocks * kBlockTokens;
+    auto* sums = reinterpret_cast<float*>(slots + slot * slot_bytes);
+    std::byte* expanded = slots + slot * slot_bytes + sum_bytes;
+    PackedBlock block{
+        .x = &x,
+        .token = token,
+        .tokens = std::min(kBlockTokens, tokens - token),
+        .block = 0,
+        .columns = 0,
+        .panels =
+            static_cast<int>(std::min<std::int64_t>(kMaxPanels, layout.panels() - first_panel)),
+        .head = nullptr,
+        .head_stride = layout.panel_bytes(),
+        .values = nullptr,
+        .value_stride = layout.panel_bytes(),
+        .sums = sums,
+    };
+    std::fill(sums, sums + block.tokens * kTileColumns, 0.0F);
+    const auto* panel =
+        static_cast<const std::byte*>(args.w.data) + first_panel * layout.panel_bytes();
+    for (block.block = 0; block.block < layout.blocks(); ++block.block) {
+      block.columns = layout.block_columns(block.block);
+      block.head = panel + layout.block_offset(block.block);
+      block.values = block.head + layout.head_bytes();
+      block.value_stride = layout.panel_bytes();
+      if (four_bits) {
+        for (int p = 0; p < block.panels; ++p) {
+          plain::expand(block.head + p * block.head_stride, block.values + p * block.value_stride,
+                        block.columns, expanded + p * kPanelRows * kQuantBlock);
+        }
+        block.values = expanded;
+        block.value_stride = kPanelRows * kQuantBlock;
+      }
+      plain::eight_bits(block);
+    }
+    const std::int64_t column = first_panel * kPanelRows;
+    store_sums(sums, block.tokens, std::min(kTileColumns, columns - column),
+               args.y.f32() + token * columns + column, columns, args.accumulate);
+  });
+}
+
+}  // namespace deltafox::cpu
+#endif

@@ -1,0 +1,52 @@
+// The inner kernels of packed matrices: products of integers, exact in any order.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "core/quantized.h"
+
+namespace deltafox::cpu {
+
+constexpr int kMaxPanels = 4;  // that a kernel works on at a time
+constexpr std::int64_t kTileColumns = kMaxPanels * kPanelRows;
+
+// Activations as integers: x[t, k] ≈ scale · q, with a scale for each block of 256 columns.
+struct QuantizedRows {
+  const std::int8_t* q;  // [T, stride], zeros beyond K
+  std::int64_t stride;
+  const float* scales;             // [T, blocks]
+  const std::int32_t* sums;        // [T, blocks], Σ q of a block
+  const std::int16_t* group_sums;  // [T, blocks · 8], Σ q of a group
+  std::int64_t blocks;
+};
+
+// A block of columns of a few panels, for a few tokens:
+//   sums[t, 16·p + r] += float(Σ_k x_q[t, k] · w_q[r, k]) · (x_scale[t] · scales[r])
+struct PackedBlock {
+  const QuantizedRows* x;
+  std::int64_t token;  // the first
+  std::int64_t tokens;
+  std::int64_t block;  // of 256 columns
+  std::int64_t columns;
+  int panels;                // up to kMaxPanels
+  const std::byte* head;     // scales, and the factors of kQ4, of the first panel
+  std::int64_t head_stride;  // bytes from one panel's to the next's
+  const std::byte* values;   // of the first panel
+  std::int64_t value_stride;
+  float* sums;  // [tokens, kTileColumns]
+};
+
+// For kQ8, or kQ4 once expanded.
+using EightBitKernel = void (*)(const PackedBlock&);
+// The values of kQ4, factor · q + 128, as a kQ8 block has them.
+using ExpandKernel = void (*)(const std::byte* head, const std::byte* values, std::int64_t columns,
+                              std::byte* expanded);
+
+namespace plain {
+void eight_bits(const PackedBlock& block);
+void expand(const std::byte* head, const std::byte* values, std::int64_t columns,
+            std::byte* expanded);
+}  // namespace plain
+
+}  // namespace deltafox::cpu
