@@ -17,5 +17,7 @@ void add_pull(CLI::App& app);
 void add_state(CLI::App& app);
 void add_bench(CLI::App& app);
 void add_data(CLI::App& app);
+void add_train(CLI::App& app);
+void add_export(CLI::App& app);
 
 }  // namespace deltafox::app

@@ -76,6 +76,15 @@ struct AttentionStats {
   std::int64_t skipped_blocks = 0;  // of them, by adaptive computation pruning
 };
 
+// A weight as the model keeps it, row-major. The data live as long as a copy of the model does.
+struct Weight {
+  std::string name;  // as in the checkpoint
+  DType dtype = DType::kF32;
+  std::vector<std::int64_t> shape;
+  const void* data = nullptr;
+  bool trainable = true;  // false for what the official code keeps as a buffer
+};
+
 // Token ids of B sequences, packed.
 struct Batch {
   std::span<const std::int32_t> input_ids;   // [T]
@@ -111,6 +120,9 @@ class Model {
   static Model load(const std::string& path_or_id, const LoadOptions& options = {});
 
   const ModelInfo& info() const;
+
+  // All weights, in the model's order.
+  std::vector<Weight> weights() const;
 
   // Of all calls since the model was loaded that have returned.
   AttentionStats attention_stats() const;

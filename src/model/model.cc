@@ -357,6 +357,19 @@ const ModelInfo& Model::info() const {
   return impl_->info_;
 }
 
+std::vector<Weight> Model::weights() const {
+  std::vector<Weight> weights;
+  impl_->lm_.visit_params([&](const std::string& name, const Param& param) {
+    Weight& weight = weights.emplace_back();
+    weight.name = name;
+    weight.dtype = param.value.dtype;
+    for (int i = 0; i < param.shape.rank(); ++i) weight.shape.push_back(param.shape[i]);
+    weight.data = param.value.data;
+    weight.trainable = param.trainable;
+  });
+  return weights;
+}
+
 AttentionStats Model::attention_stats() const {
   const std::scoped_lock lock(impl_->contexts_mutex_);
   return impl_->attention_stats_;

@@ -8,14 +8,18 @@ void activation(Context& ctx, const ActivationArgs& args) {
   switch (ctx.device()) {
     case Device::kCpu:
       return cpu::activation(ctx, args);
+    case Device::kCuda:
+      return cuda::activation(ctx, args);
   }
 }
 
 void glu(Context& ctx, const GluArgs& args) {
-  check("glu", "gate_up", args.gate_up, {args.y.shape[0], 2 * args.y.shape[1]});
+  check_activation(ctx, "glu", "gate_up", args.gate_up, {args.y.shape[0], 2 * args.y.shape[1]});
   switch (ctx.device()) {
     case Device::kCpu:
       return cpu::glu(ctx, args);
+    case Device::kCuda:
+      return cuda::glu(ctx, args);
   }
 }
 
@@ -24,6 +28,8 @@ void forget_gate(Context& ctx, const ForgetGateArgs& args) {
   switch (ctx.device()) {
     case Device::kCpu:
       return cpu::forget_gate(ctx, args);
+    case Device::kCuda:
+      return cuda::forget_gate(ctx, args);
   }
 }
 
@@ -31,6 +37,8 @@ void feature_map(Context& ctx, const FeatureMapArgs& args) {
   switch (ctx.device()) {
     case Device::kCpu:
       return cpu::feature_map(ctx, args);
+    case Device::kCuda:
+      return cuda::feature_map(ctx, args);
   }
 }
 
@@ -40,6 +48,8 @@ void activation_backward(Context& ctx, const ActivationBackwardArgs& args) {
   switch (ctx.device()) {
     case Device::kCpu:
       return cpu::activation_backward(ctx, args);
+    case Device::kCuda:
+      fail_on_cuda("activation_backward");
   }
 }
 
@@ -49,6 +59,8 @@ void glu_backward(Context& ctx, const GluBackwardArgs& args) {
   switch (ctx.device()) {
     case Device::kCpu:
       return cpu::glu_backward(ctx, args);
+    case Device::kCuda:
+      fail_on_cuda("glu_backward");
   }
 }
 
@@ -60,6 +72,8 @@ void forget_gate_backward(Context& ctx, const ForgetGateBackwardArgs& args) {
   switch (ctx.device()) {
     case Device::kCpu:
       return cpu::forget_gate_backward(ctx, args);
+    case Device::kCuda:
+      fail_on_cuda("forget_gate_backward");
   }
 }
 
@@ -69,6 +83,8 @@ void feature_map_backward(Context& ctx, const FeatureMapBackwardArgs& args) {
   switch (ctx.device()) {
     case Device::kCpu:
       return cpu::feature_map_backward(ctx, args);
+    case Device::kCuda:
+      fail_on_cuda("feature_map_backward");
   }
 }
 

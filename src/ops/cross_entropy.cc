@@ -10,6 +10,8 @@ void cross_entropy(Context& ctx, const CrossEntropyArgs& args) {
   switch (ctx.device()) {
     case Device::kCpu:
       return cpu::cross_entropy(ctx, args);
+    case Device::kCuda:
+      return cuda::cross_entropy(ctx, args);
   }
 }
 
@@ -23,6 +25,8 @@ void cross_entropy_backward(Context& ctx, const CrossEntropyBackwardArgs& args) 
   switch (ctx.device()) {
     case Device::kCpu:
       return cpu::cross_entropy_backward(ctx, args);
+    case Device::kCuda:
+      fail_on_cuda("cross_entropy_backward");
   }
 }
 

@@ -10,6 +10,8 @@ void embedding(Context& ctx, const EmbeddingArgs& args) {
   switch (ctx.device()) {
     case Device::kCpu:
       return cpu::embedding(ctx, args);
+    case Device::kCuda:
+      return cuda::embedding(ctx, args);
   }
 }
 
@@ -20,6 +22,8 @@ void embedding_backward(Context& ctx, const EmbeddingBackwardArgs& args) {
   switch (ctx.device()) {
     case Device::kCpu:
       return cpu::embedding_backward(ctx, args);
+    case Device::kCuda:
+      fail_on_cuda("embedding_backward");
   }
 }
 

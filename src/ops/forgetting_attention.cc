@@ -6,11 +6,12 @@ namespace deltafox::ops {
 
 void forgetting_attention(Context& ctx, const ForgettingAttentionArgs& args) {
   const std::int64_t heads = args.q.shape[1];
-  check("forgetting_attention", "o", args.o, args.q.shape);
+  check_activation(ctx, "forgetting_attention", "o", args.o, args.q.shape);
   for (std::int64_t b = 0; b < args.sequences.count(); ++b) {
     const KvCache& cache = *args.caches[static_cast<std::size_t>(b)];
     const KvLayout& layout = cache.layout();
-    check("forgetting_attention", "q", args.q, {args.sequences.tokens(), heads, layout.head_dim});
+    check_activation(ctx, "forgetting_attention", "q", args.q,
+                     {args.sequences.tokens(), heads, layout.head_dim});
     if (heads % layout.kv_heads != 0) {
       fail("forgetting_attention: {} heads cannot share {} of keys", heads, layout.kv_heads);
     }
@@ -28,6 +29,8 @@ void forgetting_attention(Context& ctx, const ForgettingAttentionArgs& args) {
   switch (ctx.device()) {
     case Device::kCpu:
       return cpu::forgetting_attention(ctx, args);
+    case Device::kCuda:
+      return cuda::forgetting_attention(ctx, args);
   }
 }
 
@@ -54,6 +57,8 @@ void forgetting_attention_backward(Context& ctx, const ForgettingAttentionBackwa
   switch (ctx.device()) {
     case Device::kCpu:
       return cpu::forgetting_attention_backward(ctx, args);
+    case Device::kCuda:
+      fail_on_cuda("forgetting_attention_backward");
   }
 }
 

@@ -64,6 +64,9 @@ namespace cpu {
 void forgetting_attention(Context& ctx, const ForgettingAttentionArgs& args);
 void forgetting_attention_backward(Context& ctx, const ForgettingAttentionBackwardArgs& args);
 }  // namespace cpu
+namespace cuda {
+void forgetting_attention(Context& ctx, const ForgettingAttentionArgs& args);
+}
 namespace reference {
 // Prunes nothing.
 void forgetting_attention(const ForgettingAttentionArgs& args);

@@ -10,6 +10,8 @@ void log_sigmoid(Context& ctx, const LogSigmoidArgs& args) {
   switch (ctx.device()) {
     case Device::kCpu:
       return cpu::log_sigmoid(ctx, args);
+    case Device::kCuda:
+      return cuda::log_sigmoid(ctx, args);
   }
 }
 
@@ -21,6 +23,8 @@ void log_sigmoid_backward(Context& ctx, const LogSigmoidBackwardArgs& args) {
   switch (ctx.device()) {
     case Device::kCpu:
       return cpu::log_sigmoid_backward(ctx, args);
+    case Device::kCuda:
+      fail_on_cuda("log_sigmoid_backward");
   }
 }
 

@@ -12,8 +12,9 @@ void ssd(Context& ctx, const SsdArgs& args) {
   if (groups < 1 || heads % groups != 0) {
     fail("ssd: {} heads do not fall into {} groups", heads, groups);
   }
-  check("ssd", "y", args.y, {tokens, heads, head_dim});
-  check("ssd", "xbc", args.xbc, {tokens, heads * head_dim + 2 * groups * args.state_size()});
+  check_activation(ctx, "ssd", "y", args.y, {tokens, heads, head_dim});
+  check_activation(ctx, "ssd", "xbc", args.xbc,
+                   {tokens, heads * head_dim + 2 * groups * args.state_size()});
   check("ssd", "dt", args.dt, {tokens, heads});
   check("ssd", "dt_bias", args.dt_bias, {heads});
   check("ssd", "a_log", args.a_log, {heads});
@@ -21,6 +22,8 @@ void ssd(Context& ctx, const SsdArgs& args) {
   switch (ctx.device()) {
     case Device::kCpu:
       return cpu::ssd(ctx, args);
+    case Device::kCuda:
+      return cuda::ssd(ctx, args);
   }
 }
 
@@ -47,6 +50,8 @@ void ssd_backward(Context& ctx, const SsdBackwardArgs& args) {
   switch (ctx.device()) {
     case Device::kCpu:
       return cpu::ssd_backward(ctx, args);
+    case Device::kCuda:
+      fail_on_cuda("ssd_backward");
   }
 }
 

@@ -53,7 +53,7 @@ TEST(Usage, NamesWhatItDoesNotKnow) {
 TEST(Usage, NamesTheOptionAtFault) {
   expect_refusal(run_program({"info"}), {"--model"});
   expect_refusal(run_program({"info", "--model"}), {"--model"});
-  expect_refusal(run_program({"info", "--model", kTiny, "--dtype", "int4"}), {"--dtype", "int4"});
+  expect_refusal(run_program({"info", "--model", kTiny, "--dtype", "int3"}), {"--dtype", "int3"});
   expect_refusal(run_program({"info", "--model", kTiny, "--threads", "two"}), {"--threads", "two"});
   expect_refusal(run_program({"info", "--model", kTiny, "--threads", "-1"}), {"threads", "-1"});
   const auto generate = [&](const std::string& option, const std::string& value) {
