@@ -374,6 +374,7 @@ std::vector<Weight> Model::weights() const {
     weight.dtype = param.value.dtype;
     for (int i = 0; i < param.shape.rank(); ++i) weight.shape.push_back(param.shape[i]);
     weight.data = param.value.data;
+    weight.bytes = bytes_of(param.value.dtype, param.value.shape);
     weight.trainable = param.trainable;
   });
   return weights;
