@@ -94,14 +94,35 @@ check_includes() { tools/check_includes.py --self-test && tools/check_includes.p
 
 # fuzz NAME: new inputs stay in build/; the seeds are only read.
 fuzz() {
-  local new=build/fuzz-corpus/$1 log=build/fuzz-$1.log
+  local new=build/fuzz-corpus/$1
   mkdir -p "$new"
   build/cpu-asan/tests/fuzz/fuzz_"$1" -max_total_time=$fuzz_seconds -timeout=10 \
-    -rss_limit_mb=2048 -artifact_prefix=build/fuzz-"$1"- "$new" tests/fuzz/corpus/"$1" 2>"$log" || {
-    tail -n 40 "$log"
-    return 1
-  }
-  tail -n 1 "$log"
+    -rss_limit_mb=2048 -artifact_prefix=build/fuzz-"$1"- "$new" tests/fuzz/corpus/"$1"
+}
+
+# Fuzzes every target, as many at a time as there are cores, and counts each as a test.
+fuzz_all() {
+  local source name names=() running=0 start=$SECONDS
+  for source in tests/fuzz/*_fuzz.cc; do names+=("$(basename "$source" _fuzz.cc)"); done
+  echo "== fuzzing ${#names[@]} parsers for $fuzz_seconds s each"
+  for name in "${names[@]}"; do
+    ((running < jobs)) || { wait -n || true; running=$((running - 1)); }
+    rm -f build/fuzz-"$name".clean
+    { fuzz "$name" >build/fuzz-"$name".log 2>&1 && touch build/fuzz-"$name".clean; } &
+    running=$((running + 1))
+  done
+  wait
+  for name in "${names[@]}"; do
+    if [[ -e build/fuzz-"$name".clean ]]; then
+      passed=$((passed + 1))
+      echo "$name: $(tail -n 1 build/fuzz-"$name".log)"
+    else
+      failed=$((failed + 1))
+      failures+=("fuzzing $name")
+      tail -n 40 build/fuzz-"$name".log
+    fi
+  done
+  echo "   $((SECONDS - start)) s"
 }
 
 # Everything that a result depends on: the files and the versions of the packages.
@@ -144,10 +165,7 @@ check 'clang-tidy' tools/tidy.py build/cpu
 
 check 'build of cpu-asan' build cpu-asan
 run_tests cpu-asan
-for source in tests/fuzz/*_fuzz.cc; do
-  name=$(basename "$source" _fuzz.cc)
-  check "fuzzing $name for $fuzz_seconds s" fuzz "$name"
-done
+fuzz_all
 
 check 'build of cpu-tsan' build cpu-tsan --target test_core test_ops test_io test_model test_infer
 run_tests cpu-tsan -R "$thread_tests"

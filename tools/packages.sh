@@ -7,6 +7,7 @@ build_packages=(
   ninja-build
   pkg-config
   ca-certificates
+  libblosc-dev
   libcli11-dev
   libcurl4-openssl-dev
   libfmt-dev
@@ -14,7 +15,10 @@ build_packages=(
   libssl-dev
   libutf8proc-dev
   libxxhash-dev
+  libyaml-cpp-dev
+  libzstd-dev
   nlohmann-json3-dev
+  zlib1g-dev
 )
 
 # To check and test it as well.
@@ -23,6 +27,7 @@ test_packages=(
   clang-14
   clang-format-14
   clang-tidy-14
+  libclang-rt-14-dev
   libgmock-dev
   libgtest-dev
   python3

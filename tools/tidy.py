@@ -46,7 +46,7 @@ def digest(parts):
 def main():
     build = (ROOT / sys.argv[1]).resolve()
     version = subprocess.run([TIDY, "--version"], check=True, capture_output=True).stdout
-    rules = [path.read_bytes() for path in (ROOT / ".clang-tidy", ROOT / "tests" / ".clang-tidy")]
+    rules = [path.read_bytes() for path in sorted(ROOT.glob("**/.clang-tidy"))]
     common = [version, *rules, *EXTRA]
     made_from = dependencies(build)
 

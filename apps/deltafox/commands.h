@@ -17,5 +17,8 @@ void add_quantize(CLI::App& app);
 void add_pull(CLI::App& app);
 void add_state(CLI::App& app);
 void add_bench(CLI::App& app);
+void add_data(CLI::App& app);
+void add_train(CLI::App& app);
+void add_export(CLI::App& app);
 
 }  // namespace deltafox::app

@@ -59,6 +59,12 @@ std::string quote_name(std::string_view name) {
   return '"' + escaped + '"';
 }
 
+std::string alphabet_name(std::string_view bytes) {
+  std::string name;
+  for (const char c : bytes) utf8::append(kAlphabet.character[static_cast<unsigned char>(c)], name);
+  return name;
+}
+
 std::size_t VocabularyBuilder::slot_of(std::string_view name) const {
   const std::size_t mask = slots_.size() - 1;
   std::size_t i = XXH3_64bits(name.data(), name.size()) & mask;
@@ -178,9 +184,8 @@ Vocabulary VocabularyBuilder::build(const std::string& merges_file,
   fill_tokens(vocabulary);
   std::array<std::int32_t, 256> byte_tokens{};
   for (std::size_t b = 256; b-- > 0;) {
-    std::string name;
-    utf8::append(kAlphabet.character[b], name);
-    byte_tokens[b] = id_of(name).value_or(Bpe::kNoToken);
+    const char byte = static_cast<char>(b);
+    byte_tokens[b] = id_of(alphabet_name({&byte, 1})).value_or(Bpe::kNoToken);
     if (byte_tokens[b] == Bpe::kNoToken) vocabulary.missing_byte = static_cast<unsigned char>(b);
   }
   vocabulary.bpe = Bpe(byte_tokens, resolve_merges(merges_file, merge_word));

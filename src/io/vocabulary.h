@@ -35,6 +35,10 @@ struct Vocabulary {
 // A name from a file as it may stand in a one-line message: quoted, escaped and cut short.
 std::string quote_name(std::string_view name);
 
+// Bytes in GPT-2's alphabet, in which each is one printable character: how vocab.json and
+// merges.txt name a token.
+std::string alphabet_name(std::string_view bytes);
+
 class VocabularyBuilder {
  public:
   // `file`: where add_token's tokens come from, for messages.

@@ -18,6 +18,7 @@
 #include "model/blocks/mamba.h"
 #include "model/blocks/mamba2.h"
 #include "model/blocks/mlp.h"
+#include "model/gradients.h"
 #include "model/param.h"
 
 namespace deltafox {
@@ -85,6 +86,18 @@ class CausalLM {
   // logits [R, N] of normed rows [R, C]
   void head(Context& ctx, const ConstTensorView& x, const TensorView& logits) const;
 
+  struct BackwardOptions {
+    // Keeps only what each layer reads, and computes the layer once more on the way back: the
+    // gradients are the same bits.
+    bool recompute = false;
+  };
+  // Of whole sequences, read from new states: loss[t] = -log softmax(logits_t)[labels_t], 0 where
+  // the label is negative, and gradients += those of Σ_t scale · loss[t]. The weights must be
+  // float32.
+  void forward_backward(Context& ctx, std::span<const std::int32_t> ids, const Sequences& sequences,
+                        std::span<const std::int32_t> labels, float scale, std::span<float> loss,
+                        Gradients& gradients, const BackwardOptions& options) const;
+
   SequenceState new_state() const;
 
   // Before weights are bound: expects the MLPs' gate and up as matrices of their own.
@@ -113,6 +126,21 @@ class CausalLM {
   }
 
  private:
+  struct LayerSaved;
+
+  // hidden [T, C] through a layer, from new states. With `saved`, what backward needs stays in the
+  // context's scratch memory.
+  void forward_layer(Context& ctx, const Layer& layer, const Sequences& sequences,
+                     const TensorView& hidden, LayerSaved* saved) const;
+  // dhidden [T, C]: the gradient of what the layer left behind becomes that of what it read.
+  void backward_layer(Context& ctx, const Layer& layer, const Sequences& sequences,
+                      const LayerSaved& saved, const TensorView& dhidden,
+                      Gradients& gradients) const;
+  // loss [T], and dhidden [T, C] = the gradient of what the last layer left behind.
+  void head_backward(Context& ctx, const TensorView& hidden, std::span<const std::int32_t> labels,
+                     float scale, std::span<float> loss, const TensorView& dhidden,
+                     Gradients& gradients) const;
+
   Config config_;
   Param embeddings_;  // [N, C]
   std::vector<Layer> layers_;

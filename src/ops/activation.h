@@ -36,23 +36,75 @@ struct FeatureMapArgs {
   TensorView x;  // [T, H, D]
 };
 
+// dx = dy · act'(x)
+struct ActivationBackwardArgs {
+  Activation activation = Activation::kIdentity;
+  ConstTensorView x;   // any shape, before the activation
+  ConstTensorView dy;  // the same shape
+  TensorView dx;       // the same shape, may be dy
+};
+
+struct GluBackwardArgs {
+  Activation activation = Activation::kSilu;
+  ConstTensorView gate_up;  // [T, 2F]
+  ConstTensorView dy;       // [T, F]
+  TensorView dgate_up;      // [T, 2F], =
+};
+
+// dx = (dg − dk) · g · k
+struct ForgetGateBackwardArgs {
+  ConstTensorView g;   // any shape
+  ConstTensorView k;   // the same shape
+  ConstTensorView dg;  // the same shape
+  ConstTensorView dk;  // the same shape
+  TensorView dx;       // the same shape, =, may be dg or dk
+};
+
+struct FeatureMapBackwardArgs {
+  Activation activation = Activation::kIdentity;
+  FeatureNorm norm = FeatureNorm::kL2;
+  ConstTensorView x;   // [T, H, D], before the map
+  ConstTensorView dy;  // [T, H, D]
+  TensorView dx;       // [T, H, D], =, may be dy
+};
+
 namespace ops {
 void activation(Context& ctx, const ActivationArgs& args);
 void glu(Context& ctx, const GluArgs& args);
 void forget_gate(Context& ctx, const ForgetGateArgs& args);
 void feature_map(Context& ctx, const FeatureMapArgs& args);
+void activation_backward(Context& ctx, const ActivationBackwardArgs& args);
+void glu_backward(Context& ctx, const GluBackwardArgs& args);
+void forget_gate_backward(Context& ctx, const ForgetGateBackwardArgs& args);
+void feature_map_backward(Context& ctx, const FeatureMapBackwardArgs& args);
 }  // namespace ops
 namespace cpu {
 void activation(Context& ctx, const ActivationArgs& args);
 void glu(Context& ctx, const GluArgs& args);
 void forget_gate(Context& ctx, const ForgetGateArgs& args);
 void feature_map(Context& ctx, const FeatureMapArgs& args);
+void activation_backward(Context& ctx, const ActivationBackwardArgs& args);
+void glu_backward(Context& ctx, const GluBackwardArgs& args);
+void forget_gate_backward(Context& ctx, const ForgetGateBackwardArgs& args);
+void feature_map_backward(Context& ctx, const FeatureMapBackwardArgs& args);
 }  // namespace cpu
+namespace cuda {
+void activation(Context& ctx, const ActivationArgs& args);
+void glu(Context& ctx, const GluArgs& args);
+void forget_gate(Context& ctx, const ForgetGateArgs& args);
+void feature_map(Context& ctx, const FeatureMapArgs& args);
+}  // namespace cuda
 namespace reference {
 float activate(Activation activation, float x);
+// act'(x)
+double activation_slope(Activation activation, double x);
 void activation(const ActivationArgs& args);
 void glu(const GluArgs& args);
 void forget_gate(const ForgetGateArgs& args);
 void feature_map(const FeatureMapArgs& args);
+void activation_backward(const ActivationBackwardArgs& args);
+void glu_backward(const GluBackwardArgs& args);
+void forget_gate_backward(const ForgetGateBackwardArgs& args);
+void feature_map_backward(const FeatureMapBackwardArgs& args);
 }  // namespace reference
 }  // namespace deltafox

@@ -14,13 +14,28 @@ struct CrossEntropyArgs {
   std::span<float> loss;                 // [T]
 };
 
+// With the loss, the gradient of Σ_t scale · loss_t: dlogits_t = scale · (softmax(logits_t) −
+// onehot(label_t)), zeros where the label is negative
+struct CrossEntropyBackwardArgs {
+  TensorView logits;                     // [T, N], in: logits, out: dlogits
+  std::span<const std::int32_t> labels;  // [T], below N
+  float scale = 1;
+  std::span<float> loss;  // [T], as of cross_entropy
+};
+
 namespace ops {
 void cross_entropy(Context& ctx, const CrossEntropyArgs& args);
-}
+void cross_entropy_backward(Context& ctx, const CrossEntropyBackwardArgs& args);
+}  // namespace ops
 namespace cpu {
+void cross_entropy(Context& ctx, const CrossEntropyArgs& args);
+void cross_entropy_backward(Context& ctx, const CrossEntropyBackwardArgs& args);
+}  // namespace cpu
+namespace cuda {
 void cross_entropy(Context& ctx, const CrossEntropyArgs& args);
 }
 namespace reference {
 void cross_entropy(const CrossEntropyArgs& args);
-}
+void cross_entropy_backward(const CrossEntropyBackwardArgs& args);
+}  // namespace reference
 }  // namespace deltafox

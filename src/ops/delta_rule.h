@@ -28,13 +28,38 @@ struct DeltaRuleArgs {
   TensorView o;                    // [T, H, V]
 };
 
+// Of whole sequences, which begin from a zero state. With dS the gradient of the state behind a
+// token, per token from the last to the first:
+//   dS ← dS + q doᵀ / √K,  dq = S do / √K,  du = dSᵀ k,  dv = β du,  dβ = du·(v − S₋ᵀk),
+//   dk = dS u − β S₋ du,  dS₋ = dS − β k duᵀ     (S₋: the state before the token)
+// cpu::delta_rule_backward works in the same chunks as the forward, whose states it computes again:
+// docs/numerics.md.
+struct DeltaRuleBackwardArgs {
+  ConstTensorView q;          // [T, H, K]
+  ConstTensorView k;          // [T, H, K]
+  ConstTensorView v;          // [T, H, V]
+  ConstTensorView beta = {};  // [T, H], or no data for β = 1
+  Sequences sequences;
+  ConstTensorView d_o;    // [T, H, V]
+  TensorView dq;          // [T, H, K], =
+  TensorView dk;          // [T, H, K], =
+  TensorView dv;          // [T, H, V], =
+  TensorView dbeta = {};  // [T, H], =; with beta
+};
+
 namespace ops {
 void delta_rule(Context& ctx, const DeltaRuleArgs& args);
-}
+void delta_rule_backward(Context& ctx, const DeltaRuleBackwardArgs& args);
+}  // namespace ops
 namespace cpu {
+void delta_rule(Context& ctx, const DeltaRuleArgs& args);
+void delta_rule_backward(Context& ctx, const DeltaRuleBackwardArgs& args);
+}  // namespace cpu
+namespace cuda {
 void delta_rule(Context& ctx, const DeltaRuleArgs& args);
 }
 namespace reference {
 void delta_rule(const DeltaRuleArgs& args);
-}
+void delta_rule_backward(const DeltaRuleBackwardArgs& args);
+}  // namespace reference
 }  // namespace deltafox

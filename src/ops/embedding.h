@@ -14,10 +14,25 @@ struct EmbeddingArgs {
   TensorView y;                       // [T, C] F32
 };
 
+// dtable_n += Σ_{t: ids_t = n} dy_t, in the order of the tokens
+struct EmbeddingBackwardArgs {
+  std::span<const std::int32_t> ids;  // [T]
+  ConstTensorView dy;                 // [T, C]
+  TensorView dtable;                  // [N, C]
+};
+
 namespace ops {
 void embedding(Context& ctx, const EmbeddingArgs& args);
-}
+void embedding_backward(Context& ctx, const EmbeddingBackwardArgs& args);
+}  // namespace ops
 namespace cpu {
 void embedding(Context& ctx, const EmbeddingArgs& args);
+void embedding_backward(Context& ctx, const EmbeddingBackwardArgs& args);
+}  // namespace cpu
+namespace cuda {
+void embedding(Context& ctx, const EmbeddingArgs& args);
+}
+namespace reference {
+void embedding_backward(const EmbeddingBackwardArgs& args);
 }
 }  // namespace deltafox

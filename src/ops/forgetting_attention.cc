@@ -5,12 +5,14 @@
 namespace deltafox::ops {
 
 void forgetting_attention(Context& ctx, const ForgettingAttentionArgs& args) {
+  const OpTimer timer("forgetting_attention");
   const std::int64_t heads = args.q.shape[1];
-  check("forgetting_attention", "o", args.o, args.q.shape);
+  check_activation(ctx, "forgetting_attention", "o", args.o, args.q.shape);
   for (std::int64_t b = 0; b < args.sequences.count(); ++b) {
     const KvCache& cache = *args.caches[static_cast<std::size_t>(b)];
     const KvLayout& layout = cache.layout();
-    check("forgetting_attention", "q", args.q, {args.sequences.tokens(), heads, layout.head_dim});
+    check_activation(ctx, "forgetting_attention", "q", args.q,
+                     {args.sequences.tokens(), heads, layout.head_dim});
     if (heads % layout.kv_heads != 0) {
       fail("forgetting_attention: {} heads cannot share {} of keys", heads, layout.kv_heads);
     }
@@ -28,6 +30,36 @@ void forgetting_attention(Context& ctx, const ForgettingAttentionArgs& args) {
   switch (ctx.device()) {
     case Device::kCpu:
       return cpu::forgetting_attention(ctx, args);
+    case Device::kCuda:
+      return cuda::forgetting_attention(ctx, args);
+  }
+}
+
+void forgetting_attention_backward(Context& ctx, const ForgettingAttentionBackwardArgs& args) {
+  const std::int64_t tokens = args.sequences.tokens();
+  const std::int64_t heads = args.q.shape[1];
+  const std::int64_t dim = args.q.shape[2];
+  const std::int64_t kv_heads = args.k.shape[1];
+  if (kv_heads < 1 || heads % kv_heads != 0) {
+    fail("forgetting_attention_backward: {} heads cannot share {} of keys", heads, kv_heads);
+  }
+  check("forgetting_attention_backward", "q", args.q, {tokens, heads, dim});
+  check("forgetting_attention_backward", "k", args.k, {tokens, kv_heads, dim});
+  check("forgetting_attention_backward", "v", args.v, args.k.shape);
+  check("forgetting_attention_backward", "o", args.o, args.q.shape);
+  check("forgetting_attention_backward", "d_o", args.d_o, args.q.shape);
+  check("forgetting_attention_backward", "dq", args.dq, args.q.shape);
+  check("forgetting_attention_backward", "dk", args.dk, args.k.shape);
+  check("forgetting_attention_backward", "dv", args.dv, args.k.shape);
+  if (args.log_gates.data != nullptr) {
+    check("forgetting_attention_backward", "log_gates", args.log_gates, {tokens, heads});
+    check("forgetting_attention_backward", "dlog_gates", args.dlog_gates, {tokens, heads});
+  }
+  switch (ctx.device()) {
+    case Device::kCpu:
+      return cpu::forgetting_attention_backward(ctx, args);
+    case Device::kCuda:
+      fail_on_cuda("forgetting_attention_backward");
   }
 }
 

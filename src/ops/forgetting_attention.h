@@ -35,14 +35,41 @@ struct ForgettingAttentionArgs {
   TensorView o;  // [T, H, D]
 };
 
+// Of whole sequences from position 0. With P the weights and dP_ij = do_i·v_j:
+//   dS_ij = P_ij (dP_ij − Σ_j P_ij dP_ij),  dq_i = Σ_j dS_ij k_j / √D,  dk_j = Σ_i dS_ij q_i / √D,
+//   dv_j = Σ_i P_ij do_i,  d log f_l = Σ_{i>=l} Σ_{j<l} dS_ij
+// Skips the pages that the forward skips (which a query skips is not differentiated).
+struct ForgettingAttentionBackwardArgs {
+  ConstTensorView q;               // [T, H, D]
+  ConstTensorView k;               // [T, G, D]
+  ConstTensorView v;               // [T, G, D]
+  ConstTensorView log_gates = {};  // [T, H] or no data
+  Sequences sequences;
+  std::optional<std::int64_t> window = {};  // positions a query sees, its own included
+  std::optional<float> log_pruning_tolerance = {};
+  std::span<const float> score_bounds = {};  // [H] or empty, as in the forward
+  ConstTensorView o;                         // [T, H, D], the forward's
+  ConstTensorView d_o;                       // [T, H, D]
+  TensorView dq;                             // [T, H, D], =
+  TensorView dk;                             // [T, G, D], =
+  TensorView dv;                             // [T, G, D], =
+  TensorView dlog_gates = {};                // [T, H], =; with gates
+};
+
 namespace ops {
 void forgetting_attention(Context& ctx, const ForgettingAttentionArgs& args);
-}
+void forgetting_attention_backward(Context& ctx, const ForgettingAttentionBackwardArgs& args);
+}  // namespace ops
 namespace cpu {
+void forgetting_attention(Context& ctx, const ForgettingAttentionArgs& args);
+void forgetting_attention_backward(Context& ctx, const ForgettingAttentionBackwardArgs& args);
+}  // namespace cpu
+namespace cuda {
 void forgetting_attention(Context& ctx, const ForgettingAttentionArgs& args);
 }
 namespace reference {
 // Prunes nothing.
 void forgetting_attention(const ForgettingAttentionArgs& args);
+void forgetting_attention_backward(const ForgettingAttentionBackwardArgs& args);
 }  // namespace reference
 }  // namespace deltafox

@@ -5,10 +5,26 @@
 namespace deltafox::ops {
 
 void gate(Context& ctx, const GateArgs& args) {
-  check("gate", "gate", args.gate, args.x.shape);
+  const OpTimer timer("gate");
+  check_activation(ctx, "gate", "gate", args.gate, args.x.shape);
   switch (ctx.device()) {
     case Device::kCpu:
       return cpu::gate(ctx, args);
+    case Device::kCuda:
+      return cuda::gate(ctx, args);
+  }
+}
+
+void gate_backward(Context& ctx, const GateBackwardArgs& args) {
+  check("gate_backward", "x", args.x, args.gate.shape);
+  check("gate_backward", "dy", args.dy, args.gate.shape);
+  check("gate_backward", "dx", args.dx, args.gate.shape);
+  check("gate_backward", "dgate", args.dgate, args.gate.shape);
+  switch (ctx.device()) {
+    case Device::kCpu:
+      return cpu::gate_backward(ctx, args);
+    case Device::kCuda:
+      fail_on_cuda("gate_backward");
   }
 }
 

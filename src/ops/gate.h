@@ -12,13 +12,29 @@ struct GateArgs {
   TensorView x;          // the same
 };
 
+// dx = dy · act(gate), dgate = dy · x · act'(gate)
+struct GateBackwardArgs {
+  Activation activation = Activation::kSigmoid;
+  ConstTensorView gate;  // any shape
+  ConstTensorView x;     // the same, before the gate
+  ConstTensorView dy;    // the same
+  TensorView dx;         // the same, =, may be dy
+  TensorView dgate;      // the same, =
+};
+
 namespace ops {
 void gate(Context& ctx, const GateArgs& args);
-}
+void gate_backward(Context& ctx, const GateBackwardArgs& args);
+}  // namespace ops
 namespace cpu {
+void gate(Context& ctx, const GateArgs& args);
+void gate_backward(Context& ctx, const GateBackwardArgs& args);
+}  // namespace cpu
+namespace cuda {
 void gate(Context& ctx, const GateArgs& args);
 }
 namespace reference {
 void gate(const GateArgs& args);
-}
+void gate_backward(const GateBackwardArgs& args);
+}  // namespace reference
 }  // namespace deltafox

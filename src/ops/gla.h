@@ -29,13 +29,36 @@ struct GlaArgs {
   TensorView o;                    // [T, H, V]
 };
 
+// Of whole sequences, which begin from a zero state. With dS the gradient of the state behind a
+// token, per token from the last to the first:
+//   dS ← dS + q doᵀ / √K,  dq = S do / √K,  dk = dS v,  dv = dSᵀ k,  dg_i = Σ_j dS_ij S₋_ij,
+//   dS₋ = diag(g) dS     (S₋: the state before the token)
+struct GlaBackwardArgs {
+  ConstTensorView q;  // [T, H, K]
+  ConstTensorView k;  // [T, H, K]
+  ConstTensorView g;  // [T, H, K]
+  ConstTensorView v;  // [T, H, V]
+  Sequences sequences;
+  ConstTensorView d_o;  // [T, H, V]
+  TensorView dq;        // [T, H, K], =
+  TensorView dk;        // [T, H, K], =
+  TensorView dg;        // [T, H, K], =
+  TensorView dv;        // [T, H, V], =
+};
+
 namespace ops {
 void gla(Context& ctx, const GlaArgs& args);
-}
+void gla_backward(Context& ctx, const GlaBackwardArgs& args);
+}  // namespace ops
 namespace cpu {
+void gla(Context& ctx, const GlaArgs& args);
+void gla_backward(Context& ctx, const GlaBackwardArgs& args);
+}  // namespace cpu
+namespace cuda {
 void gla(Context& ctx, const GlaArgs& args);
 }
 namespace reference {
 void gla(const GlaArgs& args);
-}
+void gla_backward(const GlaBackwardArgs& args);
+}  // namespace reference
 }  // namespace deltafox

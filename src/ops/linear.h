@@ -24,13 +24,32 @@ struct LinearArgs {
   ConstTensorView bias = {};  // [N] F32 or no data
 };
 
+// dx = dy w, or dx += dy w; dw += dyᵀ x; dbias += Σ_t dy_t
+//
+// The order of each sum depends on its length alone, as in linear.
+struct LinearBackwardArgs {
+  ConstTensorView dy;          // [T, N]
+  ConstTensorView x;           // [T, K]
+  ConstTensorView w;           // [N, K] F32
+  TensorView dx = {};          // [T, K] or no data
+  bool accumulate_dx = false;  // dx += dy w
+  TensorView dw = {};          // [N, K] or no data
+  TensorView dbias = {};       // [N] or no data
+};
+
 namespace ops {
 void linear(Context& ctx, const LinearArgs& args);
-}
+void linear_backward(Context& ctx, const LinearBackwardArgs& args);
+}  // namespace ops
 namespace cpu {
+void linear(Context& ctx, const LinearArgs& args);
+void linear_backward(Context& ctx, const LinearBackwardArgs& args);
+}  // namespace cpu
+namespace cuda {
 void linear(Context& ctx, const LinearArgs& args);
 }
 namespace reference {
 void linear(const LinearArgs& args);
-}
+void linear_backward(const LinearBackwardArgs& args);
+}  // namespace reference
 }  // namespace deltafox

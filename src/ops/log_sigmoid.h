@@ -11,13 +11,27 @@ struct LogSigmoidArgs {
   TensorView y;               // [T, H], may be x
 };
 
+// dx = dy · (1 − e^y), dbias += Σ_t dx_t
+struct LogSigmoidBackwardArgs {
+  ConstTensorView y;      // [T, H]
+  ConstTensorView dy;     // [T, H]
+  TensorView dx = {};     // [T, H], =, may be dy; no data if x had none
+  TensorView dbias = {};  // [H] or no data
+};
+
 namespace ops {
 void log_sigmoid(Context& ctx, const LogSigmoidArgs& args);
-}
+void log_sigmoid_backward(Context& ctx, const LogSigmoidBackwardArgs& args);
+}  // namespace ops
 namespace cpu {
+void log_sigmoid(Context& ctx, const LogSigmoidArgs& args);
+void log_sigmoid_backward(Context& ctx, const LogSigmoidBackwardArgs& args);
+}  // namespace cpu
+namespace cuda {
 void log_sigmoid(Context& ctx, const LogSigmoidArgs& args);
 }
 namespace reference {
 void log_sigmoid(const LogSigmoidArgs& args);
-}
+void log_sigmoid_backward(const LogSigmoidBackwardArgs& args);
+}  // namespace reference
 }  // namespace deltafox

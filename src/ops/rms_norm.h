@@ -18,13 +18,35 @@ struct RmsNormArgs {
   float eps = 0;
 };
 
+// With r = rsqrt(mean(x²) + eps) and dz the gradient of x · r:
+//   dx = r (dz − x · r² mean(dz · x)); dw += Σ_rows dy · x r [· act(gate)]
+struct RmsNormBackwardArgs {
+  ConstTensorView x;          // [R, D]
+  ConstTensorView w;          // [G·D] or no data
+  ConstTensorView gate = {};  // [R, D] or no data
+  Activation gate_activation = Activation::kSilu;
+  bool gate_first = false;
+  float eps = 0;
+  ConstTensorView dy;          // [R, D]
+  TensorView dx;               // [R, D], may be dy
+  bool accumulate_dx = false;  // dx +=, where dx is not dy
+  TensorView dw = {};          // [G·D] or no data
+  TensorView dgate = {};       // [R, D], =; with a gate
+};
+
 namespace ops {
 void rms_norm(Context& ctx, const RmsNormArgs& args);
-}
+void rms_norm_backward(Context& ctx, const RmsNormBackwardArgs& args);
+}  // namespace ops
 namespace cpu {
+void rms_norm(Context& ctx, const RmsNormArgs& args);
+void rms_norm_backward(Context& ctx, const RmsNormBackwardArgs& args);
+}  // namespace cpu
+namespace cuda {
 void rms_norm(Context& ctx, const RmsNormArgs& args);
 }
 namespace reference {
 void rms_norm(const RmsNormArgs& args);
-}
+void rms_norm_backward(const RmsNormBackwardArgs& args);
+}  // namespace reference
 }  // namespace deltafox

@@ -21,13 +21,28 @@ struct RopeArgs {
   float base = 10000;
 };
 
+// In place of dq and dk: the turn back by the same angles.
+struct RopeBackwardArgs {
+  TensorView dq;  // [T, H, D]
+  TensorView dk;  // [T, G, D]
+  Sequences sequences;
+  std::span<const std::int64_t> positions;  // [B]
+  float base = 10000;
+};
+
 namespace ops {
 void rope(Context& ctx, const RopeArgs& args);
-}
+void rope_backward(Context& ctx, const RopeBackwardArgs& args);
+}  // namespace ops
 namespace cpu {
+void rope(Context& ctx, const RopeArgs& args);
+void rope_backward(Context& ctx, const RopeBackwardArgs& args);
+}  // namespace cpu
+namespace cuda {
 void rope(Context& ctx, const RopeArgs& args);
 }
 namespace reference {
 void rope(const RopeArgs& args);
-}
+void rope_backward(const RopeBackwardArgs& args);
+}  // namespace reference
 }  // namespace deltafox

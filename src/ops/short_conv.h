@@ -24,13 +24,34 @@ struct ShortConvArgs {
   TensorView y;  // [T, C], not x
 };
 
+// Of whole sequences, which begin from a zero state. With s the sums before the activation:
+//   ds = dy · act'(s), dx_t = Σ_i w_i · ds_{t+W-1-i}, dw_i += Σ_t ds_t · x_{t-W+1+i}, dbias += Σ_t
+//   ds_t
+struct ShortConvBackwardArgs {
+  ConstTensorView x;          // [T, C]
+  ConstTensorView w;          // [C, W]
+  ConstTensorView bias = {};  // [C] or no data
+  Sequences sequences;
+  Activation activation = Activation::kIdentity;
+  ConstTensorView dy;     // [T, C]
+  TensorView dx;          // [T, C], =, not dy
+  TensorView dw = {};     // [C, W] or no data
+  TensorView dbias = {};  // [C] or no data
+};
+
 namespace ops {
 void short_conv(Context& ctx, const ShortConvArgs& args);
-}
+void short_conv_backward(Context& ctx, const ShortConvBackwardArgs& args);
+}  // namespace ops
 namespace cpu {
+void short_conv(Context& ctx, const ShortConvArgs& args);
+void short_conv_backward(Context& ctx, const ShortConvBackwardArgs& args);
+}  // namespace cpu
+namespace cuda {
 void short_conv(Context& ctx, const ShortConvArgs& args);
 }
 namespace reference {
 void short_conv(const ShortConvArgs& args);
-}
+void short_conv_backward(const ShortConvBackwardArgs& args);
+}  // namespace reference
 }  // namespace deltafox

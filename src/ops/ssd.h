@@ -38,13 +38,47 @@ struct SsdArgs {
   }
 };
 
+// Of whole sequences, which begin from a zero state. With dS the gradient of the state behind a
+// token and u = Δ x, per token from the last to the first:
+//   dS ← dS + c dyᵀ,  dc = S dy,  db = dS u,  du = dSᵀ b,  da = Σ dS · S₋,  dS₋ = a dS,
+//   dx = Δ du + d dy,  dΔ = du·x − e^a_log a da,  d a_log = −Δ e^a_log a da,  dd = dy·x
+// (S₋: the state before the token), summed over what shares b, c and the parameters. Where Δ is
+// clamped, dt gets nothing.
+struct SsdBackwardArgs {
+  ConstTensorView xbc;      // [T, H·P + 2·G·N]
+  ConstTensorView dt;       // [T, H]
+  ConstTensorView dt_bias;  // [H]
+  ConstTensorView a_log;    // [H]
+  ConstTensorView d;        // [H]
+  float dt_min = 0;
+  float dt_max = 0;
+  std::int64_t num_groups = 1;
+  Sequences sequences;
+  ConstTensorView dy;    // [T, H, P]
+  TensorView dxbc;       // [T, H·P + 2·G·N], =
+  TensorView ddt;        // [T, H], =
+  TensorView d_dt_bias;  // [H], +=
+  TensorView d_a_log;    // [H], +=
+  TensorView dd;         // [H], +=
+
+  std::int64_t state_size() const {  // N
+    return (xbc.shape[1] - dy.shape[1] * dy.shape[2]) / (2 * num_groups);
+  }
+};
+
 namespace ops {
 void ssd(Context& ctx, const SsdArgs& args);
-}
+void ssd_backward(Context& ctx, const SsdBackwardArgs& args);
+}  // namespace ops
 namespace cpu {
+void ssd(Context& ctx, const SsdArgs& args);
+void ssd_backward(Context& ctx, const SsdBackwardArgs& args);
+}  // namespace cpu
+namespace cuda {
 void ssd(Context& ctx, const SsdArgs& args);
 }
 namespace reference {
 void ssd(const SsdArgs& args);
-}
+void ssd_backward(const SsdBackwardArgs& args);
+}  // namespace reference
 }  // namespace deltafox

@@ -19,13 +19,30 @@ struct TokenShiftArgs {
   TensorView y;                    // [T, H, D], not x
 };
 
+// Of whole sequences, which begin from a zero state:
+//   dx_t = (1 − α_t) dy_t + α_{t+1} dy_{t+1},  dα_t = Σ_d dy_t (x_{t−1} − x_t)
+struct TokenShiftBackwardArgs {
+  ConstTensorView x;      // [T, H, D]
+  ConstTensorView alpha;  // [T, H]
+  Sequences sequences;
+  ConstTensorView dy;  // [T, H, D]
+  TensorView dx;       // [T, H, D], =, not dy
+  TensorView dalpha;   // [T, H], =
+};
+
 namespace ops {
 void token_shift(Context& ctx, const TokenShiftArgs& args);
-}
+void token_shift_backward(Context& ctx, const TokenShiftBackwardArgs& args);
+}  // namespace ops
 namespace cpu {
+void token_shift(Context& ctx, const TokenShiftArgs& args);
+void token_shift_backward(Context& ctx, const TokenShiftBackwardArgs& args);
+}  // namespace cpu
+namespace cuda {
 void token_shift(Context& ctx, const TokenShiftArgs& args);
 }
 namespace reference {
 void token_shift(const TokenShiftArgs& args);
-}
+void token_shift_backward(const TokenShiftBackwardArgs& args);
+}  // namespace reference
 }  // namespace deltafox

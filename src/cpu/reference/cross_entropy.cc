@@ -17,4 +17,20 @@ void cross_entropy(const CrossEntropyArgs& args) {
   }
 }
 
+void cross_entropy_backward(const CrossEntropyBackwardArgs& args) {
+  const std::int64_t vocab = args.logits.shape[1];
+  cross_entropy({.logits = args.logits, .labels = args.labels, .loss = args.loss});
+  for (std::size_t t = 0; t < args.labels.size(); ++t) {
+    float* row = args.logits.f32() + static_cast<std::int64_t>(t) * vocab;
+    const double max = *std::max_element(row, row + vocab);
+    double sum = 0;
+    for (std::int64_t n = 0; n < vocab; ++n) sum += std::exp(row[n] - max);
+    for (std::int64_t n = 0; n < vocab; ++n) {
+      const double probability = std::exp(row[n] - max) / sum;
+      const double d = args.scale * (probability - (n == args.labels[t] ? 1 : 0));
+      row[n] = args.labels[t] < 0 ? 0 : static_cast<float>(d);
+    }
+  }
+}
+
 }  // namespace deltafox::reference

@@ -45,12 +45,18 @@ DeltaNetMixer::State DeltaNetMixer::new_state() const {
 }
 
 void DeltaNetMixer::forward(Context& ctx, const ConstTensorView& x, const Sequences& sequences,
-                            std::span<State* const> states, const TensorView& hidden) const {
+                            std::span<State* const> states, const TensorView& hidden,
+                            Saved* saved) const {
   const std::int64_t tokens = x.shape[0];
   const std::int64_t heads = config_.num_heads;
   const Shape keys{tokens, heads, config_.key_dim / heads};
   const Shape values{tokens, heads, config_.value_dim / heads};
-  ScratchScope scratch(ctx);
+  ScratchScope scratch(ctx, saved != nullptr);
+  Saved kept;
+  // What an op in place is about to overwrite.
+  const auto keep = [&](const TensorView& tensor) {
+    return saved != nullptr ? copy_of(scratch, tensor) : tensor;
+  };
 
   ConstTensorView input = x;  // [T, C]
   if (weights_.norm) {
@@ -59,33 +65,31 @@ void DeltaNetMixer::forward(Context& ctx, const ConstTensorView& x, const Sequen
     input = normed;
   }
 
-  // SiLU belongs to the convolution: without one, q and k stay raw. The other activations belong to
-  // the heads, with or without one.
-  const bool silu = config_.qk_activation == Activation::kSilu;
-  const Activation qk_conv_activation =
-      silu && config_.use_short_conv ? Activation::kSilu : Activation::kIdentity;
   const auto projected = [&](const Param& proj, const std::optional<Param>& conv,
-                             Tensor State::*conv_state, Activation activation) {
+                             Tensor State::*conv_state, Activation activation, TensorView& before) {
     return project_and_convolve(ctx, scratch, input, proj, conv, sequences,
-                                state_pointers(scratch, states, conv_state), activation);
+                                state_pointers(scratch, states, conv_state), activation,
+                                saved != nullptr ? &before : nullptr);
   };
-  const TensorView q =
-      projected(weights_.q_proj, weights_.q_conv1d, &State::q_conv, qk_conv_activation)
-          .reshaped(keys);  // [T, H, K]
-  const TensorView k =
-      projected(weights_.k_proj, weights_.k_conv1d, &State::k_conv, qk_conv_activation)
-          .reshaped(keys);  // [T, H, K]
-  const TensorView v =
-      projected(weights_.v_proj, weights_.v_conv1d, &State::v_conv, Activation::kSilu)
-          .reshaped(values);  // [T, H, V]
-  const Activation head_activation = silu ? Activation::kIdentity : config_.qk_activation;
-  ops::feature_map(ctx, {.activation = head_activation, .norm = config_.qk_norm, .x = q});
-  ops::feature_map(ctx, {.activation = head_activation, .norm = config_.qk_norm, .x = k});
+  const TensorView q = projected(weights_.q_proj, weights_.q_conv1d, &State::q_conv,
+                                 qk_conv_activation(), kept.q_projected)
+                           .reshaped(keys);  // [T, H, K]
+  const TensorView k = projected(weights_.k_proj, weights_.k_conv1d, &State::k_conv,
+                                 qk_conv_activation(), kept.k_projected)
+                           .reshaped(keys);  // [T, H, K]
+  const TensorView v = projected(weights_.v_proj, weights_.v_conv1d, &State::v_conv,
+                                 Activation::kSilu, kept.v_projected)
+                           .reshaped(values);  // [T, H, V]
+  kept.q_convolved = keep(q);
+  kept.k_convolved = keep(k);
+  ops::feature_map(ctx, {.activation = head_activation(), .norm = config_.qk_norm, .x = q});
+  ops::feature_map(ctx, {.activation = head_activation(), .norm = config_.qk_norm, .x = k});
 
   TensorView beta;  // [T, H]
   if (weights_.b_proj) {
     beta = scratch.tensor({tokens, heads});
     ops::linear(ctx, {.x = input, .w = weights_.b_proj->value, .y = beta});
+    kept.beta_logits = keep(beta);
     ops::activation(ctx, {.activation = Activation::kSigmoid, .x = beta});
   }
 
@@ -104,16 +108,114 @@ void DeltaNetMixer::forward(Context& ctx, const ConstTensorView& x, const Sequen
     ops::linear(ctx, {.x = input, .w = weights_.g_proj->value, .y = gate});
   }
   const Shape rows{tokens * heads, values[2]};
+  const TensorView output = saved != nullptr ? scratch.tensor(o.shape) : o;
   ops::rms_norm(ctx, {.x = o.reshaped(rows),
                       .w = weights_.o_norm.value,
                       .gate = weights_.g_proj ? gate.reshaped(rows) : TensorView{},
                       .gate_activation = Activation::kSilu,
-                      .y = o.reshaped(rows),
+                      .y = output.reshaped(rows),
                       .eps = config_.norm_eps});
-  ops::linear(ctx, {.x = o.reshaped({tokens, config_.value_dim}),
-                    .w = weights_.o_proj.value,
-                    .y = hidden,
-                    .accumulate = true});
+  const TensorView output_rows = output.reshaped({tokens, config_.value_dim});
+  ops::linear(ctx, {.x = output_rows, .w = weights_.o_proj.value, .y = hidden, .accumulate = true});
+  if (saved == nullptr) return;
+  kept.input = input;
+  kept.q = q;
+  kept.k = k;
+  kept.v = v;
+  kept.beta = beta;
+  kept.o = o;
+  kept.gate = gate;
+  kept.output = output_rows;
+  *saved = kept;
+}
+
+void DeltaNetMixer::backward(Context& ctx, const ConstTensorView& x, const Sequences& sequences,
+                             const Saved& saved, const TensorView& dy, const TensorView& dx,
+                             Gradients& gradients) const {
+  ScratchScope scratch(ctx);
+  const TensorView d_o = scratch.tensor(saved.o.shape);  // [T, H, V]
+  ops::linear_backward(ctx, {.dy = dy,
+                             .x = saved.output,
+                             .w = weights_.o_proj.value,
+                             .dx = d_o.reshaped(saved.output.shape),
+                             .dw = gradients.of(weights_.o_proj)});
+  const Shape rows{d_o.shape[0] * d_o.shape[1], d_o.shape[2]};
+  const TensorView dgate = weights_.g_proj ? scratch.tensor(saved.gate.shape) : TensorView{};
+  ops::rms_norm_backward(ctx, {.x = saved.o.reshaped(rows),
+                               .w = weights_.o_norm.value,
+                               .gate = weights_.g_proj ? saved.gate.reshaped(rows) : TensorView{},
+                               .gate_activation = Activation::kSilu,
+                               .eps = config_.norm_eps,
+                               .dy = d_o.reshaped(rows),
+                               .dx = d_o.reshaped(rows),
+                               .dw = gradients.of(weights_.o_norm),
+                               .dgate = weights_.g_proj ? dgate.reshaped(rows) : TensorView{}});
+  const TensorView dinput = weights_.norm ? scratch.tensor(x.shape) : dx;  // [T, C]
+  if (weights_.g_proj) {
+    ops::linear_backward(ctx, {.dy = dgate,
+                               .x = saved.input,
+                               .w = weights_.g_proj->value,
+                               .dx = dinput,
+                               .dw = gradients.of(weights_.g_proj)});
+  }
+  backward_inputs(ctx, sequences, saved, d_o, dinput, weights_.g_proj.has_value(), gradients);
+  if (!weights_.norm) return;
+  ops::rms_norm_backward(ctx, {.x = x,
+                               .w = weights_.norm->value,
+                               .eps = config_.norm_eps,
+                               .dy = dinput,
+                               .dx = dx,
+                               .accumulate_dx = true,
+                               .dw = gradients.of(weights_.norm)});
+}
+
+void DeltaNetMixer::backward_inputs(Context& ctx, const Sequences& sequences, const Saved& saved,
+                                    const TensorView& d_o, const TensorView& dinput,
+                                    bool accumulate_dinput, Gradients& gradients) const {
+  ScratchScope scratch(ctx);
+  const TensorView dq = scratch.tensor(saved.q.shape);  // [T, H, K]
+  const TensorView dk = scratch.tensor(saved.k.shape);  // [T, H, K]
+  const TensorView dv = scratch.tensor(saved.v.shape);  // [T, H, V]
+  const TensorView dbeta = weights_.b_proj ? scratch.tensor(saved.beta.shape) : TensorView{};
+  ops::delta_rule_backward(ctx, {.q = saved.q,
+                                 .k = saved.k,
+                                 .v = saved.v,
+                                 .beta = saved.beta,
+                                 .sequences = sequences,
+                                 .d_o = d_o,
+                                 .dq = dq,
+                                 .dk = dk,
+                                 .dv = dv,
+                                 .dbeta = dbeta});
+  const auto through_features = [&](const TensorView& before, const TensorView& d) {
+    ops::feature_map_backward(
+        ctx,
+        {.activation = head_activation(), .norm = config_.qk_norm, .x = before, .dy = d, .dx = d});
+  };
+  through_features(saved.q_convolved, dq);
+  through_features(saved.k_convolved, dk);
+  bool accumulate = accumulate_dinput;
+  const auto through_projection = [&](const TensorView& projected, const Param& proj,
+                                      const std::optional<Param>& conv, Activation activation,
+                                      const TensorView& d) {
+    project_and_convolve_backward(ctx, saved.input, projected, proj, conv, sequences, activation,
+                                  d.reshaped(projected.shape), dinput, accumulate, gradients);
+    accumulate = true;
+  };
+  through_projection(saved.q_projected, weights_.q_proj, weights_.q_conv1d, qk_conv_activation(),
+                     dq);
+  through_projection(saved.k_projected, weights_.k_proj, weights_.k_conv1d, qk_conv_activation(),
+                     dk);
+  through_projection(saved.v_projected, weights_.v_proj, weights_.v_conv1d, Activation::kSilu, dv);
+  if (!weights_.b_proj) return;
+  ops::activation_backward(
+      ctx, {.activation = Activation::kSigmoid, .x = saved.beta_logits, .dy = dbeta, .dx = dbeta});
+  ops::linear_backward(ctx, {.dy = dbeta,
+                             .x = saved.input,
+                             .w = weights_.b_proj->value,
+                             .dx = dinput,
+                             .accumulate_dx = true,
+                             .dw = gradients.of(weights_.b_proj)});
 }
 
 }  // namespace deltafox

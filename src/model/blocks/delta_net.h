@@ -12,6 +12,7 @@
 
 #include "core/context.h"
 #include "core/sequences.h"
+#include "model/gradients.h"
 #include "model/param.h"
 #include "ops/activation.h"
 
@@ -57,6 +58,20 @@ class DeltaNetMixer {
     }
   };
 
+  // What backward needs of a forward, in the context's scratch memory.
+  struct Saved {
+    ConstTensorView input;                // [T, C] normed x, or x
+    TensorView q_projected, k_projected;  // [T, H·K] before the convolutions
+    TensorView v_projected;               // [T, H·V]
+    TensorView q_convolved, k_convolved;  // [T, H, K] before the feature maps
+    TensorView q, k;                      // [T, H, K]
+    TensorView v;                         // [T, H, V]
+    TensorView beta_logits, beta;         // [T, H], with b_proj
+    TensorView o;                         // [T, H, V] before the norm
+    TensorView gate;                      // [T, H·V], with g_proj
+    TensorView output;                    // [T, H·V] before o_proj
+  };
+
   explicit DeltaNetMixer(const Config& config);
 
   State new_state() const;
@@ -64,7 +79,14 @@ class DeltaNetMixer {
   // hidden [T, C] += mixer(x [T, C]), continuing each sequence from its state; x may be hidden with
   // norm_first.
   void forward(Context& ctx, const ConstTensorView& x, const Sequences& sequences,
-               std::span<State* const> states, const TensorView& hidden) const;
+               std::span<State* const> states, const TensorView& hidden,
+               Saved* saved = nullptr) const;
+
+  // Of whole sequences, given dy [T, C], the gradient of what forward added: dx [T, C] =, or with
+  // norm_first +=, and then dx may be dy.
+  void backward(Context& ctx, const ConstTensorView& x, const Sequences& sequences,
+                const Saved& saved, const TensorView& dy, const TensorView& dx,
+                Gradients& gradients) const;
 
   template <typename Visitor>
   void visit_params(const std::string& prefix, Visitor&& visit) {
@@ -85,6 +107,21 @@ class DeltaNetMixer {
   }
 
  private:
+  // SiLU belongs to the convolution: without one, q and k stay raw. The other activations belong to
+  // the heads, with or without one.
+  Activation qk_conv_activation() const {
+    const bool silu = config_.qk_activation == Activation::kSilu && config_.use_short_conv;
+    return silu ? Activation::kSilu : Activation::kIdentity;
+  }
+  Activation head_activation() const {
+    const bool silu = config_.qk_activation == Activation::kSilu;
+    return silu ? Activation::kIdentity : config_.qk_activation;
+  }
+  // From the gradient of the delta rule's output to those of its inputs and of x's normed rows.
+  void backward_inputs(Context& ctx, const Sequences& sequences, const Saved& saved,
+                       const TensorView& d_o, const TensorView& dinput, bool accumulate_dinput,
+                       Gradients& gradients) const;
+
   Config config_;
   Weights weights_;
 };

@@ -1,5 +1,6 @@
 #include "model/blocks/mlp.h"
 
+#include "model/blocks/projection.h"
 #include "ops/gate.h"
 #include "ops/linear.h"
 #include "ops/rms_norm.h"
@@ -25,9 +26,10 @@ void Mlp::split_gate_and_up() {
   weights_.up_proj = weights_.gate_proj;
 }
 
-void Mlp::forward(Context& ctx, const ConstTensorView& x, const TensorView& hidden) const {
+void Mlp::forward(Context& ctx, const ConstTensorView& x, const TensorView& hidden,
+                  Saved* saved) const {
   const std::int64_t tokens = x.shape[0];
-  ScratchScope scratch(ctx);
+  ScratchScope scratch(ctx, saved != nullptr);
   ConstTensorView input = x;  // [T, C]
   if (weights_.norm) {
     const TensorView normed = scratch.tensor(x.shape);
@@ -39,11 +41,62 @@ void Mlp::forward(Context& ctx, const ConstTensorView& x, const TensorView& hidd
   ops::linear(ctx, {.x = input, .w = weights_.gate_proj.value, .y = gate});
   if (weights_.up_proj) {
     ops::linear(ctx, {.x = input, .w = weights_.up_proj->value, .y = product});
+    if (saved != nullptr) saved->up = copy_of(scratch, product);
     ops::gate(ctx, {.activation = config_.activation, .gate = gate, .x = product});
   } else {
     ops::glu(ctx, {.activation = config_.activation, .gate_up = gate, .y = product});
   }
   ops::linear(ctx, {.x = product, .w = weights_.down_proj.value, .y = hidden, .accumulate = true});
+  if (saved != nullptr) {
+    saved->input = input;
+    saved->gate = gate;
+    saved->product = product;
+  }
+}
+
+void Mlp::backward(Context& ctx, const ConstTensorView& x, const Saved& saved, const TensorView& dy,
+                   const TensorView& dx, Gradients& gradients) const {
+  ScratchScope scratch(ctx);
+  const TensorView dproduct = scratch.tensor(saved.product.shape);  // [T, F]
+  ops::linear_backward(ctx, {.dy = dy,
+                             .x = saved.product,
+                             .w = weights_.down_proj.value,
+                             .dx = dproduct,
+                             .dw = gradients.of(weights_.down_proj)});
+  const TensorView dgate = scratch.tensor(saved.gate.shape);
+  const TensorView dinput = weights_.norm ? scratch.tensor(x.shape) : dx;  // [T, C]
+  if (weights_.up_proj) {
+    ops::gate_backward(ctx, {.activation = config_.activation,
+                             .gate = saved.gate,
+                             .x = saved.up,
+                             .dy = dproduct,
+                             .dx = dproduct,
+                             .dgate = dgate});
+    ops::linear_backward(ctx, {.dy = dproduct,
+                               .x = saved.input,
+                               .w = weights_.up_proj->value,
+                               .dx = dinput,
+                               .dw = gradients.of(weights_.up_proj)});
+  } else {
+    ops::glu_backward(ctx, {.activation = config_.activation,
+                            .gate_up = saved.gate,
+                            .dy = dproduct,
+                            .dgate_up = dgate});
+  }
+  ops::linear_backward(ctx, {.dy = dgate,
+                             .x = saved.input,
+                             .w = weights_.gate_proj.value,
+                             .dx = dinput,
+                             .accumulate_dx = weights_.up_proj.has_value(),
+                             .dw = gradients.of(weights_.gate_proj)});
+  if (!weights_.norm) return;
+  ops::rms_norm_backward(ctx, {.x = x,
+                               .w = weights_.norm->value,
+                               .eps = config_.norm_eps,
+                               .dy = dinput,
+                               .dx = dx,
+                               .accumulate_dx = true,
+                               .dw = gradients.of(weights_.norm)});
 }
 
 }  // namespace deltafox

@@ -9,6 +9,7 @@
 #include <string>
 
 #include "core/context.h"
+#include "model/gradients.h"
 #include "model/param.h"
 #include "ops/activation.h"
 
@@ -32,13 +33,27 @@ class Mlp {
     Param down_proj;               // [C, F]
   };
 
+  // What backward needs of a forward, in the context's scratch memory.
+  struct Saved {
+    ConstTensorView input;  // [T, C] normed x, or x
+    TensorView gate;        // [T, 2F], or [T, F] beside up_proj
+    TensorView up;          // [T, F], with up_proj
+    TensorView product;     // [T, F]
+  };
+
   explicit Mlp(const Config& config);
 
   // Before weights are bound: expects gate and up as matrices of their own.
   void split_gate_and_up();
 
   // hidden [T, C] += mlp(x [T, C]); x may be hidden with norm_first.
-  void forward(Context& ctx, const ConstTensorView& x, const TensorView& hidden) const;
+  void forward(Context& ctx, const ConstTensorView& x, const TensorView& hidden,
+               Saved* saved = nullptr) const;
+
+  // Given dy [T, C], the gradient of what forward added: dx [T, C] =, or with norm_first +=, and
+  // then dx may be dy.
+  void backward(Context& ctx, const ConstTensorView& x, const Saved& saved, const TensorView& dy,
+                const TensorView& dx, Gradients& gradients) const;
 
   template <typename Visitor>
   void visit_params(const std::string& prefix, Visitor&& visit) {

@@ -2,8 +2,10 @@
 
 #include <cassert>
 #include <cmath>
+#include <cstring>
 
 #include "core/quantized.h"
+#include "ops/activation.h"
 #include "ops/linear.h"
 #include "ops/short_conv.h"
 
@@ -33,6 +35,17 @@ ConstTensorView rows_of(const ConstTensorView& tensor, std::int64_t begin, std::
           vector ? Shape{count} : Shape{count, columns}};
 }
 
+TensorView rows_of(const TensorView& tensor, std::int64_t begin, std::int64_t count) {
+  const ConstTensorView rows = rows_of(ConstTensorView(tensor), begin, count);
+  return {const_cast<void*>(rows.data), rows.dtype, rows.shape};
+}
+
+TensorView copy_of(ScratchScope& scratch, const ConstTensorView& from) {
+  const TensorView to = scratch.tensor(from.shape);
+  std::memcpy(to.data, from.data, static_cast<std::size_t>(from.shape.size()) * sizeof(float));
+  return to;
+}
+
 TensorView project(Context& ctx, ScratchScope& scratch, const ConstTensorView& x,
                    const ConstTensorView& w, const ConstTensorView& bias) {
   const TensorView y = scratch.tensor({x.shape[0], w.shape[0]});
@@ -57,13 +70,54 @@ TensorView convolve(Context& ctx, ScratchScope& scratch, const ConstTensorView& 
 TensorView project_and_convolve(Context& ctx, ScratchScope& scratch, const ConstTensorView& x,
                                 const Param& proj, const std::optional<Param>& conv,
                                 const Sequences& sequences, std::span<float* const> states,
-                                Activation activation) {
+                                Activation activation, TensorView* projected) {
   const TensorView y = project(ctx, scratch, x, proj.value);
+  if (projected != nullptr) *projected = y;
   if (conv) return convolve(ctx, scratch, y, *conv, {}, sequences, states, activation);
   if (activation != Activation::kIdentity) {
+    if (projected != nullptr) *projected = copy_of(scratch, y);
     ops::activation(ctx, {.activation = activation, .x = y});
   }
   return y;
+}
+
+void convolve_backward(Context& ctx, const ConstTensorView& x, const Param& conv,
+                       const std::optional<Param>& bias, const Sequences& sequences,
+                       Activation activation, const TensorView& dy, const TensorView& dx,
+                       Gradients& gradients) {
+  const Shape taps{conv.shape[0], conv.shape[2]};
+  const TensorView dw = gradients.of(conv);
+  ops::short_conv_backward(ctx, {.x = x,
+                                 .w = conv.value.reshaped(taps),
+                                 .bias = value_of(bias),
+                                 .sequences = sequences,
+                                 .activation = activation,
+                                 .dy = dy,
+                                 .dx = dx,
+                                 .dw = dw.reshaped(taps),
+                                 .dbias = gradients.of(bias)});
+}
+
+void project_and_convolve_backward(Context& ctx, const ConstTensorView& x,
+                                   const ConstTensorView& projected, const Param& proj,
+                                   const std::optional<Param>& conv, const Sequences& sequences,
+                                   Activation activation, const TensorView& dy,
+                                   const TensorView& dx, bool accumulate_dx, Gradients& gradients) {
+  ScratchScope scratch(ctx);
+  TensorView dprojected = dy;  // [T, N]
+  if (conv) {
+    dprojected = scratch.tensor(dy.shape);
+    convolve_backward(ctx, projected, *conv, std::nullopt, sequences, activation, dy, dprojected,
+                      gradients);
+  } else if (activation != Activation::kIdentity) {
+    ops::activation_backward(ctx, {.activation = activation, .x = projected, .dy = dy, .dx = dy});
+  }
+  ops::linear_backward(ctx, {.dy = dprojected,
+                             .x = x,
+                             .w = proj.value,
+                             .dx = dx,
+                             .accumulate_dx = accumulate_dx,
+                             .dw = gradients.of(proj)});
 }
 
 }  // namespace deltafox

@@ -7,6 +7,7 @@
 
 #include "core/context.h"
 #include "core/sequences.h"
+#include "model/gradients.h"
 #include "model/param.h"
 #include "ops/activation.h"
 
@@ -25,11 +26,15 @@ Param depthwise_convolution(std::int64_t channels, std::int64_t width);
 
 // Rows [begin, begin + count) of a matrix, or as many elements of a vector.
 ConstTensorView rows_of(const ConstTensorView& tensor, std::int64_t begin, std::int64_t count);
+TensorView rows_of(const TensorView& tensor, std::int64_t begin, std::int64_t count);
 
 // No data for a weight that a block lacks.
 inline ConstTensorView value_of(const std::optional<Param>& param) {
   return param ? param->value : ConstTensorView{};
 }
+
+// A copy in scratch memory, of what an op in place is about to overwrite.
+TensorView copy_of(ScratchScope& scratch, const ConstTensorView& from);
 
 // Where one tensor of each sequence's state lies.
 template <typename State>
@@ -50,10 +55,25 @@ TensorView convolve(Context& ctx, ScratchScope& scratch, const ConstTensorView& 
                     const Param& conv, const ConstTensorView& bias, const Sequences& sequences,
                     std::span<float* const> states, Activation activation);
 
-// y [T, N] = act(conv(x [T, C] wᵀ)), or act(x wᵀ) without a convolution, in scratch memory
+// y [T, N] = act(conv(x [T, C] wᵀ)), or act(x wᵀ) without a convolution, in scratch memory.
+// `projected` receives x wᵀ, which backward needs.
 TensorView project_and_convolve(Context& ctx, ScratchScope& scratch, const ConstTensorView& x,
                                 const Param& proj, const std::optional<Param>& conv,
                                 const Sequences& sequences, std::span<float* const> states,
-                                Activation activation);
+                                Activation activation, TensorView* projected = nullptr);
+
+// Of convolve over whole sequences: dx [T, N] =, given dy [T, N].
+void convolve_backward(Context& ctx, const ConstTensorView& x, const Param& conv,
+                       const std::optional<Param>& bias, const Sequences& sequences,
+                       Activation activation, const TensorView& dy, const TensorView& dx,
+                       Gradients& gradients);
+
+// Of project_and_convolve over whole sequences: dx [T, C] = or +=, given dy [T, N], which it
+// overwrites.
+void project_and_convolve_backward(Context& ctx, const ConstTensorView& x,
+                                   const ConstTensorView& projected, const Param& proj,
+                                   const std::optional<Param>& conv, const Sequences& sequences,
+                                   Activation activation, const TensorView& dy,
+                                   const TensorView& dx, bool accumulate_dx, Gradients& gradients);
 
 }  // namespace deltafox
