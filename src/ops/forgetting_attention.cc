@@ -46,6 +46,7 @@ void forgetting_attention_backward(Context& ctx, const ForgettingAttentionBackwa
   check("forgetting_attention_backward", "q", args.q, {tokens, heads, dim});
   check("forgetting_attention_backward", "k", args.k, {tokens, kv_heads, dim});
   check("forgetting_attention_backward", "v", args.v, args.k.shape);
+  check("forgetting_attention_backward", "o", args.o, args.q.shape);
   check("forgetting_attention_backward", "d_o", args.d_o, args.q.shape);
   check("forgetting_attention_backward", "dq", args.dq, args.q.shape);
   check("forgetting_attention_backward", "dk", args.dk, args.k.shape);
