@@ -170,6 +170,23 @@ void remove_pending_files() noexcept {
   }
 }
 
+NewDirectory::NewDirectory(const std::string& path) {
+  namespace fs = std::filesystem;
+  std::error_code error;
+  for (fs::path missing = fs::absolute(path);
+       !fs::exists(missing, error) && missing.has_relative_path();
+       missing = missing.parent_path()) {
+    made_.push_back(missing);
+  }
+  fs::create_directories(path, error);
+  if (error) fail("{}: cannot make the directory: {}", path, error.message());
+}
+
+NewDirectory::~NewDirectory() {
+  std::error_code error;  // not empty: as it should be
+  for (const std::filesystem::path& path : made_) std::filesystem::remove(path, error);
+}
+
 AtomicFile::AtomicFile(std::string path) : path_(std::move(path)) {
   if (path_.empty()) fail("cannot write to a file without a name");
   struct stat status {};
