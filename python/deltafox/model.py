@@ -1,5 +1,6 @@
 """Models: logits, losses, hidden states, generation, weights."""
 
+import collections
 import dataclasses
 import json
 import types
@@ -31,6 +32,8 @@ _DTYPES = {
     "bfloat16": "BF16",
     "float16": "F16",
     "half": "F16",
+    "int8": "Q8",
+    "int4": "Q4",
 }
 
 
@@ -81,8 +84,8 @@ class AutoModelForCausalLM:
     ):
         """A CausalLM of a checkpoint directory, or of a hub id, downloaded where the cache lacks it.
 
-        dtype: how the weight matrices are kept: as stored (None or "auto"), float32, bfloat16 or
-        float16, as a name or as torch's or NumPy's. device: "cpu". threads: 0 means one for each
+        dtype: how the weight matrices are kept: as stored (None or "auto"), float32, bfloat16,
+        float16, int8 or int4, as a name or as torch's or NumPy's. device: "cpu". threads: 0 means one for each
         core. What the cache holds is used as it is; `deltafox.pull` asks the hub for news.
         """
         if ignored.keys() - _IGNORED:
@@ -158,8 +161,11 @@ class CausalLM:
 
     @property
     def dtype(self):
-        """Of the weight matrices: "float32", "bfloat16" or "float16"."""
-        return max(self._parameters(), key=lambda p: p.numel()).dtype
+        """Of most of the weights: "float32", "bfloat16", "float16", "int8" or "int4"."""
+        counts = collections.Counter()
+        for parameter in self._parameters():
+            counts[parameter.dtype] += parameter.numel()
+        return counts.most_common(1)[0][0]
 
     @property
     def tokenizer(self):
@@ -360,7 +366,7 @@ def _dtype_code(value):
         return None
     name = _dtype_name(value)
     if name not in _DTYPES:
-        raise Error(f"dtype: must be float32, bfloat16 or float16, got '{name}'")
+        raise Error(f"dtype: must be float32, bfloat16, float16, int8 or int4, got '{name}'")
     return _DTYPES[name]
 
 

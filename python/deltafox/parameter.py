@@ -4,7 +4,7 @@ import numpy as np
 
 from ._core import Error
 
-_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "Q8": "int8", "Q4": "int4"}
 
 
 class Parameter:
@@ -12,7 +12,8 @@ class Parameter:
 
     `numpy()` and `np.asarray(parameter)` give it without a copy where NumPy has its dtype. NumPy has
     no bfloat16: such weights become float32, and `bits()` is their bits (uint16) without a copy.
-    `torch.from_dlpack(parameter)` gives a copy of the same dtype, which may be written to.
+    `torch.from_dlpack(parameter)` gives a copy of the same dtype, which may be written to. Packed
+    weights (int8, int4) cannot be read.
     """
 
     def __init__(self, weight):
@@ -37,7 +38,7 @@ class Parameter:
 
     @property
     def nbytes(self):
-        return self._weight.view().nbytes
+        return self._weight.nbytes
 
     def numpy(self):
         view = self._weight.view()

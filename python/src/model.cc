@@ -2,7 +2,7 @@
 #include "deltafox/model.h"
 
 #include <algorithm>
-#include <limits>
+#include <array>
 #include <memory>
 
 #include "bindings.h"
@@ -32,9 +32,9 @@ std::vector<State*> StateLock::pointers() const {
 
 namespace {
 
-constexpr std::array kDTypes{DType::kF32, DType::kBF16, DType::kF16};
+constexpr std::array kDTypes{DType::kF32, DType::kBF16, DType::kF16, DType::kQ8, DType::kQ4};
 
-// "F32", "BF16", "F16".
+// "F32", "BF16", "F16", "Q8", "Q4".
 DType dtype_named(const std::string& name) {
   const auto* const found = std::find_if(kDTypes.begin(), kDTypes.end(),
                                          [&](DType dtype) { return name_of(dtype) == name; });

@@ -33,10 +33,21 @@ void bind_hub(py::module_& module) {
       py::arg("id"), py::arg("revision"), py::arg("on_progress"));
 }
 
+// Older versions of pybind11 read NumPy 2's arrays wrongly, without noticing.
+void check_numpy() {
+  constexpr int kFirstForNumPy2 = 0x020C0000;
+  const py::str version = py::module_::import("numpy").attr("__version__");
+  if (PYBIND11_VERSION_HEX < kFirstForNumPy2 && std::stoi(version) >= 2) {
+    throw py::import_error(
+        "deltafox was built with a pybind11 that knows NumPy 1 only; build it with 2.12 or later");
+  }
+}
+
 }  // namespace deltafox::python
 
 PYBIND11_MODULE(_core, module) {
   using namespace deltafox::python;
+  check_numpy();
   module.doc() = "The C++ library, with NumPy arrays. Use the package deltafox instead.";
   module.attr("__version__") = DELTAFOX_VERSION;
   py::register_exception<deltafox::Error>(module, "Error", PyExc_ValueError).doc() =

@@ -38,16 +38,18 @@ struct HeldWeight {
   Model model;
   Weight weight;
 
-  std::int64_t size() const {
-    std::int64_t size = 1;
-    for (const std::int64_t dim : weight.shape) size *= dim;
-    return size;
+  // Throws Error for a packed one, which has no elements to look at.
+  void check_plain() const {
+    if (!is_packed(weight.dtype)) return;
+    throw Error("parameter " + weight.name +
+                ": is packed; load the model in another dtype to read it");
   }
 };
 
 // A read-only view; bfloat16, which NumPy does not know, as its bits.
 py::array view(const py::object& self) {
   const auto& held = self.cast<const HeldWeight&>();
+  held.check_plain();
   const char* const format = held.weight.dtype == DType::kF32   ? "float32"
                              : held.weight.dtype == DType::kF16 ? "float16"
                                                                 : "uint16";
@@ -72,7 +74,8 @@ void destroy_capsule(PyObject* capsule) {
 // A copy: the weights are immutable and lie in a read-only file mapping, and most who take DLPack
 // tensors would write to them.
 py::object dlpack(const HeldWeight& held) {
-  const std::size_t bytes = static_cast<std::size_t>(held.size()) * size_of(held.weight.dtype);
+  held.check_plain();
+  const std::size_t bytes = held.weight.bytes;
   auto owned = std::make_unique<OwnedTensor>();
   owned->shape = held.weight.shape;
   {
@@ -108,6 +111,7 @@ void bind_weights(py::module_& module) {
                              [](const HeldWeight& self) { return name_of(self.weight.dtype); })
       .def_property_readonly(
           "shape", [](const HeldWeight& self) { return py::tuple(py::cast(self.weight.shape)); })
+      .def_property_readonly("nbytes", [](const HeldWeight& self) { return self.weight.bytes; })
       .def_property_readonly("trainable",
                              [](const HeldWeight& self) { return self.weight.trainable; })
       .def("view", &view)

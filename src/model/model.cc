@@ -17,6 +17,7 @@
 #include "io/safetensors.h"
 #include "model/gradients.h"
 #include "model/loader.h"
+#include "model/quantize.h"
 #include "model/registry.h"
 #include "model/state_file.h"
 #include "ops/cross_entropy.h"
@@ -151,6 +152,7 @@ struct Model::Impl {
   std::string hash_;
 
  private:
+  static io::JsonObject read_config(const std::string& directory, const std::string& text);
   void fill_info(const std::string& directory);
 };
 
@@ -158,10 +160,17 @@ Model::Impl::Impl(const std::string& directory, const LoadOptions& options)
     : threads_(options.threads),
       checkpoint_(io::Checkpoint::open(directory)),
       config_text_(io::read_text_file(directory + "/config.json", kMaxConfigBytes)),
-      config_(io::JsonObject::parse(config_text_, directory + "/config.json")),
+      config_(read_config(directory, config_text_)),
       lm_(build_model(config_)),
       buffers_(bind_params(lm_, checkpoint_, options.dtype, threads_)) {
   fill_info(directory);
+}
+
+// Before the model is built: a scheme that is not known explains tensors that are missing.
+io::JsonObject Model::Impl::read_config(const std::string& directory, const std::string& text) {
+  io::JsonObject config = io::JsonObject::parse(text, directory + "/config.json");
+  check_quantization(config);
+  return config;
 }
 
 void Model::Impl::fill_info(const std::string& directory) {
@@ -365,6 +374,7 @@ std::vector<Weight> Model::weights() const {
     weight.dtype = param.value.dtype;
     for (int i = 0; i < param.shape.rank(); ++i) weight.shape.push_back(param.shape[i]);
     weight.data = param.value.data;
+    weight.bytes = bytes_of(param.value.dtype, param.value.shape);
     weight.trainable = param.trainable;
   });
   return weights;

@@ -5,6 +5,7 @@
 namespace deltafox::ops {
 
 void forgetting_attention(Context& ctx, const ForgettingAttentionArgs& args) {
+  const OpTimer timer("forgetting_attention");
   const std::int64_t heads = args.q.shape[1];
   check_activation(ctx, "forgetting_attention", "o", args.o, args.q.shape);
   for (std::int64_t b = 0; b < args.sequences.count(); ++b) {

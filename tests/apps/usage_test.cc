@@ -22,7 +22,9 @@ TEST(Usage, EveryCommandHasHelpWithAnExample) {
                                    {"state"},
                                    {"state", "info"},
                                    {"state", "save"},
-                                   {"bench"}}) {
+                                   {"bench"},
+                                   {"bench", "machine"},
+                                   {"bench", "model"}}) {
     Arguments arguments = command;
     arguments.emplace_back("--help");
     const Result result = run_program(arguments);
