@@ -79,8 +79,8 @@ TEST_P(Golden5Steps, GiveTheOfficialLossesAndNorms) {
 }
 
 INSTANTIATE_TEST_SUITE_P(Cases, Golden5Steps, testing::ValuesIn(Golden::cases()),
-                         [](const auto& info) {
-                           std::string name = info.param;
+                         [](const auto& param) {
+                           std::string name = param.param;
                            std::replace(name.begin(), name.end(), '-', '_');
                            return name;
                          });
