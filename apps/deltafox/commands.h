@@ -13,6 +13,7 @@ void add_tokenize(CLI::App& app);
 void add_detokenize(CLI::App& app);
 void add_info(CLI::App& app);
 void add_init(CLI::App& app);
+void add_quantize(CLI::App& app);
 void add_pull(CLI::App& app);
 void add_state(CLI::App& app);
 void add_bench(CLI::App& app);

@@ -115,6 +115,7 @@ void run(int argc, char** argv) {
   add_detokenize(app);
   add_info(app);
   add_init(app);
+  add_quantize(app);
   add_pull(app);
   add_state(app);
   add_bench(app);

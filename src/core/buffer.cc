@@ -5,6 +5,7 @@
 #include <cstdlib>
 #include <cstring>
 
+#include "core/device.h"
 #include "core/error.h"
 
 namespace deltafox {
@@ -36,8 +37,12 @@ std::byte* map_pages(std::size_t bytes) {
 
 }  // namespace
 
-Buffer::Buffer(std::size_t bytes) : size_(bytes) {
+Buffer::Buffer(std::size_t bytes, Device device) : size_(bytes), device_(device) {
   if (bytes == 0) return;
+  if (device == Device::kCuda) {
+    data_ = static_cast<std::byte*>(cuda::allocate(bytes));
+    return;
+  }
   if (mapped(bytes)) {
     data_ = map_pages(bytes);
   } else {
@@ -48,13 +53,20 @@ Buffer::Buffer(std::size_t bytes) : size_(bytes) {
   if (data_ == nullptr) fail("out of memory: {} bytes could not be allocated", bytes);
 }
 
-Buffer::Buffer(const Buffer& other) : Buffer(other.size_) {
-  if (size_ != 0) std::memcpy(data_, other.data_, size_);
+Buffer::Buffer(const Buffer& other) : Buffer(other.size_, other.device_) {
+  if (size_ == 0) return;
+  if (device_ == Device::kCuda) {
+    cuda::copy(data_, other.data_, size_);
+  } else {
+    std::memcpy(data_, other.data_, size_);
+  }
 }
 
 Buffer::~Buffer() {
   if (data_ == nullptr) return;
-  if (mapped(size_)) {
+  if (device_ == Device::kCuda) {
+    cuda::release(data_, size_);
+  } else if (mapped(size_)) {
     munmap(data_, size_);
   } else {
     std::free(data_);

@@ -1,10 +1,11 @@
 #include "core/context.h"
 
 #include <algorithm>
+#include <cstring>
 
 namespace deltafox {
 namespace {
-constexpr std::size_t kAlignment = 64;
+constexpr std::size_t kAlignment = 256;
 constexpr std::size_t kMinBlock = std::size_t{1} << 20;
 }  // namespace
 
@@ -13,7 +14,7 @@ std::byte* Scratch::allocate(std::size_t bytes) {
   if (blocks_.empty() || used_ + bytes > blocks_[block_].size()) {
     // Blocks behind the one in use are unused: what they hold has been released.
     blocks_.resize(blocks_.empty() ? 0 : block_ + 1);
-    blocks_.emplace_back(std::max({bytes, capacity(), kMinBlock}));
+    blocks_.emplace_back(std::max({bytes, capacity(), kMinBlock}), device_);
     block_ = blocks_.size() - 1;
     used_ = 0;
   }
@@ -29,7 +30,7 @@ void Scratch::release(Mark mark) {
     // Nothing is in use: replace the pieces by one block that holds what they held together.
     const std::size_t total = capacity();
     blocks_.clear();
-    blocks_.emplace_back(total);
+    blocks_.emplace_back(total, device_);
   }
 }
 
@@ -37,6 +38,14 @@ std::size_t Scratch::capacity() const {
   std::size_t total = 0;
   for (const Buffer& block : blocks_) total += block.size();
   return total;
+}
+
+void Context::copy(void* to, const void* from, std::size_t bytes) {
+  if (stream_) {
+    cuda::copy(*stream_, to, from, bytes);
+  } else {
+    std::memcpy(to, from, bytes);
+  }
 }
 
 }  // namespace deltafox

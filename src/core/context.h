@@ -3,32 +3,35 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <memory>
 #include <span>
 #include <vector>
 
 #include "core/buffer.h"
+#include "core/device.h"
 #include "core/tensor.h"
 #include "core/thread_pool.h"
 
 namespace deltafox {
 
-enum class Device : std::uint8_t { kCpu };
-
 // Memory that is handed out in stack order. It grows while a shape is new and is one block from
 // then on, so the second call with the same shapes allocates nothing.
 class Scratch {
  public:
+  explicit Scratch(Device device = Device::kCpu) : device_(device) {}
+
   struct Mark {
     std::size_t block;
     std::size_t used;
   };
-  // Uninitialised memory, aligned to a cache line.
+  // Uninitialised memory, aligned to a cache line (on a GPU to 256 bytes).
   std::byte* allocate(std::size_t bytes);
   Mark mark() const { return {block_, used_}; }
   void release(Mark mark);
   std::size_t capacity() const;
 
  private:
+  Device device_;
   std::vector<Buffer> blocks_;
   std::size_t block_ = 0;  // the block in use
   std::size_t used_ = 0;   // bytes used of it
@@ -44,34 +47,71 @@ struct Statistics {
 class Context {
  public:
   explicit Context(ThreadPool& threads) : threads_(&threads) {}
+  // For ops on a GPU: tensors lie in its memory, spans in the host's unless an op says otherwise,
+  // and ops return before their work is done. Throws Error if there is no GPU.
+  Context(ThreadPool& threads, Device device, DType activation_dtype)
+      : threads_(&threads),
+        device_(device),
+        activation_dtype_(activation_dtype),
+        tensor_scratch_(device) {
+    if (device == Device::kCuda) stream_ = cuda::make_stream();
+  }
 
-  Device device() const { return Device::kCpu; }
+  Device device() const { return device_; }
   ThreadPool& threads() { return *threads_; }
   Scratch& scratch() { return scratch_; }
+  // Where ScratchScope takes tensors from.
+  Scratch& tensor_scratch() { return device_ == Device::kCpu ? scratch_ : tensor_scratch_; }
   Statistics& statistics() { return statistics_; }
+
+  // What blocks keep activations in: F32 on the CPU, F32 or BF16 on a GPU. The residual stream,
+  // gates, states and statistics are F32 in any case.
+  DType activation_dtype() const { return activation_dtype_; }
+  // The GPU's stream.
+  cuda::Stream& stream() { return *stream_; }
+  // Waits until all ops are done.
+  void synchronize() {
+    if (stream_) cuda::synchronize(*stream_);
+  }
+  // Between any two of host and device; see cuda::copy.
+  void copy(void* to, const void* from, std::size_t bytes);
 
  private:
   ThreadPool* threads_;
+  Device device_ = Device::kCpu;
+  DType activation_dtype_ = DType::kF32;
   Scratch scratch_;
+  std::shared_ptr<cuda::Stream> stream_;
+  Scratch tensor_scratch_;
   Statistics statistics_;
 };
 
-// Hands out scratch tensors that live as long as it does; or, with `keep`, as long as the scope
+// Hands out scratch memory that lives as long as it does; or, with `keep`, as long as the scope
 // around it.
 class ScratchScope {
  public:
   explicit ScratchScope(Context& ctx, bool keep = false)
-      : scratch_(ctx.scratch()), mark_(scratch_.mark()), keep_(keep) {}
+      : scratch_(ctx.scratch()),
+        mark_(scratch_.mark()),
+        tensor_scratch_(ctx.tensor_scratch()),
+        tensor_mark_(tensor_scratch_.mark()),
+        activation_dtype_(ctx.activation_dtype()),
+        keep_(keep) {}
   ~ScratchScope() {
-    if (!keep_) scratch_.release(mark_);
+    if (keep_) return;
+    tensor_scratch_.release(tensor_mark_);
+    scratch_.release(mark_);
   }
   ScratchScope(const ScratchScope&) = delete;
   ScratchScope& operator=(const ScratchScope&) = delete;
 
+  // In the memory of the Context's device.
   TensorView tensor(const Shape& shape, DType dtype = DType::kF32) {
-    return {scratch_.allocate(static_cast<std::size_t>(shape.size()) * size_of(dtype)), dtype,
-            shape};
+    return {tensor_scratch_.allocate(static_cast<std::size_t>(shape.size()) * size_of(dtype)),
+            dtype, shape};
   }
+  TensorView activation(const Shape& shape) { return tensor(shape, activation_dtype_); }
+  // In the host's memory.
   template <typename T>
   std::span<T> array(std::int64_t n) {
     static_assert(std::is_trivially_destructible_v<T>);
@@ -83,6 +123,9 @@ class ScratchScope {
  private:
   Scratch& scratch_;
   Scratch::Mark mark_;
+  Scratch& tensor_scratch_;
+  Scratch::Mark tensor_mark_;
+  DType activation_dtype_;
   bool keep_;
 };
 

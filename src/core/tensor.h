@@ -86,18 +86,19 @@ struct ConstTensorView {
   }
 };
 
-// Owns zeroed memory; copying it copies the contents.
+// Owns zeroed memory of the host or a GPU; copying it copies the contents.
 class Tensor {
  public:
   Tensor() = default;
-  Tensor(DType dtype, const Shape& shape)
-      : buffer_(bytes_of(dtype, shape)), dtype_(dtype), shape_(shape) {}
+  Tensor(DType dtype, const Shape& shape, Device device = Device::kCpu)
+      : buffer_(bytes_of(dtype, shape), device), dtype_(dtype), shape_(shape) {}
 
   TensorView view() { return {buffer_.data(), dtype_, shape_}; }
   ConstTensorView view() const { return {buffer_.data(), dtype_, shape_}; }
   float* f32() { return view().f32(); }
   const float* f32() const { return view().f32(); }
   std::size_t bytes() const { return buffer_.size(); }
+  Device device() const { return buffer_.device(); }
 
  private:
   Buffer buffer_;

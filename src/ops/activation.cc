@@ -5,32 +5,44 @@
 namespace deltafox::ops {
 
 void activation(Context& ctx, const ActivationArgs& args) {
+  const OpTimer timer("activation");
   switch (ctx.device()) {
     case Device::kCpu:
       return cpu::activation(ctx, args);
+    case Device::kCuda:
+      return cuda::activation(ctx, args);
   }
 }
 
 void glu(Context& ctx, const GluArgs& args) {
-  check("glu", "gate_up", args.gate_up, {args.y.shape[0], 2 * args.y.shape[1]});
+  const OpTimer timer("glu");
+  check_activation(ctx, "glu", "gate_up", args.gate_up, {args.y.shape[0], 2 * args.y.shape[1]});
   switch (ctx.device()) {
     case Device::kCpu:
       return cpu::glu(ctx, args);
+    case Device::kCuda:
+      return cuda::glu(ctx, args);
   }
 }
 
 void forget_gate(Context& ctx, const ForgetGateArgs& args) {
+  const OpTimer timer("forget_gate");
   check("forget_gate", "k", args.k, args.x.shape);
   switch (ctx.device()) {
     case Device::kCpu:
       return cpu::forget_gate(ctx, args);
+    case Device::kCuda:
+      return cuda::forget_gate(ctx, args);
   }
 }
 
 void feature_map(Context& ctx, const FeatureMapArgs& args) {
+  const OpTimer timer("feature_map");
   switch (ctx.device()) {
     case Device::kCpu:
       return cpu::feature_map(ctx, args);
+    case Device::kCuda:
+      return cuda::feature_map(ctx, args);
   }
 }
 
@@ -40,6 +52,8 @@ void activation_backward(Context& ctx, const ActivationBackwardArgs& args) {
   switch (ctx.device()) {
     case Device::kCpu:
       return cpu::activation_backward(ctx, args);
+    case Device::kCuda:
+      fail_on_cuda("activation_backward");
   }
 }
 
@@ -49,6 +63,8 @@ void glu_backward(Context& ctx, const GluBackwardArgs& args) {
   switch (ctx.device()) {
     case Device::kCpu:
       return cpu::glu_backward(ctx, args);
+    case Device::kCuda:
+      fail_on_cuda("glu_backward");
   }
 }
 
@@ -60,6 +76,8 @@ void forget_gate_backward(Context& ctx, const ForgetGateBackwardArgs& args) {
   switch (ctx.device()) {
     case Device::kCpu:
       return cpu::forget_gate_backward(ctx, args);
+    case Device::kCuda:
+      fail_on_cuda("forget_gate_backward");
   }
 }
 
@@ -69,6 +87,8 @@ void feature_map_backward(Context& ctx, const FeatureMapBackwardArgs& args) {
   switch (ctx.device()) {
     case Device::kCpu:
       return cpu::feature_map_backward(ctx, args);
+    case Device::kCuda:
+      fail_on_cuda("feature_map_backward");
   }
 }
 

@@ -88,6 +88,12 @@ void glu_backward(Context& ctx, const GluBackwardArgs& args);
 void forget_gate_backward(Context& ctx, const ForgetGateBackwardArgs& args);
 void feature_map_backward(Context& ctx, const FeatureMapBackwardArgs& args);
 }  // namespace cpu
+namespace cuda {
+void activation(Context& ctx, const ActivationArgs& args);
+void glu(Context& ctx, const GluArgs& args);
+void forget_gate(Context& ctx, const ForgetGateArgs& args);
+void feature_map(Context& ctx, const FeatureMapArgs& args);
+}  // namespace cuda
 namespace reference {
 float activate(Activation activation, float x);
 // act'(x)

@@ -13,6 +13,8 @@ void adamw(Context& ctx, const AdamWArgs& args) {
   switch (ctx.device()) {
     case Device::kCpu:
       return cpu::adamw(ctx, args);
+    case Device::kCuda:
+      fail_on_cuda("adamw");
   }
 }
 
@@ -21,6 +23,8 @@ double sum_of_squares(Context& ctx, const ConstTensorView& x) {
   switch (ctx.device()) {
     case Device::kCpu:
       return cpu::sum_of_squares(ctx, x);
+    case Device::kCuda:
+      fail_on_cuda("sum_of_squares");
   }
   return 0;
 }

@@ -5,11 +5,14 @@
 namespace deltafox::ops {
 
 void cross_entropy(Context& ctx, const CrossEntropyArgs& args) {
+  const OpTimer timer("cross_entropy");
   check("cross_entropy", "logits", args.logits,
         {static_cast<std::int64_t>(args.labels.size()), args.logits.shape[1]});
   switch (ctx.device()) {
     case Device::kCpu:
       return cpu::cross_entropy(ctx, args);
+    case Device::kCuda:
+      return cuda::cross_entropy(ctx, args);
   }
 }
 
@@ -23,6 +26,8 @@ void cross_entropy_backward(Context& ctx, const CrossEntropyBackwardArgs& args) 
   switch (ctx.device()) {
     case Device::kCpu:
       return cpu::cross_entropy_backward(ctx, args);
+    case Device::kCuda:
+      fail_on_cuda("cross_entropy_backward");
   }
 }
 

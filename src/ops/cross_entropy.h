@@ -31,6 +31,9 @@ namespace cpu {
 void cross_entropy(Context& ctx, const CrossEntropyArgs& args);
 void cross_entropy_backward(Context& ctx, const CrossEntropyBackwardArgs& args);
 }  // namespace cpu
+namespace cuda {
+void cross_entropy(Context& ctx, const CrossEntropyArgs& args);
+}
 namespace reference {
 void cross_entropy(const CrossEntropyArgs& args);
 void cross_entropy_backward(const CrossEntropyBackwardArgs& args);

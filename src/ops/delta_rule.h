@@ -55,6 +55,9 @@ namespace cpu {
 void delta_rule(Context& ctx, const DeltaRuleArgs& args);
 void delta_rule_backward(Context& ctx, const DeltaRuleBackwardArgs& args);
 }  // namespace cpu
+namespace cuda {
+void delta_rule(Context& ctx, const DeltaRuleArgs& args);
+}
 namespace reference {
 void delta_rule(const DeltaRuleArgs& args);
 void delta_rule_backward(const DeltaRuleBackwardArgs& args);

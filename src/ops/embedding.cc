@@ -5,11 +5,14 @@
 namespace deltafox::ops {
 
 void embedding(Context& ctx, const EmbeddingArgs& args) {
+  const OpTimer timer("embedding");
   const auto tokens = static_cast<std::int64_t>(args.ids.size());
   check("embedding", "y", args.y, {tokens, args.table.shape[1]});
   switch (ctx.device()) {
     case Device::kCpu:
       return cpu::embedding(ctx, args);
+    case Device::kCuda:
+      return cuda::embedding(ctx, args);
   }
 }
 
@@ -20,6 +23,8 @@ void embedding_backward(Context& ctx, const EmbeddingBackwardArgs& args) {
   switch (ctx.device()) {
     case Device::kCpu:
       return cpu::embedding_backward(ctx, args);
+    case Device::kCuda:
+      fail_on_cuda("embedding_backward");
   }
 }
 

@@ -29,6 +29,9 @@ namespace cpu {
 void embedding(Context& ctx, const EmbeddingArgs& args);
 void embedding_backward(Context& ctx, const EmbeddingBackwardArgs& args);
 }  // namespace cpu
+namespace cuda {
+void embedding(Context& ctx, const EmbeddingArgs& args);
+}
 namespace reference {
 void embedding_backward(const EmbeddingBackwardArgs& args);
 }

@@ -5,12 +5,14 @@
 namespace deltafox::ops {
 
 void forgetting_attention(Context& ctx, const ForgettingAttentionArgs& args) {
+  const OpTimer timer("forgetting_attention");
   const std::int64_t heads = args.q.shape[1];
-  check("forgetting_attention", "o", args.o, args.q.shape);
+  check_activation(ctx, "forgetting_attention", "o", args.o, args.q.shape);
   for (std::int64_t b = 0; b < args.sequences.count(); ++b) {
     const KvCache& cache = *args.caches[static_cast<std::size_t>(b)];
     const KvLayout& layout = cache.layout();
-    check("forgetting_attention", "q", args.q, {args.sequences.tokens(), heads, layout.head_dim});
+    check_activation(ctx, "forgetting_attention", "q", args.q,
+                     {args.sequences.tokens(), heads, layout.head_dim});
     if (heads % layout.kv_heads != 0) {
       fail("forgetting_attention: {} heads cannot share {} of keys", heads, layout.kv_heads);
     }
@@ -28,6 +30,8 @@ void forgetting_attention(Context& ctx, const ForgettingAttentionArgs& args) {
   switch (ctx.device()) {
     case Device::kCpu:
       return cpu::forgetting_attention(ctx, args);
+    case Device::kCuda:
+      return cuda::forgetting_attention(ctx, args);
   }
 }
 
@@ -42,6 +46,7 @@ void forgetting_attention_backward(Context& ctx, const ForgettingAttentionBackwa
   check("forgetting_attention_backward", "q", args.q, {tokens, heads, dim});
   check("forgetting_attention_backward", "k", args.k, {tokens, kv_heads, dim});
   check("forgetting_attention_backward", "v", args.v, args.k.shape);
+  check("forgetting_attention_backward", "o", args.o, args.q.shape);
   check("forgetting_attention_backward", "d_o", args.d_o, args.q.shape);
   check("forgetting_attention_backward", "dq", args.dq, args.q.shape);
   check("forgetting_attention_backward", "dk", args.dk, args.k.shape);
@@ -53,6 +58,8 @@ void forgetting_attention_backward(Context& ctx, const ForgettingAttentionBackwa
   switch (ctx.device()) {
     case Device::kCpu:
       return cpu::forgetting_attention_backward(ctx, args);
+    case Device::kCuda:
+      fail_on_cuda("forgetting_attention_backward");
   }
 }
 

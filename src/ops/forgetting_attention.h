@@ -48,6 +48,7 @@ struct ForgettingAttentionBackwardArgs {
   std::optional<std::int64_t> window = {};  // positions a query sees, its own included
   std::optional<float> log_pruning_tolerance = {};
   std::span<const float> score_bounds = {};  // [H] or empty, as in the forward
+  ConstTensorView o;                         // [T, H, D], the forward's
   ConstTensorView d_o;                       // [T, H, D]
   TensorView dq;                             // [T, H, D], =
   TensorView dk;                             // [T, G, D], =
@@ -63,6 +64,9 @@ namespace cpu {
 void forgetting_attention(Context& ctx, const ForgettingAttentionArgs& args);
 void forgetting_attention_backward(Context& ctx, const ForgettingAttentionBackwardArgs& args);
 }  // namespace cpu
+namespace cuda {
+void forgetting_attention(Context& ctx, const ForgettingAttentionArgs& args);
+}
 namespace reference {
 // Prunes nothing.
 void forgetting_attention(const ForgettingAttentionArgs& args);

@@ -5,10 +5,13 @@
 namespace deltafox::ops {
 
 void gate(Context& ctx, const GateArgs& args) {
-  check("gate", "gate", args.gate, args.x.shape);
+  const OpTimer timer("gate");
+  check_activation(ctx, "gate", "gate", args.gate, args.x.shape);
   switch (ctx.device()) {
     case Device::kCpu:
       return cpu::gate(ctx, args);
+    case Device::kCuda:
+      return cuda::gate(ctx, args);
   }
 }
 
@@ -20,6 +23,8 @@ void gate_backward(Context& ctx, const GateBackwardArgs& args) {
   switch (ctx.device()) {
     case Device::kCpu:
       return cpu::gate_backward(ctx, args);
+    case Device::kCuda:
+      fail_on_cuda("gate_backward");
   }
 }
 

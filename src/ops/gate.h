@@ -30,6 +30,9 @@ namespace cpu {
 void gate(Context& ctx, const GateArgs& args);
 void gate_backward(Context& ctx, const GateBackwardArgs& args);
 }  // namespace cpu
+namespace cuda {
+void gate(Context& ctx, const GateArgs& args);
+}
 namespace reference {
 void gate(const GateArgs& args);
 void gate_backward(const GateBackwardArgs& args);

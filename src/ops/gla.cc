@@ -5,16 +5,19 @@
 namespace deltafox::ops {
 
 void gla(Context& ctx, const GlaArgs& args) {
+  const OpTimer timer("gla");
   const std::int64_t tokens = args.sequences.tokens();
   const std::int64_t heads = args.q.shape[1];
-  check("gla", "q", args.q, {tokens, heads, args.q.shape[2]});
+  check_activation(ctx, "gla", "q", args.q, {tokens, heads, args.q.shape[2]});
   check("gla", "k", args.k, args.q.shape);
   check("gla", "g", args.g, args.q.shape);
-  check("gla", "v", args.v, {tokens, heads, args.v.shape[2]});
-  check("gla", "o", args.o, args.v.shape);
+  check_activation(ctx, "gla", "v", args.v, {tokens, heads, args.v.shape[2]});
+  check_activation(ctx, "gla", "o", args.o, args.v.shape);
   switch (ctx.device()) {
     case Device::kCpu:
       return cpu::gla(ctx, args);
+    case Device::kCuda:
+      return cuda::gla(ctx, args);
   }
 }
 
@@ -33,6 +36,8 @@ void gla_backward(Context& ctx, const GlaBackwardArgs& args) {
   switch (ctx.device()) {
     case Device::kCpu:
       return cpu::gla_backward(ctx, args);
+    case Device::kCuda:
+      fail_on_cuda("gla_backward");
   }
 }
 

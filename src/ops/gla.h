@@ -54,6 +54,9 @@ namespace cpu {
 void gla(Context& ctx, const GlaArgs& args);
 void gla_backward(Context& ctx, const GlaBackwardArgs& args);
 }  // namespace cpu
+namespace cuda {
+void gla(Context& ctx, const GlaArgs& args);
+}
 namespace reference {
 void gla(const GlaArgs& args);
 void gla_backward(const GlaBackwardArgs& args);

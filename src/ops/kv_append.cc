@@ -5,11 +5,13 @@
 namespace deltafox::ops {
 
 void kv_append(Context& ctx, const KvAppendArgs& args) {
+  const OpTimer timer("kv_append");
   for (std::int64_t b = 0; b < args.sequences.count(); ++b) {
     const KvCache& cache = *args.caches[static_cast<std::size_t>(b)];
     const KvLayout& layout = cache.layout();
-    check("kv_append", "k", args.k, {args.sequences.tokens(), layout.kv_heads, layout.head_dim});
-    check("kv_append", "v", args.v, args.k.shape);
+    check_activation(ctx, "kv_append", "k", args.k,
+                     {args.sequences.tokens(), layout.kv_heads, layout.head_dim});
+    check_activation(ctx, "kv_append", "v", args.v, args.k.shape);
     if (layout.gate_heads > 0) {
       check("kv_append", "log_gates", args.log_gates, {args.sequences.tokens(), layout.gate_heads});
     }
@@ -20,6 +22,8 @@ void kv_append(Context& ctx, const KvAppendArgs& args) {
   switch (ctx.device()) {
     case Device::kCpu:
       return cpu::kv_append(ctx, args);
+    case Device::kCuda:
+      return cuda::kv_append(ctx, args);
   }
 }
 

@@ -24,4 +24,7 @@ void kv_append(Context& ctx, const KvAppendArgs& args);
 namespace cpu {
 void kv_append(Context& ctx, const KvAppendArgs& args);
 }
+namespace cuda {
+void kv_append(Context& ctx, const KvAppendArgs& args);
+}
 }  // namespace deltafox

@@ -5,12 +5,15 @@
 namespace deltafox::ops {
 
 void linear(Context& ctx, const LinearArgs& args) {
-  check("linear", "x", args.x, {args.x.shape[0], args.w.shape[1]});
-  check("linear", "y", args.y, {args.x.shape[0], args.w.shape[0]});
+  const OpTimer timer("linear");
+  check_activation(ctx, "linear", "x", args.x, {args.x.shape[0], args.w.shape[1]});
+  check_activation(ctx, "linear", "y", args.y, {args.x.shape[0], args.w.shape[0]});
   if (args.bias.data != nullptr) check("linear", "bias", args.bias, {args.w.shape[0]});
   switch (ctx.device()) {
     case Device::kCpu:
       return cpu::linear(ctx, args);
+    case Device::kCuda:
+      return cuda::linear(ctx, args);
   }
 }
 
@@ -25,6 +28,8 @@ void linear_backward(Context& ctx, const LinearBackwardArgs& args) {
   switch (ctx.device()) {
     case Device::kCpu:
       return cpu::linear_backward(ctx, args);
+    case Device::kCuda:
+      fail_on_cuda("linear_backward");
   }
 }
 

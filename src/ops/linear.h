@@ -45,6 +45,9 @@ namespace cpu {
 void linear(Context& ctx, const LinearArgs& args);
 void linear_backward(Context& ctx, const LinearBackwardArgs& args);
 }  // namespace cpu
+namespace cuda {
+void linear(Context& ctx, const LinearArgs& args);
+}
 namespace reference {
 void linear(const LinearArgs& args);
 void linear_backward(const LinearBackwardArgs& args);

@@ -5,11 +5,14 @@
 namespace deltafox::ops {
 
 void log_sigmoid(Context& ctx, const LogSigmoidArgs& args) {
+  const OpTimer timer("log_sigmoid");
   if (args.x.data != nullptr) check("log_sigmoid", "x", args.x, args.y.shape);
   if (args.bias.data != nullptr) check("log_sigmoid", "bias", args.bias, {args.y.shape[1]});
   switch (ctx.device()) {
     case Device::kCpu:
       return cpu::log_sigmoid(ctx, args);
+    case Device::kCuda:
+      return cuda::log_sigmoid(ctx, args);
   }
 }
 
@@ -21,6 +24,8 @@ void log_sigmoid_backward(Context& ctx, const LogSigmoidBackwardArgs& args) {
   switch (ctx.device()) {
     case Device::kCpu:
       return cpu::log_sigmoid_backward(ctx, args);
+    case Device::kCuda:
+      fail_on_cuda("log_sigmoid_backward");
   }
 }
 

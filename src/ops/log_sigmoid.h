@@ -27,6 +27,9 @@ namespace cpu {
 void log_sigmoid(Context& ctx, const LogSigmoidArgs& args);
 void log_sigmoid_backward(Context& ctx, const LogSigmoidBackwardArgs& args);
 }  // namespace cpu
+namespace cuda {
+void log_sigmoid(Context& ctx, const LogSigmoidArgs& args);
+}
 namespace reference {
 void log_sigmoid(const LogSigmoidArgs& args);
 void log_sigmoid_backward(const LogSigmoidBackwardArgs& args);

@@ -9,6 +9,8 @@ void quantize(Context& ctx, const QuantizeArgs& args) {
   switch (ctx.device()) {
     case Device::kCpu:
       return cpu::quantize(ctx, args);
+    case Device::kCuda:
+      fail_on_cuda("quantize");
   }
 }
 

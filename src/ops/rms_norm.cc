@@ -5,6 +5,7 @@
 namespace deltafox::ops {
 
 void rms_norm(Context& ctx, const RmsNormArgs& args) {
+  const OpTimer timer("rms_norm");
   const std::int64_t width = args.x.shape[1];
   if (args.w.data != nullptr) {
     const std::int64_t groups = std::max<std::int64_t>(1, args.w.shape.size() / width);
@@ -13,11 +14,13 @@ void rms_norm(Context& ctx, const RmsNormArgs& args) {
       fail("rms_norm: {} rows are not whole sets of {} groups", args.x.shape[0], groups);
     }
   }
-  check("rms_norm", "y", args.y, args.x.shape);
-  if (args.gate.data != nullptr) check("rms_norm", "gate", args.gate, args.x.shape);
+  check_activation(ctx, "rms_norm", "y", args.y, args.x.shape);
+  if (args.gate.data != nullptr) check_activation(ctx, "rms_norm", "gate", args.gate, args.x.shape);
   switch (ctx.device()) {
     case Device::kCpu:
       return cpu::rms_norm(ctx, args);
+    case Device::kCuda:
+      return cuda::rms_norm(ctx, args);
   }
 }
 
@@ -40,6 +43,8 @@ void rms_norm_backward(Context& ctx, const RmsNormBackwardArgs& args) {
   switch (ctx.device()) {
     case Device::kCpu:
       return cpu::rms_norm_backward(ctx, args);
+    case Device::kCuda:
+      fail_on_cuda("rms_norm_backward");
   }
 }
 

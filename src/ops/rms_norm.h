@@ -42,6 +42,9 @@ namespace cpu {
 void rms_norm(Context& ctx, const RmsNormArgs& args);
 void rms_norm_backward(Context& ctx, const RmsNormBackwardArgs& args);
 }  // namespace cpu
+namespace cuda {
+void rms_norm(Context& ctx, const RmsNormArgs& args);
+}
 namespace reference {
 void rms_norm(const RmsNormArgs& args);
 void rms_norm_backward(const RmsNormBackwardArgs& args);

@@ -5,14 +5,17 @@
 namespace deltafox::ops {
 
 void rope(Context& ctx, const RopeArgs& args) {
+  const OpTimer timer("rope");
   const std::int64_t tokens = args.sequences.tokens();
   const std::int64_t dim = args.q.shape[2];
-  check("rope", "q", args.q, {tokens, args.q.shape[1], dim});
-  check("rope", "k", args.k, {tokens, args.k.shape[1], dim});
+  check_activation(ctx, "rope", "q", args.q, {tokens, args.q.shape[1], dim});
+  check_activation(ctx, "rope", "k", args.k, {tokens, args.k.shape[1], dim});
   if (dim % 2 != 0) fail("rope: head size {} is odd", dim);
   switch (ctx.device()) {
     case Device::kCpu:
       return cpu::rope(ctx, args);
+    case Device::kCuda:
+      return cuda::rope(ctx, args);
   }
 }
 
@@ -25,6 +28,8 @@ void rope_backward(Context& ctx, const RopeBackwardArgs& args) {
   switch (ctx.device()) {
     case Device::kCpu:
       return cpu::rope_backward(ctx, args);
+    case Device::kCuda:
+      fail_on_cuda("rope_backward");
   }
 }
 

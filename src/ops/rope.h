@@ -38,6 +38,9 @@ namespace cpu {
 void rope(Context& ctx, const RopeArgs& args);
 void rope_backward(Context& ctx, const RopeBackwardArgs& args);
 }  // namespace cpu
+namespace cuda {
+void rope(Context& ctx, const RopeArgs& args);
+}
 namespace reference {
 void rope(const RopeArgs& args);
 void rope_backward(const RopeBackwardArgs& args);

@@ -60,6 +60,9 @@ namespace cpu {
 void selective_scan(Context& ctx, const SelectiveScanArgs& args);
 void selective_scan_backward(Context& ctx, const SelectiveScanBackwardArgs& args);
 }  // namespace cpu
+namespace cuda {
+void selective_scan(Context& ctx, const SelectiveScanArgs& args);
+}
 namespace reference {
 void selective_scan(const SelectiveScanArgs& args);
 void selective_scan_backward(const SelectiveScanBackwardArgs& args);

@@ -5,14 +5,17 @@
 namespace deltafox::ops {
 
 void short_conv(Context& ctx, const ShortConvArgs& args) {
+  const OpTimer timer("short_conv");
   const std::int64_t channels = args.x.shape[1];
-  check("short_conv", "x", args.x, {args.sequences.tokens(), channels});
+  check_activation(ctx, "short_conv", "x", args.x, {args.sequences.tokens(), channels});
   check("short_conv", "w", args.w, {channels, args.w.shape[1]});
-  check("short_conv", "y", args.y, args.x.shape);
+  check_activation(ctx, "short_conv", "y", args.y, args.x.shape);
   if (args.bias.data != nullptr) check("short_conv", "bias", args.bias, {channels});
   switch (ctx.device()) {
     case Device::kCpu:
       return cpu::short_conv(ctx, args);
+    case Device::kCuda:
+      return cuda::short_conv(ctx, args);
   }
 }
 
@@ -28,6 +31,8 @@ void short_conv_backward(Context& ctx, const ShortConvBackwardArgs& args) {
   switch (ctx.device()) {
     case Device::kCpu:
       return cpu::short_conv_backward(ctx, args);
+    case Device::kCuda:
+      fail_on_cuda("short_conv_backward");
   }
 }
 

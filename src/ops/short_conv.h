@@ -47,6 +47,9 @@ namespace cpu {
 void short_conv(Context& ctx, const ShortConvArgs& args);
 void short_conv_backward(Context& ctx, const ShortConvBackwardArgs& args);
 }  // namespace cpu
+namespace cuda {
+void short_conv(Context& ctx, const ShortConvArgs& args);
+}
 namespace reference {
 void short_conv(const ShortConvArgs& args);
 void short_conv_backward(const ShortConvBackwardArgs& args);

@@ -5,6 +5,7 @@
 namespace deltafox::ops {
 
 void ssd(Context& ctx, const SsdArgs& args) {
+  const OpTimer timer("ssd");
   const std::int64_t tokens = args.sequences.tokens();
   const std::int64_t heads = args.y.shape[1];
   const std::int64_t head_dim = args.y.shape[2];
@@ -12,8 +13,9 @@ void ssd(Context& ctx, const SsdArgs& args) {
   if (groups < 1 || heads % groups != 0) {
     fail("ssd: {} heads do not fall into {} groups", heads, groups);
   }
-  check("ssd", "y", args.y, {tokens, heads, head_dim});
-  check("ssd", "xbc", args.xbc, {tokens, heads * head_dim + 2 * groups * args.state_size()});
+  check_activation(ctx, "ssd", "y", args.y, {tokens, heads, head_dim});
+  check_activation(ctx, "ssd", "xbc", args.xbc,
+                   {tokens, heads * head_dim + 2 * groups * args.state_size()});
   check("ssd", "dt", args.dt, {tokens, heads});
   check("ssd", "dt_bias", args.dt_bias, {heads});
   check("ssd", "a_log", args.a_log, {heads});
@@ -21,6 +23,8 @@ void ssd(Context& ctx, const SsdArgs& args) {
   switch (ctx.device()) {
     case Device::kCpu:
       return cpu::ssd(ctx, args);
+    case Device::kCuda:
+      return cuda::ssd(ctx, args);
   }
 }
 
@@ -47,6 +51,8 @@ void ssd_backward(Context& ctx, const SsdBackwardArgs& args) {
   switch (ctx.device()) {
     case Device::kCpu:
       return cpu::ssd_backward(ctx, args);
+    case Device::kCuda:
+      fail_on_cuda("ssd_backward");
   }
 }
 

@@ -74,6 +74,9 @@ namespace cpu {
 void ssd(Context& ctx, const SsdArgs& args);
 void ssd_backward(Context& ctx, const SsdBackwardArgs& args);
 }  // namespace cpu
+namespace cuda {
+void ssd(Context& ctx, const SsdArgs& args);
+}
 namespace reference {
 void ssd(const SsdArgs& args);
 void ssd_backward(const SsdBackwardArgs& args);

@@ -5,14 +5,17 @@
 namespace deltafox::ops {
 
 void token_shift(Context& ctx, const TokenShiftArgs& args) {
+  const OpTimer timer("token_shift");
   const std::int64_t tokens = args.sequences.tokens();
   const std::int64_t heads = args.x.shape[1];
-  check("token_shift", "x", args.x, {tokens, heads, args.x.shape[2]});
+  check_activation(ctx, "token_shift", "x", args.x, {tokens, heads, args.x.shape[2]});
   check("token_shift", "alpha", args.alpha, {tokens, heads});
-  check("token_shift", "y", args.y, args.x.shape);
+  check_activation(ctx, "token_shift", "y", args.y, args.x.shape);
   switch (ctx.device()) {
     case Device::kCpu:
       return cpu::token_shift(ctx, args);
+    case Device::kCuda:
+      return cuda::token_shift(ctx, args);
   }
 }
 
@@ -27,6 +30,8 @@ void token_shift_backward(Context& ctx, const TokenShiftBackwardArgs& args) {
   switch (ctx.device()) {
     case Device::kCpu:
       return cpu::token_shift_backward(ctx, args);
+    case Device::kCuda:
+      fail_on_cuda("token_shift_backward");
   }
 }
 

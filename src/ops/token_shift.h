@@ -38,6 +38,9 @@ namespace cpu {
 void token_shift(Context& ctx, const TokenShiftArgs& args);
 void token_shift_backward(Context& ctx, const TokenShiftBackwardArgs& args);
 }  // namespace cpu
+namespace cuda {
+void token_shift(Context& ctx, const TokenShiftArgs& args);
+}
 namespace reference {
 void token_shift(const TokenShiftArgs& args);
 void token_shift_backward(const TokenShiftBackwardArgs& args);

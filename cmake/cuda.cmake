@@ -1,0 +1,29 @@
+# The CUDA back end, src/cuda without its stubs. It needs the toolkit to build and only the driver
+# and cuBLASLt to run; the CUDA runtime is linked statically.
+find_program(NVCC nvcc HINTS /usr/local/cuda/bin ENV CUDA_HOME PATH_SUFFIXES bin REQUIRED)
+set(CMAKE_CUDA_COMPILER ${NVCC})
+if(NOT CMAKE_CUDA_ARCHITECTURES)
+  set(CMAKE_CUDA_ARCHITECTURES 80-real 90a-real)
+endif()
+if(CCACHE)
+  set(CMAKE_CUDA_COMPILER_LAUNCHER ${CCACHE})
+endif()
+enable_language(CUDA)
+find_package(CUDAToolkit REQUIRED)
+set(CMAKE_CUDA_STANDARD 20)
+set(CMAKE_CUDA_STANDARD_REQUIRED ON)
+
+file(GLOB cuda_sources CONFIGURE_DEPENDS ${CMAKE_CURRENT_SOURCE_DIR}/src/cuda/*.cu
+     ${CMAKE_CURRENT_SOURCE_DIR}/src/cuda/*.cc)
+add_library(deltafox_cuda OBJECT ${cuda_sources})
+target_include_directories(deltafox_cuda PRIVATE src include)
+target_compile_options(deltafox_cuda PRIVATE
+  $<$<COMPILE_LANGUAGE:CUDA>:--expt-relaxed-constexpr -Xcompiler=-Wall -Xcompiler=-Wextra
+    # Results must not depend on where the compiler happens to fuse; kernels say fmaf.
+    -lineinfo>
+  $<$<AND:$<COMPILE_LANGUAGE:CUDA>,$<BOOL:${DELTAFOX_WERROR}>>:-Werror=all-warnings>)
+target_link_libraries(deltafox_cuda PRIVATE
+  $<$<COMPILE_LANGUAGE:CXX>:deltafox_flags> fmt::fmt CUDA::toolkit)
+target_sources(deltafox PRIVATE $<TARGET_OBJECTS:deltafox_cuda>)
+target_link_libraries(deltafox PUBLIC
+  $<BUILD_INTERFACE:CUDA::cudart_static> $<BUILD_INTERFACE:CUDA::cublasLt>)

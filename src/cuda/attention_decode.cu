@@ -1,0 +1,269 @@
+// Forgetting attention of one token a sequence. The keys are split at multiples of kSplitKeys of
+// their position, whatever the batch, so a query gets the same bits beside any neighbours. A thread
+// block takes one split of one head, a warp one page of it: it reads the page's keys and values once,
+// 16 bytes a lane. The last block of a head to finish adds the splits up, oldest first.
+#include "cuda/attention_kernels.cuh"
+
+namespace deltafox::cuda {
+namespace {
+
+constexpr int kWarps = kSplitKeys / kPageTokens;
+constexpr float kMinusInfinity = -INFINITY;
+
+// 16 bytes as floats.
+template <typename T>
+struct Chunk;
+template <>
+struct Chunk<float> {
+  static constexpr int kSize = 4;
+  __device__ static void widen(const uint4& chunk, float (&to)[4]) {
+    to[0] = __uint_as_float(chunk.x);
+    to[1] = __uint_as_float(chunk.y);
+    to[2] = __uint_as_float(chunk.z);
+    to[3] = __uint_as_float(chunk.w);
+  }
+};
+template <>
+struct Chunk<__nv_bfloat16> {
+  static constexpr int kSize = 8;
+  __device__ static void widen(const uint4& chunk, float (&to)[8]) {
+    const std::uint32_t words[4] = {chunk.x, chunk.y, chunk.z, chunk.w};
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      to[2 * i] = __uint_as_float(words[i] << 16);
+      to[2 * i + 1] = __uint_as_float(words[i] & 0xffff0000U);
+    }
+  }
+};
+
+template <int kDim>
+struct Shared {
+  float query[kDim];
+  float weights[kWarps][kPageTokens];
+  float max[kWarps];
+  float sum[kWarps];
+  float o[kWarps][kDim];
+  bool last;
+};
+
+// A page's part of the softmax: the greatest score, the sum of weights relative to it, and in
+// shared.o the weighted sum of values.
+template <typename T, int kDim>
+__device__ void attend_page(const AttentionParams& params, const KvSequence& sequence, int p,
+                            int head, int position, int begin, Shared<kDim>& shared) {
+  constexpr int kSize = Chunk<T>::kSize;
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  const int warp = static_cast<int>(threadIdx.x) / 32;
+  const std::byte* page = sequence.page(p);
+  const std::byte* keys = page + params.layout.keys(params.kv_head(head));
+  const std::byte* values = page + params.layout.values(params.kv_head(head));
+
+  // Scores: a lane adds up every kLanes-th dimension of kSize keys.
+  float s[kSize] = {};
+  constexpr int kKeyChunks = kPageTokens / kSize;
+  constexpr int kKeyLanes = 32 / kKeyChunks;
+  const int c = lane % kKeyChunks;
+  {
+    uint4 chunks[kDim / kKeyLanes];
+#pragma unroll
+    for (int i = 0; i < kDim / kKeyLanes; ++i) {
+      const int d = i * kKeyLanes + lane / kKeyChunks;
+      chunks[i] = __ldcs(reinterpret_cast<const uint4*>(keys + key_chunk<T>(d, c)));
+    }
+#pragma unroll
+    for (int i = 0; i < kDim / kKeyLanes; ++i) {
+      float k[kSize];
+      Chunk<T>::widen(chunks[i], k);
+      const float q = shared.query[i * kKeyLanes + lane / kKeyChunks];
+#pragma unroll
+      for (int j = 0; j < kSize; ++j) s[j] += q * k[j];
+    }
+  }
+  float max = kMinusInfinity;
+#pragma unroll
+  for (int j = 0; j < kSize; ++j) {
+#pragma unroll
+    for (int step = kKeyChunks; step < 32; step *= 2) s[j] += __shfl_xor_sync(~0U, s[j], step);
+    const int token = c * kSize + j;
+    const int key = p * kPageTokens + token;
+    if (key > position || key < begin) {
+      s[j] = kMinusInfinity;
+    } else if (params.layout.gate_heads > 0) {
+      s[j] += decay_between(sequence.page(position / kPageTokens), page, params.layout, head,
+                            position % kPageTokens, token);
+    }
+    max = fmaxf(max, s[j]);
+  }
+#pragma unroll
+  for (int step = 1; step < kKeyChunks; step *= 2) {
+    max = fmaxf(max, __shfl_xor_sync(~0U, max, step));
+  }
+  float sum = 0;
+#pragma unroll
+  for (int j = 0; j < kSize; ++j) {
+    const float weight = max == kMinusInfinity ? 0.0F : expf(s[j] - max);
+    sum += weight;
+    if (lane < kKeyChunks) shared.weights[warp][c * kSize + j] = weight;
+  }
+#pragma unroll
+  for (int step = 1; step < kKeyChunks; step *= 2) sum += __shfl_xor_sync(~0U, sum, step);
+  __syncwarp();
+
+  // Values: a lane adds up every kLanes-th token of kSize dimensions.
+  constexpr int kValueChunks = kDim / kSize;
+  constexpr int kValueLanes = 32 / kValueChunks;
+  const int vc = lane % kValueChunks;
+  float o[kSize] = {};
+  {
+    uint4 chunks[kPageTokens / kValueLanes];
+#pragma unroll
+    for (int i = 0; i < kPageTokens / kValueLanes; ++i) {
+      const int t = i * kValueLanes + lane / kValueChunks;
+      chunks[i] = __ldcs(reinterpret_cast<const uint4*>(values + value_chunk<T, kDim>(t, vc)));
+    }
+#pragma unroll
+    for (int i = 0; i < kPageTokens / kValueLanes; ++i) {
+      float v[kSize];
+      Chunk<T>::widen(chunks[i], v);
+      const float weight = shared.weights[warp][i * kValueLanes + lane / kValueChunks];
+#pragma unroll
+      for (int j = 0; j < kSize; ++j) o[j] += weight * v[j];
+    }
+  }
+#pragma unroll
+  for (int j = 0; j < kSize; ++j) {
+#pragma unroll
+    for (int step = kValueChunks; step < 32; step *= 2) o[j] += __shfl_xor_sync(~0U, o[j], step);
+    if (lane < kValueChunks) shared.o[warp][vc * kSize + j] = o[j];
+  }
+  if (lane == 0) {
+    shared.max[warp] = max;
+    shared.sum[warp] = sum;
+  }
+}
+
+// Whether the gates alone make the page's keys nothing to the query.
+template <typename T>
+__device__ bool pruned(const AttentionParams& params, const KvSequence& sequence, int p, int head,
+                       int position) {
+  if (params.layout.gate_heads == 0 || !(params.log_tolerance > kMinusInfinity)) return false;
+  if (p == position / kPageTokens) return false;
+  const float decay = decay_between(sequence.page(position / kPageTokens), sequence.page(p),
+                                    params.layout, head, position % kPageTokens, kPageTokens - 1);
+  return decay < pruning_threshold<T>(params, sequence, sequence.row, head, position);
+}
+
+template <typename T, int kDim>
+__global__ __launch_bounds__(kWarps * 32) void decode(
+    const __grid_constant__ AttentionParams params) {
+  __shared__ Shared<kDim> shared;
+  const int index = static_cast<int>(blockIdx.z);
+  const int head = static_cast<int>(blockIdx.y);
+  const KvSequence sequence = params.sequences[params.single[index]];
+  const int position = sequence.length - 1;
+  const int begin = params.window > 0 ? max(0, position + 1 - params.window) : 0;
+  const int first_split = begin / kSplitKeys;
+  const int splits = position / kSplitKeys - first_split + 1;
+  const int split = static_cast<int>(blockIdx.x);
+  if (split >= splits) return;
+
+  const int thread = static_cast<int>(threadIdx.x);
+  const int warp = thread / 32;
+  const int dim = params.layout.dim;
+  const std::int64_t row = static_cast<std::int64_t>(sequence.row) * params.heads + head;
+  for (int d = thread; d < kDim; d += kWarps * 32) {
+    shared.query[d] =
+        d < dim ? static_cast<float>(static_cast<const T*>(params.q)[row * dim + d]) * params.scale
+                : 0;
+  }
+  __syncthreads();
+  const int p = (first_split + split) * kWarps + warp;
+  const bool seen = p * kPageTokens <= position && (p + 1) * kPageTokens > begin;
+  if (seen && !pruned<T>(params, sequence, p, head, position)) {
+    attend_page<T, kDim>(params, sequence, p, head, position, begin, shared);
+  } else if (thread % 32 == 0) {
+    shared.max[warp] = kMinusInfinity;
+  }
+  __syncthreads();
+
+  // The split's part.
+  float max = kMinusInfinity;
+#pragma unroll
+  for (int w = 0; w < kWarps; ++w) max = fmaxf(max, shared.max[w]);
+  float sum = 0;
+  float factors[kWarps];
+#pragma unroll
+  for (int w = 0; w < kWarps; ++w) {
+    factors[w] = shared.max[w] == kMinusInfinity ? 0.0F : expf(shared.max[w] - max);
+    if (factors[w] > 0) sum += factors[w] * shared.sum[w];
+  }
+  const auto value = [&](int d) {
+    float x = 0;
+#pragma unroll
+    for (int w = 0; w < kWarps; ++w) {
+      if (factors[w] > 0) x += factors[w] * shared.o[w][d];
+    }
+    return x;
+  };
+  T* o = static_cast<T*>(params.o) + row * dim;
+  if (splits == 1) {
+    for (int d = thread; d < dim; d += kWarps * 32) o[d] = static_cast<T>(value(d) / sum);
+    return;
+  }
+  const std::int64_t at = static_cast<std::int64_t>(index) * params.heads + head;
+  float* partials = params.partials + at * params.max_splits * (kDim + 2);
+  float* own = partials + split * (kDim + 2);
+  for (int d = thread; d < kDim; d += kWarps * 32) own[d] = value(d);
+  if (thread == 0) {
+    own[kDim] = max;
+    own[kDim + 1] = sum;
+  }
+  __threadfence();
+  __syncthreads();
+  if (thread == 0) {
+    shared.last = atomicAdd(&params.arrivals[at], 1) == splits - 1;
+    if (shared.last) params.arrivals[at] = 0;
+  }
+  __syncthreads();
+  if (!shared.last) return;
+  __threadfence();
+  float greatest = kMinusInfinity;
+  for (int i = 0; i < splits; ++i) {
+    greatest = fmaxf(greatest, __ldcg(partials + i * (kDim + 2) + kDim));
+  }
+  float total = 0;
+  float x = 0;
+  for (int i = 0; i < splits; ++i) {
+    const float* part = partials + i * (kDim + 2);
+    const float factor = expf(__ldcg(part + kDim) - greatest);
+    total += factor * __ldcg(part + kDim + 1);
+    if (thread < kDim) x += factor * __ldcg(part + thread);
+  }
+  if (thread < dim) o[thread] = static_cast<T>(x / total);
+}
+
+template <typename T>
+void launch(const AttentionParams& params, cudaStream_t stream) {
+  const dim3 grid(static_cast<unsigned>(params.max_splits), static_cast<unsigned>(params.heads),
+                  static_cast<unsigned>(params.single_count));
+  switch (padded_dim(params.layout.dim)) {
+    case 32:
+      return decode<T, 32><<<grid, kWarps * 32, 0, stream>>>(params);
+    case 64:
+      return decode<T, 64><<<grid, kWarps * 32, 0, stream>>>(params);
+    default:
+      return decode<T, 128><<<grid, kWarps * 32, 0, stream>>>(params);
+  }
+}
+
+}  // namespace
+
+void launch_attention_decode(const AttentionParams& params, bool bf16, cudaStream_t stream) {
+  if (bf16) {
+    launch<__nv_bfloat16>(params, stream);
+  } else {
+    launch<float>(params, stream);
+  }
+}
+
+}  // namespace deltafox::cuda

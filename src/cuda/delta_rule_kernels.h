@@ -1,0 +1,47 @@
+// Launches of the delta rule's kernels on raw pointers; delta_rule.cu chooses among them.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstddef>
+
+#include "cuda/sequence_batch.h"
+
+namespace deltafox::cuda {
+
+struct DeltaRuleProblem {
+  const void* q = nullptr;     // [T, H, K]
+  const void* k = nullptr;     // [T, H, K]
+  const void* v = nullptr;     // [T, H, V]
+  const void* beta = nullptr;  // [T, H], or null for β = 1
+  void* o = nullptr;           // [T, H, V]
+  bool is_bf16 = false;        // q, k, v, o: bfloat16 instead of float32
+  bool beta_bf16 = false;
+  int heads = 0;
+  int key_dim = 0;
+  int value_dim = 0;
+};
+
+// The recurrence itself, row by row, in float32: any head sizes up to K = 256. The exact mode, and
+// the way of single tokens, where reading and writing the states is all the work.
+void launch_delta_rule_recurrent(const DeltaRuleProblem& problem, const SequenceBatch& batch,
+                                 cudaStream_t stream);
+
+// Chunks of 64 rows on the tensor cores: bfloat16, K and V multiples of 8, K at most 128; a
+// sequence in several segments needs V at most 128 too.
+bool delta_rule_chunks_fit(const DeltaRuleProblem& problem);
+
+// Into how many segments a sequence is cut: a function of its own length, the heads and the card,
+// so that what else is in a batch changes no bit.
+int delta_rule_segments(const DeltaRuleProblem& problem, int length, int multiprocessors);
+
+// Workspace bytes for the state maps of all segments but each sequence's last.
+std::size_t delta_rule_maps_bytes(const DeltaRuleProblem& problem, int maps);
+
+enum class ProductKind { kAutomatic, kWarp, kGroup };
+
+void launch_delta_rule_chunks(const DeltaRuleProblem& problem, const SequenceBatch& batch,
+                              float* maps, cudaStream_t stream,
+                              ProductKind kind = ProductKind::kAutomatic);
+
+}  // namespace deltafox::cuda

@@ -1,0 +1,79 @@
+// Loads and stores of float32 and bfloat16 elements, computed with in float32.
+#pragma once
+
+#include <cuda_bf16.h>
+
+#include <cstdint>
+
+namespace deltafox::cuda {
+
+using bf16 = __nv_bfloat16;
+
+__device__ inline float to_float(float x) {
+  return x;
+}
+__device__ inline float to_float(bf16 x) {
+  return __bfloat162float(x);
+}
+__device__ inline void from_float(float& to, float x) {
+  to = x;
+}
+__device__ inline void from_float(bf16& to, float x) {
+  to = __float2bfloat16(x);
+}
+
+// The `count` argument below: this many of the four elements exist, or all four, aligned.
+constexpr int kVector = 5;
+
+__device__ inline void load_four(float (&to)[4], const float* from, int count) {
+  if (count == kVector) {
+    const float4 x = *reinterpret_cast<const float4*>(from);
+    to[0] = x.x, to[1] = x.y, to[2] = x.z, to[3] = x.w;
+    return;
+  }
+#pragma unroll
+  for (int i = 0; i < 4; ++i) to[i] = i < count ? from[i] : 0;
+}
+
+__device__ inline void load_four(float (&to)[4], const bf16* from, int count) {
+  if (count == kVector) {
+    const uint2 x = *reinterpret_cast<const uint2*>(from);
+    const float2 low = __bfloat1622float2(reinterpret_cast<const __nv_bfloat162&>(x.x));
+    const float2 high = __bfloat1622float2(reinterpret_cast<const __nv_bfloat162&>(x.y));
+    to[0] = low.x, to[1] = low.y, to[2] = high.x, to[3] = high.y;
+    return;
+  }
+#pragma unroll
+  for (int i = 0; i < 4; ++i) to[i] = i < count ? to_float(from[i]) : 0;
+}
+
+__device__ inline void store_four(float* to, const float (&from)[4], int count) {
+  if (count == kVector) {
+    *reinterpret_cast<float4*>(to) = make_float4(from[0], from[1], from[2], from[3]);
+    return;
+  }
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    if (i < count) to[i] = from[i];
+  }
+}
+
+__device__ inline void store_four(bf16* to, const float (&from)[4], int count) {
+  if (count == kVector) {
+    const __nv_bfloat162 low = __floats2bfloat162_rn(from[0], from[1]);
+    const __nv_bfloat162 high = __floats2bfloat162_rn(from[2], from[3]);
+    *reinterpret_cast<uint2*>(to) = make_uint2(reinterpret_cast<const std::uint32_t&>(low),
+                                               reinterpret_cast<const std::uint32_t&>(high));
+    return;
+  }
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    if (i < count) to[i] = __float2bfloat16(from[i]);
+  }
+}
+
+__device__ inline void add_four(float (&to)[4], const float4& x) {
+  to[0] += x.x, to[1] += x.y, to[2] += x.z, to[3] += x.w;
+}
+
+}  // namespace deltafox::cuda

@@ -1,0 +1,30 @@
+// Sequences of one launch, small enough to travel as a kernel parameter: nothing is uploaded, and a
+// captured graph keeps its own copy. Longer lists are launched in parts.
+#pragma once
+
+namespace deltafox::cuda {
+
+struct BatchEntry {
+  float* state;     // of this sequence
+  int begin;        // its first row
+  int length;       // its rows
+  int segments;     // parts it is cut into
+  int first_block;  // parts of the entries before it
+  int first_map;    // parts of the entries before it, the last part of each left out
+};
+
+struct SequenceBatch {
+  static constexpr int kLimit = 100;
+  int count = 0;
+  int blocks = 0;  // parts of all entries
+  int maps = 0;    // parts of all entries, the last of each left out
+  BatchEntry entries[kLimit];
+
+  void add(float* state, int begin, int length, int segments) {
+    entries[count++] = {state, begin, length, segments, blocks, maps};
+    blocks += segments;
+    maps += segments - 1;
+  }
+};
+
+}  // namespace deltafox::cuda

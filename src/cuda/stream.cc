@@ -1,0 +1,277 @@
+// Streams, device memory and its order. See core/device.h and cuda/stream.h.
+//
+// Work on memory has a stream of its own. Before it is given work, it waits for all streams that
+// were given some since it did last; before a stream is given work, it waits for the memory's. So
+// memory behaves as if there were one stream, but nothing waits where nothing is pending.
+#include "cuda/stream.h"
+
+#include <algorithm>
+#include <cstring>
+#include <map>
+
+#include "core/error.h"
+#include "cuda/check.h"
+
+namespace deltafox::cuda {
+namespace {
+
+constexpr std::size_t kAlignment = 256;
+constexpr std::size_t kUploadBytes = std::size_t{32} << 20;
+// Released blocks up to this size are kept for the next allocation of the same size.
+constexpr std::size_t kKeptBlock = std::size_t{2} << 20;
+
+class Memory {
+ public:
+  // Leaked, so that releases at exit find it.
+  static Memory& instance() {
+    static auto* memory = new Memory;
+    return *memory;
+  }
+
+  void* allocate(std::size_t bytes);
+  void release(void* memory, std::size_t bytes) noexcept;
+  void copy(void* to, const void* from, std::size_t bytes);
+
+  // Makes `stream` wait for the work on memory.
+  void join(cudaStream_t stream, std::uint64_t& epoch) {
+    const std::scoped_lock lock(mutex_);
+    if (epoch == epoch_) return;
+    check(cudaEventRecord(event_, stream_), "cudaEventRecord");
+    check(cudaStreamWaitEvent(stream, event_, 0), "cudaStreamWaitEvent");
+    epoch = epoch_;
+  }
+  std::uint64_t epoch() const { return epoch_.load(std::memory_order_acquire); }
+
+  void add(Stream* owner, cudaStream_t stream) {
+    const std::scoped_lock lock(mutex_);
+    users_[owner] = {stream, 0};
+  }
+  void remove(Stream* owner) {
+    const std::scoped_lock lock(mutex_);
+    users_.erase(owner);
+  }
+  std::mutex& mutex() { return mutex_; }
+
+ private:
+  struct User {
+    cudaStream_t stream;
+    std::int64_t launches;  // that the memory's stream waits for already
+  };
+
+  Memory() {
+    check(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking), "cudaStreamCreate");
+    check(cudaEventCreateWithFlags(&event_, cudaEventDisableTiming), "cudaEventCreate");
+  }
+  void wait_for_users();
+
+  std::mutex mutex_;
+  cudaStream_t stream_ = nullptr;
+  cudaEvent_t event_ = nullptr;
+  std::atomic<std::uint64_t> epoch_{1};
+  std::map<Stream*, User> users_;
+  std::unordered_map<std::size_t, std::vector<void*>> kept_;
+};
+
+void Memory::wait_for_users() {
+  for (auto& [owner, user] : users_) {
+    // What is being captured does not run.
+    if (owner->launches() == user.launches || owner->capturing()) continue;
+    check(cudaEventRecord(event_, user.stream), "cudaEventRecord");
+    check(cudaStreamWaitEvent(stream_, event_, 0), "cudaStreamWaitEvent");
+    user.launches = owner->launches();
+  }
+  epoch_.fetch_add(1, std::memory_order_release);
+}
+
+std::size_t rounded(std::size_t bytes) {
+  return (bytes + kAlignment - 1) / kAlignment * kAlignment;
+}
+
+void* Memory::allocate(std::size_t bytes) {
+  const std::scoped_lock lock(mutex_);
+  const std::size_t size = rounded(bytes);
+  void* memory = nullptr;
+  std::vector<void*>& kept = kept_[size];
+  if (!kept.empty()) {
+    memory = kept.back();
+    kept.pop_back();
+  } else if (cudaMalloc(&memory, size) != cudaSuccess) {
+    cudaGetLastError();
+    for (auto& [block, blocks] : kept_) {
+      for (void* old : blocks) cudaFree(old);
+      blocks.clear();
+    }
+    const cudaError_t status = cudaMalloc(&memory, size);
+    if (status == cudaErrorMemoryAllocation) {
+      cudaGetLastError();
+      std::size_t free = 0;
+      std::size_t total = 0;
+      cudaMemGetInfo(&free, &total);
+      fail("out of GPU memory: {} bytes are needed, {} of {} are free", size, free, total);
+    }
+    check(status, "cudaMalloc");
+  }
+  wait_for_users();
+  check(cudaMemsetAsync(memory, 0, size, stream_), "cudaMemsetAsync");
+  return memory;
+}
+
+void Memory::release(void* memory, std::size_t bytes) noexcept {
+  const std::scoped_lock lock(mutex_);
+  const std::size_t size = rounded(bytes);
+  if (size > kKeptBlock) {
+    cudaFree(memory);  // waits for the device
+    return;
+  }
+  try {
+    kept_[size].push_back(memory);
+  } catch (const std::bad_alloc&) {
+    cudaFree(memory);
+  }
+}
+
+void Memory::copy(void* to, const void* from, std::size_t bytes) {
+  const std::scoped_lock lock(mutex_);
+  wait_for_users();
+  check(cudaMemcpyAsync(to, from, bytes, cudaMemcpyDefault, stream_), "cudaMemcpyAsync");
+  const auto on_host = [](const void* pointer) {
+    cudaPointerAttributes attributes{};
+    check(cudaPointerGetAttributes(&attributes, pointer), "cudaPointerGetAttributes");
+    return attributes.type != cudaMemoryTypeDevice;
+  };
+  if (on_host(to) || on_host(from)) check(cudaStreamSynchronize(stream_), "cudaMemcpy");
+}
+
+void require_device() {
+  int count = 0;
+  const cudaError_t status = cudaGetDeviceCount(&count);
+  if (status == cudaErrorInsufficientDriver) {
+    fail("CUDA: no NVIDIA driver, or one too old for this build");
+  }
+  if (status == cudaErrorNoDevice || (status == cudaSuccess && count == 0)) {
+    fail("CUDA: no GPU was found");
+  }
+  check(status, "cudaGetDeviceCount");
+}
+
+}  // namespace
+
+void fail_cuda(cudaError_t status, const char* what) {
+  cudaGetLastError();  // one that can be recovered from is not reported twice
+  fail("CUDA: {} failed: {}", what, cudaGetErrorString(status));
+}
+
+Stream::Stream() {
+  require_device();
+  int device = 0;
+  check(cudaGetDevice(&device), "cudaGetDevice");
+  const auto attribute = [&](cudaDeviceAttr name) {
+    int value = 0;
+    check(cudaDeviceGetAttribute(&value, name, device), "cudaDeviceGetAttribute");
+    return value;
+  };
+  multiprocessors_ = attribute(cudaDevAttrMultiProcessorCount);
+  major_ = attribute(cudaDevAttrComputeCapabilityMajor);
+  if (major_ < 8) fail("CUDA: the GPU has compute capability {}, 8.0 is needed", major_);
+  check(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking), "cudaStreamCreate");
+  if (cublasLtCreate(&blas_) != CUBLAS_STATUS_SUCCESS) fail("CUDA: cuBLASLt cannot be initialised");
+  Memory::instance().add(this, stream_);
+}
+
+Stream::~Stream() {
+  Memory::instance().remove(this);
+  cudaStreamSynchronize(stream_);
+  if (uploads_device_ != nullptr) {
+    cudaFree(uploads_device_);
+    cudaFreeHost(uploads_host_);
+  }
+  cublasLtDestroy(blas_);
+  cudaStreamDestroy(stream_);
+}
+
+cudaStream_t Stream::handle() {
+  if (!capturing_ && memory_epoch_ != Memory::instance().epoch()) {
+    Memory::instance().join(stream_, memory_epoch_);
+  }
+  ++launches_;
+  return stream_;
+}
+
+void Stream::synchronize() {
+  check(cudaStreamSynchronize(stream_), "a kernel");
+}
+
+void Stream::begin_capture() {
+  handle();
+  const std::scoped_lock lock(Memory::instance().mutex());
+  check(cudaStreamBeginCapture(stream_, cudaStreamCaptureModeThreadLocal),
+        "cudaStreamBeginCapture");
+  capturing_ = true;
+}
+
+cudaGraph_t Stream::end_capture() {
+  const std::scoped_lock lock(Memory::instance().mutex());
+  cudaGraph_t graph = nullptr;
+  capturing_ = false;
+  check(cudaStreamEndCapture(stream_, &graph), "cudaStreamEndCapture");
+  return graph;
+}
+
+const void* Stream::upload(std::span<const std::byte> bytes) {
+  std::string key(reinterpret_cast<const char*>(bytes.data()), bytes.size());
+  const auto found = uploads_.find(key);
+  if (found != uploads_.end()) return found->second;
+  const std::size_t size = rounded(std::max<std::size_t>(bytes.size(), 1));
+  if (capturing_) fail("CUDA: an upload of {} bytes while a graph is captured", bytes.size());
+  if (size > kUploadBytes) fail("CUDA: an upload of {} bytes exceeds {}", size, kUploadBytes);
+  if (uploads_device_ == nullptr) {
+    check(cudaMalloc(&uploads_device_, kUploadBytes), "cudaMalloc");
+    check(cudaMallocHost(&uploads_host_, kUploadBytes), "cudaMallocHost");
+  }
+  if (uploads_used_ + size > kUploadBytes) {
+    synchronize();
+    forget_uploads();
+  }
+  std::memcpy(uploads_host_ + uploads_used_, bytes.data(), bytes.size());
+  std::byte* device = uploads_device_ + uploads_used_;
+  check(cudaMemcpyAsync(device, uploads_host_ + uploads_used_, bytes.size(), cudaMemcpyHostToDevice,
+                        handle()),
+        "cudaMemcpyAsync");
+  uploads_used_ += size;
+  uploads_.emplace(std::move(key), device);
+  return device;
+}
+
+void Stream::forget_uploads() {
+  uploads_.clear();
+  uploads_used_ = 0;
+  ++uploads_generation_;
+}
+
+std::shared_ptr<Stream> make_stream() {
+  return std::make_shared<Stream>();
+}
+
+void synchronize(Stream& stream) {
+  stream.synchronize();
+}
+
+void* allocate(std::size_t bytes) {
+  static const bool found = (require_device(), true);
+  (void)found;
+  return Memory::instance().allocate(bytes);
+}
+
+void release(void* memory, std::size_t bytes) noexcept {
+  Memory::instance().release(memory, bytes);
+}
+
+void copy(void* to, const void* from, std::size_t bytes) {
+  Memory::instance().copy(to, from, bytes);
+}
+
+void copy(Stream& stream, void* to, const void* from, std::size_t bytes) {
+  check(cudaMemcpyAsync(to, from, bytes, cudaMemcpyDefault, stream.handle()), "cudaMemcpyAsync");
+}
+
+}  // namespace deltafox::cuda

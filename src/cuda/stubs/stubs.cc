@@ -1,0 +1,105 @@
+// Linked where the CUDA back end is not built: whoever asks for a GPU gets one clear line.
+#include "core/device.h"
+#include "core/error.h"
+#include "ops/activation.h"
+#include "ops/cross_entropy.h"
+#include "ops/delta_rule.h"
+#include "ops/embedding.h"
+#include "ops/forgetting_attention.h"
+#include "ops/gate.h"
+#include "ops/gla.h"
+#include "ops/kv_append.h"
+#include "ops/linear.h"
+#include "ops/log_sigmoid.h"
+#include "ops/rms_norm.h"
+#include "ops/rope.h"
+#include "ops/selective_scan.h"
+#include "ops/short_conv.h"
+#include "ops/ssd.h"
+#include "ops/token_shift.h"
+
+namespace deltafox::cuda {
+namespace {
+
+[[noreturn]] void fail_without_cuda() {
+  fail("this build has no CUDA back end");
+}
+
+}  // namespace
+
+std::shared_ptr<Stream> make_stream() {
+  fail_without_cuda();
+}
+void synchronize(Stream& /*stream*/) {
+  fail_without_cuda();
+}
+void* allocate(std::size_t /*bytes*/) {
+  fail_without_cuda();
+}
+void release(void* /*memory*/, std::size_t /*bytes*/) noexcept {}
+void copy(void* /*to*/, const void* /*from*/, std::size_t /*bytes*/) {
+  fail_without_cuda();
+}
+void copy(Stream& /*stream*/, void* /*to*/, const void* /*from*/, std::size_t /*bytes*/) {
+  fail_without_cuda();
+}
+
+void activation(Context& /*ctx*/, const ActivationArgs& /*args*/) {
+  fail_without_cuda();
+}
+void glu(Context& /*ctx*/, const GluArgs& /*args*/) {
+  fail_without_cuda();
+}
+void forget_gate(Context& /*ctx*/, const ForgetGateArgs& /*args*/) {
+  fail_without_cuda();
+}
+void feature_map(Context& /*ctx*/, const FeatureMapArgs& /*args*/) {
+  fail_without_cuda();
+}
+void cross_entropy(Context& /*ctx*/, const CrossEntropyArgs& /*args*/) {
+  fail_without_cuda();
+}
+void delta_rule(Context& /*ctx*/, const DeltaRuleArgs& /*args*/) {
+  fail_without_cuda();
+}
+void embedding(Context& /*ctx*/, const EmbeddingArgs& /*args*/) {
+  fail_without_cuda();
+}
+void forgetting_attention(Context& /*ctx*/, const ForgettingAttentionArgs& /*args*/) {
+  fail_without_cuda();
+}
+void gate(Context& /*ctx*/, const GateArgs& /*args*/) {
+  fail_without_cuda();
+}
+void gla(Context& /*ctx*/, const GlaArgs& /*args*/) {
+  fail_without_cuda();
+}
+void kv_append(Context& /*ctx*/, const KvAppendArgs& /*args*/) {
+  fail_without_cuda();
+}
+void linear(Context& /*ctx*/, const LinearArgs& /*args*/) {
+  fail_without_cuda();
+}
+void log_sigmoid(Context& /*ctx*/, const LogSigmoidArgs& /*args*/) {
+  fail_without_cuda();
+}
+void rms_norm(Context& /*ctx*/, const RmsNormArgs& /*args*/) {
+  fail_without_cuda();
+}
+void rope(Context& /*ctx*/, const RopeArgs& /*args*/) {
+  fail_without_cuda();
+}
+void selective_scan(Context& /*ctx*/, const SelectiveScanArgs& /*args*/) {
+  fail_without_cuda();
+}
+void short_conv(Context& /*ctx*/, const ShortConvArgs& /*args*/) {
+  fail_without_cuda();
+}
+void ssd(Context& /*ctx*/, const SsdArgs& /*args*/) {
+  fail_without_cuda();
+}
+void token_shift(Context& /*ctx*/, const TokenShiftArgs& /*args*/) {
+  fail_without_cuda();
+}
+
+}  // namespace deltafox::cuda

@@ -1,0 +1,92 @@
+// What the tests of the CUDA back end share: a Context of the CPU and one of the GPU, tensors there
+// and back, comparisons.
+#pragma once
+
+#include <gtest/gtest.h>
+
+#include <cmath>
+#include <vector>
+
+#include "core/context.h"
+#include "core/float_convert.h"
+#include "support/random.h"
+
+namespace deltafox::test {
+
+class Gpu {
+ public:
+  explicit Gpu(DType activation_dtype)
+      : threads_(1), cpu_(threads_), ctx_(threads_, Device::kCuda, activation_dtype) {}
+
+  Context& ctx() { return ctx_; }
+  Context& cpu() { return cpu_; }
+  DType dtype() { return ctx_.activation_dtype(); }
+
+  // A copy of a float32 tensor in the GPU's memory, rounded to `dtype`. With BF16 the host's tensor
+  // is rounded as well, so that both sides compute with the same numbers.
+  Tensor upload(Tensor& host, DType dtype = DType::kF32) {
+    const Shape shape = host.view().shape;
+    Tensor device(dtype, shape, Device::kCuda);
+    if (dtype == DType::kF32) {
+      cuda::copy(device.view().data, host.view().data, host.bytes());
+      return device;
+    }
+    Tensor rounded(dtype, shape);
+    convert(host.view(), rounded.view());
+    convert(rounded.view(), host.view());
+    cuda::copy(device.view().data, rounded.view().data, rounded.bytes());
+    return device;
+  }
+
+  // As float32 in the host's memory, after all ops.
+  Tensor download(const Tensor& device) {
+    ctx_.synchronize();
+    const ConstTensorView view = device.view();
+    Tensor stored(view.dtype, view.shape);
+    cuda::copy(stored.view().data, view.data, stored.bytes());
+    if (view.dtype == DType::kF32) return stored;
+    Tensor host(DType::kF32, view.shape);
+    convert(stored.view(), host.view());
+    return host;
+  }
+
+ private:
+  ThreadPool threads_;
+  Context cpu_;
+  Context ctx_;
+};
+
+// Half the distance of neighbouring numbers at 1.
+inline float epsilon(DType dtype) {
+  return dtype == DType::kBF16 ? 0x1p-9F : 0x1p-24F;
+}
+
+// ‖got − expected‖ <= tolerance ‖expected‖ over the whole tensor, and no element is farther off
+// than 16 times what that is for an element of root-mean-square size.
+inline void expect_close(const Tensor& got, const Tensor& expected, double tolerance) {
+  const std::int64_t size = expected.view().shape.size();
+  ASSERT_EQ(got.view().shape.size(), size);
+  double error = 0;
+  double norm = 0;
+  double largest = 0;
+  for (std::int64_t i = 0; i < size; ++i) {
+    const double difference = static_cast<double>(got.f32()[i]) - expected.f32()[i];
+    ASSERT_FALSE(std::isnan(difference)) << "element " << i;
+    error += difference * difference;
+    norm += static_cast<double>(expected.f32()[i]) * expected.f32()[i];
+    largest = std::max(largest, std::abs(difference));
+  }
+  EXPECT_LE(std::sqrt(error), tolerance * std::sqrt(norm));
+  EXPECT_LE(largest, 16 * tolerance * std::sqrt(norm / static_cast<double>(size)));
+}
+
+inline void expect_equal(const Tensor& got, const Tensor& expected) {
+  for (std::int64_t i = 0; i < expected.view().shape.size(); ++i) {
+    ASSERT_EQ(got.f32()[i], expected.f32()[i]) << "element " << i;
+  }
+}
+
+// A test for each dtype of activations.
+class EachDType : public testing::TestWithParam<DType> {};
+
+}  // namespace deltafox::test
