@@ -201,11 +201,10 @@ TEST_F(Training, RefusesACheckpointOfAnotherModelOrStep) {
   train(config("run", {"train.max_tokens=256"}), 2);
   EXPECT_THAT(error_of([&] { train(config("run", {"model.config.hidden_size=64"}), 2); }),
               testing::HasSubstr("step-000000000000256.safetensors: tensor 'weights."));
-  EXPECT_THAT(
-      error_of([&] {
-        train(config("run", {"datamodule.train_batch_size=4", "train.max_tokens=512"}), 2);
-      }),
-      testing::HasSubstr("which are not the steps of 128 tokens here"));
+  EXPECT_THAT(error_of([&] {
+                train(config("run", {"datamodule.train_batch_size=4", "train.max_tokens=512"}), 2);
+              }),
+              testing::HasSubstr("which are not the steps of 128 tokens here"));
 }
 
 }  // namespace
