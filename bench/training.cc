@@ -15,10 +15,7 @@
 #include "io/json.h"
 #include "model/gradients.h"
 #include "model/registry.h"
-
-#if defined(__x86_64__)
-#include <immintrin.h>
-#endif
+#include "ops/peak_rate.h"
 
 namespace deltafox {
 namespace {
@@ -27,40 +24,15 @@ double seconds_since(std::chrono::steady_clock::time_point begin) {
   return std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
 }
 
-#if defined(__x86_64__)
-// FLOPs of a loop of independent multiply-adds that touches no memory.
-__attribute__((target("avx512f"))) double multiply_adds() {
-  constexpr std::int64_t kSteps = 2'000'000;
-  __m512 sums[16] = {};
-  const __m512 factor = _mm512_set1_ps(0.999F);
-  for (std::int64_t i = 0; i < kSteps; ++i) {
-    for (__m512& sum : sums) {
-      sum = _mm512_fmadd_ps(sum, factor, factor);
-      asm volatile("" : "+v"(sum));
-    }
-  }
-  return kSteps * 16 * 16 * 2.0;
-}
-
-// FLOP/s of all threads together, the best of three; 0 without AVX-512.
+// FLOP/s in float32 of all threads together, the best of a few passes.
 double measure_peak(ThreadPool& threads) {
   double best = 0;
-  for (int run = 0; __builtin_cpu_supports("avx512f") && run < 3; ++run) {
-    std::vector<double> flops(static_cast<std::size_t>(threads.size()));
-    const auto begin = std::chrono::steady_clock::now();
-    threads.parallel_for(threads.size(), [&](std::int64_t i) {
-      flops[static_cast<std::size_t>(i)] = multiply_adds();
-    });
-    const double all = flops[0] * threads.size();
-    best = std::max(best, all / seconds_since(begin));
+  for (const cpu::PeakRate& peak : cpu::measure_peak_rates(threads, 3)) {
+    if (peak.dtype != "float32") continue;
+    for (const double rate : peak.rates) best = std::max(best, rate);
   }
   return best;
 }
-#else
-double measure_peak(ThreadPool&) {
-  return 0;
-}
-#endif
 
 // Weights that keep activations of order one.
 std::vector<Tensor> random_weights(CausalLM& model) {

@@ -76,8 +76,8 @@ struct AttentionStats {
   std::int64_t skipped_blocks = 0;  // of them, by adaptive computation pruning
 };
 
-// A weight as the model keeps it: row-major, or packed (is_packed(dtype)). The data live as long as a
-// copy of the model does.
+// A weight as the model keeps it: row-major, or packed (is_packed(dtype)). The data live as long as
+// a copy of the model does.
 struct Weight {
   std::string name;  // as in the checkpoint
   DType dtype = DType::kF32;

@@ -15,6 +15,7 @@
 
 HWY_BEFORE_NAMESPACE();
 namespace deltafox::cpu::HWY_NAMESPACE {
+namespace {
 
 constexpr std::int64_t kRows = 32;
 constexpr float kMinusInfinity = -std::numeric_limits<float>::infinity();
@@ -227,6 +228,8 @@ std::span<Block> blocks_of(const ForgettingAttentionArgs& args, ScratchScope& sc
   }
   return blocks;
 }
+
+}  // namespace
 
 void forgetting_attention_target(Context& ctx, const ForgettingAttentionArgs& args) {
   const std::int64_t heads = args.q.shape[1];

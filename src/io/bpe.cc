@@ -108,10 +108,10 @@ inline std::size_t Bpe::word_index(const Word& word) const {
 
 void Bpe::add_word(std::string_view bytes, std::int32_t token) {
   if (bytes.empty() || bytes.size() > kMaxWord) return;
-  std::vector<std::int32_t> ids;
-  merge_piece(bytes, ids);
-  if (ids.size() != 1 || ids[0] != token) return;
   const Word word = word_of(bytes, bytes.data() + bytes.size());
+  __builtin_prefetch(&words_[hash(word) & (words_.size() - 1)], 1);  // comes while the bytes merge
+  std::array<Part, kMaxWord> parts;
+  if (merge_parts(bytes, parts.data()) != 1 || parts[0].token != token) return;
   const std::size_t i = word_index(word);
   words_[i] = word;
   word_tokens_[i] = token;
@@ -154,20 +154,7 @@ void Bpe::encode(std::string_view text, std::vector<std::int32_t>& ids) const {
   }
 }
 
-void Bpe::merge_piece(std::string_view piece, std::vector<std::int32_t>& ids) const {
-  if (piece.size() <= kMaxShortPiece) {
-    merge_short(piece, ids);
-  } else {
-    merge_long(piece, ids);
-  }
-}
-
-void Bpe::merge_short(std::string_view piece, std::vector<std::int32_t>& ids) const {
-  struct Part {
-    std::int32_t token;
-    std::uint32_t rank;  // with the next token
-  };
-  Part parts[kMaxShortPiece];
+std::size_t Bpe::merge_parts(std::string_view piece, Part* parts) const {
   std::size_t n = piece.size();
   for (std::size_t i = 0; i < n; ++i) {
     parts[i] = {byte_tokens_[static_cast<unsigned char>(piece[i])],
@@ -188,6 +175,12 @@ void Bpe::merge_short(std::string_view piece, std::vector<std::int32_t>& ids) co
     parts[best] = {token, best + 1 < n ? rank_of(token, parts[best + 1].token) : kNoMerge};
     if (best > 0) parts[best - 1].rank = rank_of(parts[best - 1].token, token);
   }
+  return n;
+}
+
+void Bpe::merge_short(std::string_view piece, std::vector<std::int32_t>& ids) const {
+  std::array<Part, kMaxShortPiece> parts;
+  const std::size_t n = merge_parts(piece, parts.data());
   for (std::size_t i = 0; i < n; ++i) ids.push_back(parts[i].token);
 }
 

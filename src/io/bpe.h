@@ -58,6 +58,12 @@ class Bpe {
     std::uint32_t rank = kNoMerge;  // kNoMerge: empty
   };
 
+  // A token of a piece that is being merged.
+  struct Part {
+    std::int32_t token;
+    std::uint32_t rank;  // with the next token
+  };
+
   static Word word_of(std::string_view piece, const char* readable_end);
   static std::uint64_t hash(const Word& word);
   static std::uint64_t pair_hash(std::int32_t left, std::int32_t right);
@@ -65,7 +71,8 @@ class Bpe {
   std::uint32_t rank_of(std::int32_t left, std::int32_t right) const;
   std::uint32_t rank_of_bytes(std::string_view piece, std::size_t at) const;
   std::size_t word_index(const Word& word) const;
-  void merge_piece(std::string_view piece, std::vector<std::int32_t>& ids) const;
+  // The tokens of a piece to parts [piece.size()]; how many they are.
+  std::size_t merge_parts(std::string_view piece, Part* parts) const;
   void merge_short(std::string_view piece, std::vector<std::int32_t>& ids) const;
   void merge_long(std::string_view piece, std::vector<std::int32_t>& ids) const;
 

@@ -98,6 +98,17 @@ void MappedFile::advise(Access access) const {
   madvise(const_cast<std::byte*>(data_), size_, advice);
 }
 
+void populate(std::span<const std::byte> bytes) {
+#ifdef MADV_POPULATE_READ
+  constexpr std::uintptr_t kPage = 4096;
+  const auto begin = reinterpret_cast<std::uintptr_t>(bytes.data()) / kPage * kPage;
+  const auto end = reinterpret_cast<std::uintptr_t>(bytes.data()) + bytes.size();
+  madvise(reinterpret_cast<void*>(begin), end - begin, MADV_POPULATE_READ);
+#else
+  static_cast<void>(bytes);
+#endif
+}
+
 std::string read_text_file(const std::string& path, std::size_t max_bytes) {
   const Descriptor fd(path, O_RDONLY);
   const struct stat status = status_of(fd.get(), path);
@@ -157,6 +168,23 @@ void remove_pending_files() noexcept {
        entry = entry->next) {
     if (entry->state.load() == Pending::kArmed) unlink(entry->path.c_str());
   }
+}
+
+NewDirectory::NewDirectory(const std::string& path) {
+  namespace fs = std::filesystem;
+  std::error_code error;
+  for (fs::path missing = fs::absolute(path);
+       !fs::exists(missing, error) && missing.has_relative_path();
+       missing = missing.parent_path()) {
+    made_.push_back(missing);
+  }
+  fs::create_directories(path, error);
+  if (error) fail("{}: cannot make the directory: {}", path, error.message());
+}
+
+NewDirectory::~NewDirectory() {
+  std::error_code error;  // not empty: as it should be
+  for (const std::filesystem::path& path : made_) std::filesystem::remove(path, error);
 }
 
 AtomicFile::AtomicFile(std::string path) : path_(std::move(path)) {

@@ -6,8 +6,10 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <filesystem>
 #include <span>
 #include <string>
+#include <vector>
 
 namespace deltafox::io {
 
@@ -30,6 +32,9 @@ class MappedFile {
   const std::byte* data_ = nullptr;
   std::size_t size_ = 0;
 };
+
+// Maps the pages of a stretch of a mapping now rather than one by one as they are read. A hint.
+void populate(std::span<const std::byte> bytes);
 
 // The whole file, which may also be a pipe. Throws Error if it is longer than `max_bytes`.
 std::string read_text_file(const std::string& path, std::size_t max_bytes);
@@ -65,6 +70,19 @@ class AtomicFile {
   int fd_ = -1;
   Pending* pending_ = nullptr;  // null if the path is written directly
   std::uint64_t appended_ = 0;
+};
+
+// Makes a directory, and those above it that are missing. In the end it removes again which of them
+// it made and are empty: what fails half-way leaves no trace.
+class NewDirectory {
+ public:
+  explicit NewDirectory(const std::string& path);
+  NewDirectory(const NewDirectory&) = delete;
+  NewDirectory& operator=(const NewDirectory&) = delete;
+  ~NewDirectory();
+
+ private:
+  std::vector<std::filesystem::path> made_;  // the innermost first
 };
 
 // Removes the temporary files of every AtomicFile that is not committed. Async-signal-safe: for the

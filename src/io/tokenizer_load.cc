@@ -1,5 +1,6 @@
 // Tokenizer::load and from_files: from a directory's files to a TokenizerModel.
 
+#include <algorithm>
 #include <cerrno>
 #include <cstring>
 #include <filesystem>
@@ -37,6 +38,9 @@ std::optional<std::string> read_if_present(const std::string& directory, const c
 }
 
 void read_vocab(std::string_view text, const std::string& file, VocabularyBuilder& builder) {
+  constexpr std::size_t kBytesOfAMember = 20;  // "name": id, as GPT-2's are
+  constexpr std::size_t kMostReserved = std::size_t{1} << 18;
+  builder.reserve(std::min(text.size() / kBytesOfAMember, kMostReserved));
   JsonReader reader(text, file);
   std::string token;
   reader.enter('{');

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <array>
+#include <bit>
 #include <limits>
 
 #include "core/error.h"
@@ -96,6 +97,12 @@ void VocabularyBuilder::insert(std::string_view name, std::int64_t id, const std
   if (2 * entries_.size() < slots_.size()) return;
   slots_.assign(2 * slots_.size(), kNoEntry);
   for (std::uint32_t i = 0; i < entries_.size(); ++i) slots_[slot_of(name_of(entries_[i]))] = i;
+}
+
+void VocabularyBuilder::reserve(std::size_t tokens) {
+  entries_.reserve(tokens);
+  merges_.reserve(tokens);
+  if (entries_.empty()) slots_.assign(std::bit_ceil(2 * tokens + 2), kNoEntry);
 }
 
 void VocabularyBuilder::add_token(std::string_view name, std::int64_t id) {

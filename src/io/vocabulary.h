@@ -44,6 +44,9 @@ class VocabularyBuilder {
   // `file`: where add_token's tokens come from, for messages.
   explicit VocabularyBuilder(std::string file) : file_(std::move(file)) {}
 
+  // Makes room for about so many tokens.
+  void reserve(std::size_t tokens);
+
   // A token written in GPT-2's alphabet, in which each byte is one printable character. One that
   // uses any other character stands for its own UTF-8.
   void add_token(std::string_view name, std::int64_t id);

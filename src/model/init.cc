@@ -106,9 +106,7 @@ void initial_values(const Param& param, std::uint64_t seed, std::uint32_t index,
 void write_initialised(const std::string& config_json, const std::string& directory,
                        const InitOptions& options) {
   CausalLM model = build_model(io::JsonObject::parse(config_json, "config"));
-  std::error_code error;
-  fs::create_directories(directory, error);
-  if (error) fail("{}: cannot make the directory: {}", directory, error.message());
+  const io::NewDirectory made(directory);
   const fs::path config_path = fs::path(directory) / "config.json";
   const fs::path weights_path = fs::path(directory) / "model.safetensors";
   for (const fs::path& path : {config_path, weights_path}) {

@@ -75,10 +75,7 @@ std::string with_quantization(const std::string& config, DType dtype) {
       text, empty ? "" : ",", kMethod, kVersion, dtype == DType::kQ8 ? "int8" : "int4");
 }
 
-void make_directory(const fs::path& directory) {
-  std::error_code error;
-  fs::create_directories(directory, error);
-  if (error) fail("{}: cannot make the directory: {}", directory.string(), error.message());
+void refuse_existing(const fs::path& directory) {
   for (const char* name : {"config.json", "model.safetensors"}) {
     if (fs::exists(directory / name)) fail("{}: exists already", (directory / name).string());
   }
@@ -125,7 +122,8 @@ void write_quantized(const std::string& from, const std::string& to,
     total += static_cast<std::int64_t>(bytes_of(kept, param.shape));
   });
 
-  make_directory(to);
+  const io::NewDirectory made(to);
+  refuse_existing(to);
   constexpr std::size_t kAlignment = 64;  // of the vectors in blocks
   io::SafetensorsWriter writer((fs::path(to) / "model.safetensors").string(), declarations,
                                {{"format", "pt"}}, kAlignment);

@@ -1,8 +1,12 @@
 // tokenize, detokenize, info, init, pull and bench.
 #include <gtest/gtest.h>
 
+#include <atomic>
+#include <chrono>
 #include <csignal>
+#include <filesystem>
 #include <fstream>
+#include <thread>
 
 #include "apps/checkpoints.h"
 #include "apps/program.h"
@@ -145,8 +149,12 @@ TEST_F(Init, RefusesWhatCannotBeMade) {
 
 TEST_F(Init, LeavesNothingHalfWrittenOnAFullDisk) {
   expect_refusal(run("b", {}, {.max_file_bytes = 5000}), {"model.safetensors"});
-  EXPECT_FALSE(std::filesystem::exists(directory_.path("b/model.safetensors")));
-  EXPECT_FALSE(std::filesystem::exists(directory_.path("b/config.json")));
+  EXPECT_FALSE(std::filesystem::exists(directory_.path("b")));
+  expect_refusal(run("c/d/e", {}, {.max_file_bytes = 5000}), {"model.safetensors"});
+  EXPECT_FALSE(std::filesystem::exists(directory_.path("c")));
+  std::filesystem::create_directory(directory_.path("mine"));
+  expect_refusal(run("mine", {}, {.max_file_bytes = 5000}), {"model.safetensors"});
+  EXPECT_TRUE(std::filesystem::is_empty(directory_.path("mine")));
 }
 
 TEST(Pull, FetchesACheckpointThatOtherCommandsFindByItsId) {
@@ -165,6 +173,51 @@ TEST(Pull, FetchesACheckpointThatOtherCommandsFindByItsId) {
   const Result info = run_program({"info", "--model", "org/tiny", "--json"}, surroundings);
   expect_success(info);
   EXPECT_EQ(info.json().at("directory"), directory);
+}
+
+TEST(Pull, GoesOnWhereCtrlCStoppedIt) {
+  constexpr std::size_t kReceived = 40'000;
+  FakeHub hub;
+  for (const char* file : {"config.json", "model.safetensors"}) {
+    hub.files[file] = read_file(golden_directory("delta_net-tiny") + "/" + file);
+  }
+  const std::string& weights = hub.files.at("model.safetensors");
+  ASSERT_GT(weights.size(), kReceived);
+  std::atomic<bool> stalls = true;
+  hub.intercept = [&](const HubRequest& request, HubReply& reply) {
+    if (!stalls || request.brief() != "GET model.safetensors") return;
+    reply.cut_after = kReceived;
+    reply.stall = true;
+  };
+  const TemporaryDirectory home;
+  const Surroundings surroundings{
+      .environment = {{"HF_HOME", home.path()}, {"HF_ENDPOINT", hub.url()}}};
+  {
+    Program program({"pull", "org/tiny"}, surroundings);
+    const std::string partial =
+        home.path("hub/models--org--tiny/blobs/") + hub.etag("model.safetensors") + ".incomplete";
+    const auto deadline = std::chrono::steady_clock::now() + std::chrono::seconds(20);
+    std::error_code error;  // it is not there at first
+    while (std::filesystem::file_size(partial, error) != kReceived &&
+           std::chrono::steady_clock::now() < deadline) {
+      std::this_thread::sleep_for(std::chrono::milliseconds(5));
+    }
+    program.kill(SIGINT);
+    const Result result = program.finish();
+    EXPECT_EQ(result.exit_code, 130);
+    EXPECT_EQ(result.out, "");
+    ASSERT_EQ(std::filesystem::file_size(partial), kReceived);
+  }
+  expect_refusal(run_program({"info", "--model", "org/tiny"}, surroundings), {"org/tiny"});
+
+  stalls = false;
+  hub.forget_requests();
+  expect_success(run_program({"pull", "org/tiny"}, surroundings));
+  const std::vector<HubRequest> gets = hub.requests("GET model.safetensors");
+  ASSERT_EQ(gets.size(), 1U);
+  EXPECT_EQ(gets[0].header("range"), "bytes=40000-");
+  EXPECT_TRUE(hub.requests("GET config.json").empty());  // was there already
+  expect_success(run_program({"info", "--model", "org/tiny"}, surroundings));
 }
 
 TEST(Bench, OfAModelReportsSpeedAndBandwidthOfEveryCase) {

@@ -151,10 +151,9 @@ class AttentionMixer {
                         const Param& proj, const std::optional<Param>& shift_proj,
                         const Saved::Shifted& before, const TensorView& d, const TensorView& dx,
                         Gradients& gradients) const;
-  // Norm, gate and projection of the output: d_o [T, H, D] = and dx [T, C] =, given dy [T, C].
-  void output_backward(Context& ctx, const ConstTensorView& x, const Saved& saved,
-                       const TensorView& dy, const TensorView& d_o, const TensorView& dx,
-                       Gradients& gradients) const;
+  // Norm, gate and projection of the output: d_o [T, H, D] = and dgate [T, H·D] =, given dy [T, C].
+  void output_backward(Context& ctx, const Saved& saved, const TensorView& dy,
+                       const TensorView& d_o, const TensorView& dgate, Gradients& gradients) const;
   // dq, dk, dv behind the projections and shifts, and dgates [T, H], given d_o.
   void attend_backward(Context& ctx, const Sequences& sequences, const Saved& saved,
                        const TensorView& d_o, const TensorView& dq, const TensorView& dk,

@@ -55,7 +55,7 @@ void DeltaNetMixer::forward(Context& ctx, const ConstTensorView& x, const Sequen
   Saved kept;
   // What an op in place is about to overwrite.
   const auto keep = [&](const TensorView& tensor) {
-    return saved != nullptr ? copy_of(scratch, tensor) : tensor;
+    return saved != nullptr ? copy_of(ctx, scratch, tensor) : tensor;
   };
 
   ConstTensorView input = x;  // [T, C]

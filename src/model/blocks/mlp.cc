@@ -41,7 +41,7 @@ void Mlp::forward(Context& ctx, const ConstTensorView& x, const TensorView& hidd
   ops::linear(ctx, {.x = input, .w = weights_.gate_proj.value, .y = gate});
   if (weights_.up_proj) {
     ops::linear(ctx, {.x = input, .w = weights_.up_proj->value, .y = product});
-    if (saved != nullptr) saved->up = copy_of(scratch, product);
+    if (saved != nullptr) saved->up = copy_of(ctx, scratch, product);
     ops::gate(ctx, {.activation = config_.activation, .gate = gate, .x = product});
   } else {
     ops::glu(ctx, {.activation = config_.activation, .gate_up = gate, .y = product});

@@ -2,7 +2,6 @@
 
 #include <cassert>
 #include <cmath>
-#include <cstring>
 
 #include "core/quantized.h"
 #include "ops/activation.h"
@@ -40,9 +39,9 @@ TensorView rows_of(const TensorView& tensor, std::int64_t begin, std::int64_t co
   return {const_cast<void*>(rows.data), rows.dtype, rows.shape};
 }
 
-TensorView copy_of(ScratchScope& scratch, const ConstTensorView& from) {
-  const TensorView to = scratch.tensor(from.shape);
-  std::memcpy(to.data, from.data, static_cast<std::size_t>(from.shape.size()) * sizeof(float));
+TensorView copy_of(Context& ctx, ScratchScope& scratch, const ConstTensorView& from) {
+  const TensorView to = scratch.tensor(from.shape, from.dtype);
+  ctx.copy(to.data, from.data, static_cast<std::size_t>(from.shape.size()) * size_of(from.dtype));
   return to;
 }
 
@@ -75,7 +74,7 @@ TensorView project_and_convolve(Context& ctx, ScratchScope& scratch, const Const
   if (projected != nullptr) *projected = y;
   if (conv) return convolve(ctx, scratch, y, *conv, {}, sequences, states, activation);
   if (activation != Activation::kIdentity) {
-    if (projected != nullptr) *projected = copy_of(scratch, y);
+    if (projected != nullptr) *projected = copy_of(ctx, scratch, y);
     ops::activation(ctx, {.activation = activation, .x = y});
   }
   return y;

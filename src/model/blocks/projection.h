@@ -34,7 +34,7 @@ inline ConstTensorView value_of(const std::optional<Param>& param) {
 }
 
 // A copy in scratch memory, of what an op in place is about to overwrite.
-TensorView copy_of(ScratchScope& scratch, const ConstTensorView& from);
+TensorView copy_of(Context& ctx, ScratchScope& scratch, const ConstTensorView& from);
 
 // Where one tensor of each sequence's state lies.
 template <typename State>
