@@ -82,11 +82,14 @@ DELTAFOX_TARGET inline void few_tile(const typename Kind::Element* x, std::int64
       }
     }
   }
+#pragma GCC unroll 8
   for (int t = 0; t < kTokens; ++t) {
+#pragma GCC unroll 8
     for (int r = 0; r < kRows; r += 4) {
-      if (r >= rows) break;
-      store_sums(sums_of(sums[t][r], sums[t][r + 1], sums[t][r + 2], sums[t][r + 3]),
-                 y + t * y_stride + r, rows - r, accumulate);
+      if (r < rows) {
+        store_sums(sums_of(sums[t][r], sums[t][r + 1], sums[t][r + 2], sums[t][r + 3]),
+                   y + t * y_stride + r, rows - r, accumulate);
+      }
     }
   }
 }
@@ -129,13 +132,19 @@ DELTAFOX_TARGET inline void many_tile(const typename Kind::Element* x,
     x += kTileTokens * Kind::kStep;
     w += kTileRows * Kind::kStep;
   }
-  for (int t = 0; t < kTileTokens; ++t) {
-    if (last) {
-      if (t >= tokens) break;
-      store_sums(sums_of(sums[t][0], sums[t][1], sums[t][2], sums[t][3]), y + t * y_stride, rows,
-                 accumulate);
-      continue;
+  if (last) {
+#pragma GCC unroll 8
+    for (int t = 0; t < kTileTokens; ++t) {
+      if (t < tokens) {
+        store_sums(sums_of(sums[t][0], sums[t][1], sums[t][2], sums[t][3]), y + t * y_stride, rows,
+                   accumulate);
+      }
     }
+    return;
+  }
+#pragma GCC unroll 8
+  for (int t = 0; t < kTileTokens; ++t) {
+#pragma GCC unroll 8
     for (int r = 0; r < kTileRows; ++r) {
       _mm512_storeu_ps(partial + (t * kTileRows + r) * 16, sums[t][r]);
     }

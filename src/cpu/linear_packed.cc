@@ -80,7 +80,7 @@ PackedKernels kernels() {
   return {plain::eight_bits, plain::eight_bits, plain::expand, nullptr};
 }
 
-constexpr std::int64_t kBlockTokens = 192;  // their sums and integers stay in the caches
+constexpr std::int64_t kBlockTokens = 256;  // their sums and integers stay in the caches
 
 QuantizedRows quantized(Context& ctx, ScratchScope& scratch, const ConstTensorView& x,
                         const PackedLayout& layout) {

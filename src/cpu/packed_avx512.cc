@@ -14,6 +14,19 @@ namespace {
 // Decoding reads w once: bytes are fetched this far ahead of where they are read.
 constexpr std::int64_t kAhead = 2048;
 
+// As __m512i, but of 32-bit integers: GCC keeps an array of these in registers, and one of those in
+// memory.
+using Integers = std::int32_t __attribute__((vector_size(64)));
+
+DELTAFOX_TARGET inline Integers all(std::int32_t value) {
+  return reinterpret_cast<Integers>(_mm512_set1_epi32(value));
+}
+
+// sums + the products of four bytes
+DELTAFOX_TARGET inline Integers dot(Integers sums, __m512i w, __m512i x) {
+  return reinterpret_cast<Integers>(_mm512_dpbusd_epi32(reinterpret_cast<__m512i>(sums), w, x));
+}
+
 DELTAFOX_TARGET inline __m512i four_columns(const std::int8_t* x) {
   std::int32_t columns = 0;
   std::memcpy(&columns, x, sizeof columns);
@@ -24,122 +37,130 @@ DELTAFOX_TARGET inline __m512i bytes_at(const std::byte* p) {
   return _mm512_loadu_si512(p);
 }
 
-// The tokens of a tile from `token` on, and panels from `panel` on.
-template <int kTokens, int kPanels>
-struct Tile {
-  const std::int8_t* x[kTokens];
-  const std::byte* values[kPanels];
-  __m512i products[kTokens][kPanels];
+// Row t of a block's tokens, from its first column on.
+inline const std::int8_t* token_at(const PackedBlock& block, std::int64_t t) {
+  return block.x->q + (block.token + t) * block.x->stride + block.block * kQuantBlock;
+}
+// Where what belongs to token t and the block lies among the [T, blocks] of QuantizedRows.
+inline std::int64_t index_of(const PackedBlock& block, std::int64_t t) {
+  return (block.token + t) * block.x->blocks + block.block;
+}
 
-  DELTAFOX_TARGET inline Tile(const PackedBlock& block, std::int64_t token, int panel) {
-    for (int t = 0; t < kTokens; ++t) {
-      x[t] = block.x->q + (block.token + token + t) * block.x->stride + block.block * kQuantBlock;
-    }
-    for (int p = 0; p < kPanels; ++p) {
-      values[p] = block.values + (panel + p) * block.value_stride;
-    }
-  }
+// sums += products · (scale of x · scale of w), for a token and a panel
+DELTAFOX_TARGET inline void add_products(const PackedBlock& block, std::int64_t t, int panel,
+                                         Integers products) {
+  const __m512 scale = _mm512_mul_ps(_mm512_set1_ps(block.x->scales[index_of(block, t)]),
+                                     _mm512_loadu_ps(block.head + panel * block.head_stride));
+  float* sums = block.sums + t * kTileColumns + panel * kPanelRows;
+  const __m512 term = _mm512_mul_ps(_mm512_cvtepi32_ps(reinterpret_cast<__m512i>(products)), scale);
+  _mm512_storeu_ps(sums, _mm512_add_ps(_mm512_loadu_ps(sums), term));
+}
 
-  // sums += products · (scale of x · scale of w)
-  DELTAFOX_TARGET inline void finish(const PackedBlock& block, std::int64_t token, int panel) {
-    __m512 scales[kPanels];
-    for (int p = 0; p < kPanels; ++p) {
-      scales[p] = _mm512_loadu_ps(block.head + (panel + p) * block.head_stride);
-    }
-    for (int t = 0; t < kTokens; ++t) {
-      const __m512 x_scale = _mm512_set1_ps(
-          block.x->scales[(block.token + token + t) * block.x->blocks + block.block]);
-      for (int p = 0; p < kPanels; ++p) {
-        float* sums = block.sums + (token + t) * kTileColumns + (panel + p) * kPanelRows;
-        const __m512 term =
-            _mm512_mul_ps(_mm512_cvtepi32_ps(products[t][p]), _mm512_mul_ps(x_scale, scales[p]));
-        _mm512_storeu_ps(sums, _mm512_add_ps(_mm512_loadu_ps(sums), term));
-      }
-    }
-  }
-};
-
+// Loops over tokens and panels are unrolled whole: products must stay in registers.
 template <int kTokens, int kPanels>
 DELTAFOX_TARGET void eight_bit_tile(const PackedBlock& block, std::int64_t token, int panel) {
-  Tile<kTokens, kPanels> tile(block, token, panel);
+  Integers products[kTokens][kPanels];
+  const std::int8_t* x[kTokens];
+#pragma GCC unroll 8
   for (int t = 0; t < kTokens; ++t) {
+    x[t] = token_at(block, token + t);
     // Values of w are 128 too large.
-    const __m512i offset = _mm512_set1_epi32(
-        -128 * block.x->sums[(block.token + token + t) * block.x->blocks + block.block]);
-    for (int p = 0; p < kPanels; ++p) tile.products[t][p] = offset;
+    const Integers offset = all(-128 * block.x->sums[index_of(block, token + t)]);
+#pragma GCC unroll 8
+    for (int p = 0; p < kPanels; ++p) products[t][p] = offset;
   }
+  const std::byte* values = block.values + panel * block.value_stride;
   for (std::int64_t k = 0; k < block.columns; k += 4) {
     __m512i w[kPanels];
+#pragma GCC unroll 8
     for (int p = 0; p < kPanels; ++p) {
-      const std::byte* at = tile.values[p] + k * kPanelRows;
+      const std::byte* at = values + p * block.value_stride + k * kPanelRows;
       w[p] = bytes_at(at);
       if constexpr (kTokens <= 2) {
         _mm_prefetch(reinterpret_cast<const char*>(at + kAhead), _MM_HINT_T0);
       }
     }
+#pragma GCC unroll 8
     for (int t = 0; t < kTokens; ++t) {
-      const __m512i x = four_columns(tile.x[t] + k);
+      const __m512i columns = four_columns(x[t] + k);
+#pragma GCC unroll 8
       for (int p = 0; p < kPanels; ++p) {
-        tile.products[t][p] = _mm512_dpbusd_epi32(tile.products[t][p], w[p], x);
+        products[t][p] = dot(products[t][p], w[p], columns);
       }
     }
   }
-  tile.finish(block, token, panel);
+#pragma GCC unroll 8
+  for (int t = 0; t < kTokens; ++t) {
+#pragma GCC unroll 8
+    for (int p = 0; p < kPanels; ++p) add_products(block, token + t, panel + p, products[t][p]);
+  }
 }
 
 // The integers of a group of 32 columns fit into 16 bits, so that one more dot product, of words,
 // multiplies them by the group's factor and adds them.
 template <int kTokens, int kPanels>
 DELTAFOX_TARGET void four_bit_tile(const PackedBlock& block, std::int64_t token, int panel) {
-  Tile<kTokens, kPanels> tile(block, token, panel);
-  for (int t = 0; t < kTokens; ++t) {
-    for (int p = 0; p < kPanels; ++p) tile.products[t][p] = _mm512_setzero_si512();
-  }
   const __m512i low_half = _mm512_set1_epi8(15);
+  const std::byte* values = block.values + panel * block.value_stride;
+  const std::byte* factors = block.head + panel * block.head_stride + kScaleBytes;
+  Integers products[kTokens][kPanels];
+  const std::int8_t* x[kTokens];
+  const std::int16_t* group_sums[kTokens];
+#pragma GCC unroll 8
+  for (int t = 0; t < kTokens; ++t) {
+    x[t] = token_at(block, token + t);
+    group_sums[t] = block.x->group_sums + index_of(block, token + t) * (kQuantBlock / kQuantGroup);
+#pragma GCC unroll 8
+    for (int p = 0; p < kPanels; ++p) products[t][p] = all(0);
+  }
   for (std::int64_t group = 0; group * kQuantGroup < block.columns; ++group) {
-    __m512i sums[kTokens][kPanels];
+    Integers sums[kTokens][kPanels];
+#pragma GCC unroll 8
     for (int t = 0; t < kTokens; ++t) {
-      const std::int64_t row = (block.token + token + t) * block.x->blocks + block.block;
-      const __m512i offset =
-          _mm512_set1_epi32(-8 * block.x->group_sums[row * (kQuantBlock / kQuantGroup) + group]);
-      for (int p = 0; p < kPanels; ++p) sums[t][p] = offset;
+#pragma GCC unroll 8
+      for (int p = 0; p < kPanels; ++p) sums[t][p] = all(-8 * group_sums[t][group]);
     }
-    for (std::int64_t k = group * kQuantGroup; k < (group + 1) * kQuantGroup; k += 8) {
-      __m512i low[kPanels];
-      __m512i high[kPanels];
+#pragma GCC unroll 4
+    for (std::int64_t i = 0; i < kQuantGroup; i += 8) {
+      const std::int64_t k = group * kQuantGroup + i;
+#pragma GCC unroll 8
       for (int p = 0; p < kPanels; ++p) {
-        const std::byte* at = tile.values[p] + k * kPanelRows / 2;
+        const std::byte* at = values + p * block.value_stride + k * kPanelRows / 2;
         const __m512i halves = bytes_at(at);
         if constexpr (kTokens <= 2) {
           _mm_prefetch(reinterpret_cast<const char*>(at + kAhead), _MM_HINT_T0);
         }
-        low[p] = _mm512_and_si512(halves, low_half);
-        high[p] = _mm512_and_si512(_mm512_srli_epi16(halves, 4), low_half);
-      }
-      for (int t = 0; t < kTokens; ++t) {
-        const __m512i first = four_columns(tile.x[t] + k);
-        const __m512i second = four_columns(tile.x[t] + k + 4);
-        for (int p = 0; p < kPanels; ++p) {
-          sums[t][p] = _mm512_dpbusd_epi32(sums[t][p], low[p], first);
-          sums[t][p] = _mm512_dpbusd_epi32(sums[t][p], high[p], second);
+        const __m512i low = _mm512_and_si512(halves, low_half);
+        const __m512i high = _mm512_and_si512(_mm512_srli_epi16(halves, 4), low_half);
+#pragma GCC unroll 8
+        for (int t = 0; t < kTokens; ++t) {
+          sums[t][p] = dot(sums[t][p], low, four_columns(x[t] + k));
+          sums[t][p] = dot(sums[t][p], high, four_columns(x[t] + k + 4));
         }
       }
     }
+#pragma GCC unroll 8
     for (int p = 0; p < kPanels; ++p) {
-      const std::byte* factors = block.head + (panel + p) * block.head_stride + kScaleBytes;
-      const __m512i pairs = _mm512_cvtepu8_epi32(
-          _mm_loadu_si128(reinterpret_cast<const __m128i*>(factors + group / 2 * kPanelRows)));
+      const __m512i pairs = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(
+          factors + p * block.head_stride + group / 2 * kPanelRows)));
       const __m512i factor = group % 2 == 0 ? _mm512_and_si512(pairs, _mm512_set1_epi32(15))
                                             : _mm512_srli_epi32(pairs, 4);
+#pragma GCC unroll 8
       for (int t = 0; t < kTokens; ++t) {
-        tile.products[t][p] = _mm512_dpwssd_epi32(tile.products[t][p], sums[t][p], factor);
+        products[t][p] = reinterpret_cast<Integers>(
+            _mm512_dpwssd_epi32(reinterpret_cast<__m512i>(products[t][p]),
+                                reinterpret_cast<__m512i>(sums[t][p]), factor));
       }
     }
   }
-  tile.finish(block, token, panel);
+#pragma GCC unroll 8
+  for (int t = 0; t < kTokens; ++t) {
+#pragma GCC unroll 8
+    for (int p = 0; p < kPanels; ++p) add_products(block, token + t, panel + p, products[t][p]);
+  }
 }
 
-// kTile<tokens, panels> over a block: all tokens by kPanels panels at a time.
+// All tokens of a block by kPanels panels.
 template <int kPanels>
 DELTAFOX_TARGET void eight_bit_panels(const PackedBlock& block, int panel) {
   std::int64_t t = 0;

@@ -81,23 +81,33 @@ void short_conv_target(Context& ctx, const ShortConvArgs& args) {
   const std::int64_t channels = args.x.shape[1];
   const std::int64_t width = args.w.shape[1];
   const std::int64_t blocks = (channels + kBlock - 1) / kBlock;
+  // Only the first tokens of a sequence see its history, and only their task touches the state.
+  const std::int64_t stretch = std::max<std::int64_t>(64, width);
+  std::int64_t longest = 0;
+  for (std::int64_t b = 0; b < args.sequences.count(); ++b) {
+    longest = std::max(longest, args.sequences.length(b));
+  }
+  const std::int64_t stretches = (longest + stretch - 1) / stretch;
   ScratchScope scratch(ctx);
   const std::int64_t slot_floats = (2 * width - 1) * kBlock;
   float* slots = scratch.tensor({ctx.threads().size(), slot_floats}).f32();
-  ctx.threads().parallel_for(args.sequences.count() * blocks, [&](std::int64_t task, int slot) {
-    const std::int64_t b = task / blocks;
+  const std::int64_t tasks = args.sequences.count() * stretches * blocks;
+  ctx.threads().parallel_for(tasks, [&](std::int64_t task, int slot) {
+    const std::int64_t b = task / (stretches * blocks);
+    const std::int64_t first = task / blocks % stretches * stretch;
     const std::int64_t channel = task % blocks * kBlock;
     const std::int64_t length = args.sequences.length(b);
-    if (length == 0) return;
+    if (first >= length) return;
     float* memory = slots + slot * slot_floats;
     const ConvBlock block{args,  channel, std::min(kBlock, channels - channel),
                           width, memory,  memory + width * kBlock};
     float* state = args.states[static_cast<std::size_t>(b)];
     block.load_taps();
-    block.load_history(state);
+    if (first == 0) block.load_history(state);
     const std::int64_t begin = args.sequences.begin(b);
-    for (std::int64_t t = 0; t < length; ++t) block.convolve(begin, t);
-    block.update(state, begin, length);
+    const std::int64_t end = std::min(length, first + stretch);
+    for (std::int64_t t = first; t < end; ++t) block.convolve(begin, t);
+    if (first == 0) block.update(state, begin, length);
   });
 }
 

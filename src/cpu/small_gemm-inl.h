@@ -61,14 +61,24 @@ HWY_INLINE void small_gemm(std::int64_t rows, std::int64_t columns, std::int64_t
                            LeftMatrix a, const float* b, std::int64_t b_stride, float* c,
                            std::int64_t c_stride, float alpha = 1) {
   constexpr int kRows = HWY_TARGET <= HWY_AVX3 ? 6 : 2;
+  const auto from_row = [&](std::int64_t m) {
+    return LeftMatrix{a.data + m * a.row_stride, a.row_stride, a.column_stride};
+  };
   std::int64_t m = 0;
   for (; m + kRows <= rows; m += kRows) {
-    const LeftMatrix part{a.data + m * a.row_stride, a.row_stride, a.column_stride};
-    small_rows<kRows>(part, b, b_stride, c + m * c_stride, c_stride, columns, depth, alpha);
+    small_rows<kRows>(from_row(m), b, b_stride, c + m * c_stride, c_stride, columns, depth, alpha);
   }
+#if HWY_TARGET <= HWY_AVX3
+  // A chunk of 16 or 64 rows leaves four, a block of 32 queries two.
+  for (; m + 4 <= rows; m += 4) {
+    small_rows<4>(from_row(m), b, b_stride, c + m * c_stride, c_stride, columns, depth, alpha);
+  }
+  for (; m + 2 <= rows; m += 2) {
+    small_rows<2>(from_row(m), b, b_stride, c + m * c_stride, c_stride, columns, depth, alpha);
+  }
+#endif
   for (; m < rows; ++m) {
-    const LeftMatrix part{a.data + m * a.row_stride, a.row_stride, a.column_stride};
-    small_rows<1>(part, b, b_stride, c + m * c_stride, c_stride, columns, depth, alpha);
+    small_rows<1>(from_row(m), b, b_stride, c + m * c_stride, c_stride, columns, depth, alpha);
   }
 }
 

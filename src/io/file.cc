@@ -98,6 +98,17 @@ void MappedFile::advise(Access access) const {
   madvise(const_cast<std::byte*>(data_), size_, advice);
 }
 
+void populate(std::span<const std::byte> bytes) {
+#ifdef MADV_POPULATE_READ
+  constexpr std::uintptr_t kPage = 4096;
+  const auto begin = reinterpret_cast<std::uintptr_t>(bytes.data()) / kPage * kPage;
+  const auto end = reinterpret_cast<std::uintptr_t>(bytes.data()) + bytes.size();
+  madvise(reinterpret_cast<void*>(begin), end - begin, MADV_POPULATE_READ);
+#else
+  static_cast<void>(bytes);
+#endif
+}
+
 std::string read_text_file(const std::string& path, std::size_t max_bytes) {
   const Descriptor fd(path, O_RDONLY);
   const struct stat status = status_of(fd.get(), path);

@@ -33,6 +33,9 @@ class MappedFile {
   std::size_t size_ = 0;
 };
 
+// Maps the pages of a stretch of a mapping now rather than one by one as they are read. A hint.
+void populate(std::span<const std::byte> bytes);
+
 // The whole file, which may also be a pipe. Throws Error if it is longer than `max_bytes`.
 std::string read_text_file(const std::string& path, std::size_t max_bytes);
 

@@ -93,6 +93,7 @@ struct Model::Impl {
   class Lease {
    public:
     explicit Lease(Impl& model) : model_(model) {
+      std::call_once(model_.populated_, [&] { model_.populate(); });
       const std::scoped_lock lock(model_.contexts_mutex_);
       if (model_.contexts_.empty()) {
         context_ = std::make_unique<Context>(model_.threads_);
@@ -148,12 +149,15 @@ struct Model::Impl {
   std::mutex contexts_mutex_;
   std::vector<std::unique_ptr<Context>> contexts_;
   AttentionStats attention_stats_;  // under contexts_mutex_
+  std::once_flag populated_;
   std::once_flag hashed_;
   std::string hash_;
 
  private:
   static io::JsonObject read_config(const std::string& directory, const std::string& text);
   void fill_info(const std::string& directory);
+  void populate();
+  bool is_looked_up(const std::string& name) const;
 };
 
 Model::Impl::Impl(const std::string& directory, const LoadOptions& options)
@@ -183,9 +187,7 @@ void Model::Impl::fill_info(const std::string& directory) {
     const std::int64_t size = param.shape.size();
     const auto bytes = static_cast<std::int64_t>(bytes_of(param.value.dtype, param.shape));
     info_.weight_bytes += bytes;
-    const bool looked_up =
-        name == lm_.config().names.embeddings && !lm_.config().tie_word_embeddings;
-    if (!looked_up) info_.step_weight_bytes += bytes;
+    if (!is_looked_up(name)) info_.step_weight_bytes += bytes;
     if (!param.trainable) return;
     info_.num_parameters += size;
     if (name != lm_.config().names.embeddings) info_.num_non_embedding_parameters += size;
@@ -212,6 +214,29 @@ void Model::Impl::fill_info(const std::string& directory) {
   for (const std::int64_t id : eos_source.integers("eos_token_id", 0, info_.vocab_size - 1)) {
     info_.eos_token_ids.push_back(static_cast<std::int32_t>(id));
   }
+}
+
+// Whether a step reads a few rows of a matrix: the embedding, unless it is the head as well.
+bool Model::Impl::is_looked_up(const std::string& name) const {
+  return name == lm_.config().names.embeddings && !lm_.config().tie_word_embeddings;
+}
+
+// Maps, before the first call, the weights that it will read: threads share the work, and a system
+// call does for many pages what a fault does for a few.
+void Model::Impl::populate() {
+  constexpr std::size_t kPiece = std::size_t{8} << 20;
+  std::vector<std::span<const std::byte>> pieces;
+  lm_.visit_params([&](const std::string& name, Param& param) {
+    if (is_looked_up(name)) return;
+    std::span left(static_cast<const std::byte*>(param.value.data),
+                   bytes_of(param.value.dtype, param.shape));
+    while (!left.empty()) {
+      pieces.push_back(left.first(std::min(kPiece, left.size())));
+      left = left.subspan(pieces.back().size());
+    }
+  });
+  threads_.parallel_for(static_cast<std::int64_t>(pieces.size()),
+                        [&](std::int64_t i) { io::populate(pieces[static_cast<std::size_t>(i)]); });
 }
 
 void Model::Impl::check(const Batch& batch) const {
