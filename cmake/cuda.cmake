@@ -18,12 +18,14 @@ file(GLOB cuda_sources CONFIGURE_DEPENDS ${CMAKE_CURRENT_SOURCE_DIR}/src/cuda/*.
 add_library(deltafox_cuda OBJECT ${cuda_sources})
 target_include_directories(deltafox_cuda PRIVATE src include)
 target_compile_options(deltafox_cuda PRIVATE
-  $<$<COMPILE_LANGUAGE:CUDA>:--expt-relaxed-constexpr -Xcompiler=-Wall -Xcompiler=-Wextra
-    # Results must not depend on where the compiler happens to fuse; kernels say fmaf.
-    -lineinfo>
-  $<$<AND:$<COMPILE_LANGUAGE:CUDA>,$<BOOL:${DELTAFOX_WERROR}>>:-Werror=all-warnings>)
-target_link_libraries(deltafox_cuda PRIVATE
-  $<$<COMPILE_LANGUAGE:CXX>:deltafox_flags> fmt::fmt CUDA::toolkit)
+  $<$<COMPILE_LANGUAGE:CXX>:-Wall -Wextra -Wshadow>
+  $<$<COMPILE_LANGUAGE:CUDA>:--expt-relaxed-constexpr --extended-lambda -lineinfo
+    -Xcompiler=-Wall -Xcompiler=-Wextra>)
+if(DELTAFOX_WERROR)
+  target_compile_options(deltafox_cuda PRIVATE
+    $<$<COMPILE_LANGUAGE:CXX>:-Werror> $<$<COMPILE_LANGUAGE:CUDA>:-Werror=all-warnings>)
+endif()
+target_link_libraries(deltafox_cuda PRIVATE fmt::fmt CUDA::toolkit)
 target_sources(deltafox PRIVATE $<TARGET_OBJECTS:deltafox_cuda>)
 target_link_libraries(deltafox PUBLIC
   $<BUILD_INTERFACE:CUDA::cudart_static> $<BUILD_INTERFACE:CUDA::cublasLt>)

@@ -26,6 +26,8 @@ double sum_of_squares(Context& ctx, const ConstTensorView& x) {
   switch (ctx.device()) {
     case Device::kCpu:
       return cpu::sum_of_squares(ctx, x);
+    case Device::kCuda:
+      fail_on_cuda("sum_of_squares");
   }
   return 0;
 }
