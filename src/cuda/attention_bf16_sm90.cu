@@ -251,7 +251,10 @@ class Consumer {
         group_(group),
         thread_(static_cast<int>(threadIdx.x) % 128),
         lane_(static_cast<int>(threadIdx.x) % 32),
-        exponent_(params.scale * 1.4426950408889634F) {}
+        exponent_(params.scale * 1.4426950408889634F),
+        queries_(shared.queries[group], C::kRowSwizzle, 8 * C::kRowBytes, 16),
+        keys_(shared.keys[0], Swizzle::k128, 1024, C::kHeadBytes),
+        values_(shared.values[0], C::kRowSwizzle, 8 * C::kRowBytes, kPageTokens * C::kRowBytes) {}
 
   __device__ void run() {
     const int turns = params_.tile_count * params_.heads;
@@ -308,7 +311,7 @@ class Consumer {
     const float* decays = shared_.decays[stage] + lane_ % 4 * 2;
 #pragma unroll
     for (int n = 0; n < kKeys / 8; ++n) {
-      const float2 decay = *reinterpret_cast<const float2*>(decays + n * 8);
+      const float2 decay = load_shared(reinterpret_cast<const float2*>(decays + n * 8));
       s[n * 4] = decay.x;
       s[n * 4 + 1] = decay.y;
       s[n * 4 + 2] = decay.x;
@@ -316,14 +319,10 @@ class Consumer {
     }
     pin(s);
     wgmma_fence();
-    const std::uint32_t queries = shared_address(shared_.queries[group_]);
-    const std::uint32_t keys = shared_address(shared_.keys[stage]);
 #pragma unroll
     for (int k = 0; k < kDim / 16; ++k) {
-      const std::uint32_t panel = k / 4 * (kQueryGroup * 128);
-      wgmma_shared(s,
-                   descriptor(queries + panel + k % 4 * 32, C::kRowSwizzle, 8 * C::kRowBytes, 16),
-                   descriptor(keys + k * 2048, Swizzle::k128, 1024, C::kHeadBytes));
+      wgmma_shared(s, queries_.at(k / 4 * (kQueryGroup * 128) + k % 4 * 32),
+                   keys_.at(stage * 2 * C::kHeadBytes + k * 2048));
     }
     wgmma_commit();
   }
@@ -331,15 +330,13 @@ class Consumer {
   // o += weights · values; asynchronous.
   __device__ void multiply_values(float (&o)[kDim / 2], const std::uint32_t (&p)[kKeys / 4],
                                   int stage) {
-    const std::uint32_t values = shared_address(shared_.values[stage]);
     pin(o);
     wgmma_fence();
 #pragma unroll
     for (int k = 0; k < kKeys / 16; ++k) {
-      const std::uint32_t at = k / 4 * C::kHeadBytes + k % 4 * 16 * C::kRowBytes;
-      wgmma_registers(
-          o, p + k * 4,
-          descriptor(values + at, C::kRowSwizzle, 8 * C::kRowBytes, kPageTokens * C::kRowBytes));
+      wgmma_registers(o, p + k * 4,
+                      values_.at(stage * 2 * C::kHeadBytes + k / 4 * C::kHeadBytes +
+                                 k % 4 * 16 * C::kRowBytes));
     }
     wgmma_commit();
   }
@@ -426,7 +423,11 @@ class Consumer {
     }
   }
 
+  // Waits all the same, so that no warpgroup is ahead by a round of the stages.
   __device__ void skip() {
+    barrier_wait(&shared_.keys_full[cursor_.stage], cursor_.parity);
+    barrier_wait(&shared_.values_full[cursor_.stage], cursor_.parity);
+    __syncwarp();
     release(&shared_.keys_empty[cursor_.stage]);
     release(&shared_.values_empty[cursor_.stage]);
     cursor_.advance();
@@ -510,6 +511,9 @@ class Consumer {
   int thread_;
   int lane_;
   float exponent_;  // of two, of a score of 1
+  Descriptor queries_;
+  Descriptor keys_;    // of the first stage
+  Descriptor values_;  // of the first stage
   Cursor<C::kStages> cursor_;
   int position_ = 0;  // of the first of the two rows
   int begin_[2] = {};

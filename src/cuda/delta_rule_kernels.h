@@ -13,10 +13,9 @@ struct DeltaRuleProblem {
   const void* q = nullptr;     // [T, H, K]
   const void* k = nullptr;     // [T, H, K]
   const void* v = nullptr;     // [T, H, V]
-  const void* beta = nullptr;  // [T, H], or null for β = 1
+  const void* beta = nullptr;  // [T, H] float32, or null for β = 1
   void* o = nullptr;           // [T, H, V]
   bool is_bf16 = false;        // q, k, v, o: bfloat16 instead of float32
-  bool beta_bf16 = false;
   int heads = 0;
   int key_dim = 0;
   int value_dim = 0;

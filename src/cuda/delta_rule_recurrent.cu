@@ -5,7 +5,7 @@
 // so one pass over the state and one barrier a row suffice.
 #include <cmath>
 
-#include "cuda/check.cuh"
+#include "cuda/check.h"
 #include "cuda/delta_rule_kernels.h"
 #include "cuda/elements.cuh"
 
@@ -48,11 +48,7 @@ struct Row {
       k[i] = r < p.key_dim ? to_float(ks[r]) : 0;
     }
     load_four(v, static_cast<const T*>(p.v) + at * p.value_dim + column, columns);
-    beta = 1;
-    if (p.beta != nullptr) {
-      beta = p.beta_bf16 ? to_float(static_cast<const bf16*>(p.beta)[at])
-                         : static_cast<const float*>(p.beta)[at];
-    }
+    beta = p.beta != nullptr ? static_cast<const float*>(p.beta)[at] : 1;
   }
 };
 
@@ -162,7 +158,7 @@ void launch(const RecurrentParams& params, cudaStream_t stream) {
   } else {
     delta_rule_recurrent<T, 16><<<grid, kThreads, 0, stream>>>(params);
   }
-  check(cudaGetLastError());
+  check_launch("delta_rule");
 }
 
 }  // namespace

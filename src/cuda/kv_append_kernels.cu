@@ -9,6 +9,8 @@ namespace deltafox::cuda {
 namespace {
 
 constexpr int kThreads = 256;
+// Of scans.
+constexpr int kScanThreads = 512;
 constexpr int kPerThread = 8;
 
 template <typename T, int kDim>
@@ -54,8 +56,8 @@ __global__ __launch_bounds__(kThreads) void append_rows(AppendParams params,
   __syncthreads();
   std::byte* to = page + params.layout.keys(g);
   for (int i = static_cast<int>(threadIdx.x); i < kPageTokens * kDim / kSize; i += kThreads) {
-    const int d = i % kDim;
-    const int c = i / kDim;
+    const int d = i / (kPageTokens / kSize);
+    const int c = i % (kPageTokens / kSize);
     alignas(16) T chunk[kSize];
     T* at = reinterpret_cast<T*>(to + key_chunk<T>(d, c));
     if (c * kSize >= first && (c + 1) * kSize <= end) {
@@ -96,9 +98,9 @@ __device__ inline float& float_at(std::byte* page, std::int64_t offset, int toke
 }
 
 // Blocks of gates come first, then those of norms.
-__global__ __launch_bounds__(kThreads) void scan_rows(AppendParams params) {
-  using Sums = cub::BlockScan<double, kThreads>;
-  using Maxima = cub::BlockScan<float, kThreads>;
+__global__ __launch_bounds__(kScanThreads) void scan_rows(AppendParams params) {
+  using Sums = cub::BlockScan<double, kScanThreads>;
+  using Maxima = cub::BlockScan<float, kScanThreads>;
   __shared__ union {
     typename Sums::TempStorage sums;
     typename Maxima::TempStorage maxima;
@@ -118,7 +120,7 @@ __global__ __launch_bounds__(kThreads) void scan_rows(AppendParams params) {
                    float_at(page(first - 1), layout.gates(h), (first - 1) % kPageTokens)) +
                float_at(page(first - 1), layout.low_gates(h), (first - 1) % kPageTokens);
     }
-    for (int start = 0; start < sequence.rows; start += kThreads * kPerThread) {
+    for (int start = 0; start < sequence.rows; start += kScanThreads * kPerThread) {
       double sums[kPerThread];
 #pragma unroll
       for (int i = 0; i < kPerThread; ++i) {
@@ -148,7 +150,7 @@ __global__ __launch_bounds__(kThreads) void scan_rows(AppendParams params) {
   const int g = static_cast<int>(blockIdx.x) - layout.gate_heads;
   float before =
       first > 0 ? float_at(page(first - 1), layout.norms(g), (first - 1) % kPageTokens) : 0;
-  for (int start = 0; start < sequence.rows; start += kThreads * kPerThread) {
+  for (int start = 0; start < sequence.rows; start += kScanThreads * kPerThread) {
     float norms[kPerThread];
 #pragma unroll
     for (int i = 0; i < kPerThread; ++i) {
@@ -234,7 +236,7 @@ void launch(const AppendParams& params, const AppendTile* tiles, int tile_count,
       params.layout.gate_heads + (params.layout.has_norms ? params.layout.kv_heads : 0);
   if (scans == 0) return;
   const dim3 heads(static_cast<unsigned>(scans), static_cast<unsigned>(params.sequence_count));
-  scan_rows<<<heads, kThreads, 0, stream>>>(params);
+  scan_rows<<<heads, kScanThreads, 0, stream>>>(params);
 }
 
 template <typename T>
