@@ -76,6 +76,17 @@ struct AttentionStats {
   std::int64_t skipped_blocks = 0;  // of them, by adaptive computation pruning
 };
 
+// A weight as the model keeps it: row-major, or packed (is_packed(dtype)). The data live as long as a
+// copy of the model does.
+struct Weight {
+  std::string name;  // as in the checkpoint
+  DType dtype = DType::kF32;
+  std::vector<std::int64_t> shape;
+  const void* data = nullptr;
+  std::size_t bytes = 0;
+  bool trainable = true;  // false for what the official code keeps as a buffer
+};
+
 // Token ids of B sequences, packed.
 struct Batch {
   std::span<const std::int32_t> input_ids;   // [T]
@@ -92,6 +103,16 @@ using LogitsSink =
 using HiddenSink = std::function<void(std::int64_t layer, std::int64_t first_row, std::int64_t rows,
                                       const float* hidden)>;
 
+// Receives the gradient of a parameter by the name it has in the checkpoint, its elements in order.
+using GradientSink = std::function<void(
+    const std::string& name, std::span<const std::int64_t> shape, std::span<const float> gradient)>;
+
+struct GradientOptions {
+  // Compute each layer once more on the way back rather than keep what backward needs of all: a
+  // fraction of the memory for a third more work, and the same bits.
+  bool recompute = false;
+};
+
 // Immutable once loaded; all members may be called from several threads at once, on different
 // states. Every call checks its ids and sizes and throws Error before it changes a state.
 class Model {
@@ -101,6 +122,9 @@ class Model {
   static Model load(const std::string& path_or_id, const LoadOptions& options = {});
 
   const ModelInfo& info() const;
+
+  // All weights, in the model's order.
+  std::vector<Weight> weights() const;
 
   // Of all calls since the model was loaded that have returned.
   AttentionStats attention_stats() const;
@@ -129,6 +153,13 @@ class Model {
   // shifted; a negative label gives 0.
   void loss(const Batch& batch, std::span<const std::int32_t> labels,
             std::span<State* const> states, std::span<float> loss) const;
+
+  // The loss of whole sequences, which begin from new states, and the gradient of its mean over the
+  // labels that are not negative, for every trained parameter. Throws Error unless the weights are
+  // kept as float32 (LoadOptions::dtype).
+  void loss_and_gradients(const Batch& batch, std::span<const std::int32_t> labels,
+                          std::span<float> loss, const GradientSink& sink,
+                          const GradientOptions& options = {}) const;
 
  private:
   struct Impl;

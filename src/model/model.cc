@@ -15,7 +15,9 @@
 #include "io/file.h"
 #include "io/json.h"
 #include "io/safetensors.h"
+#include "model/gradients.h"
 #include "model/loader.h"
+#include "model/quantize.h"
 #include "model/registry.h"
 #include "model/state_file.h"
 #include "ops/cross_entropy.h"
@@ -116,7 +118,10 @@ struct Model::Impl {
     std::unique_ptr<Context> context_;
   };
 
+  void check(const Batch& batch) const;
   std::vector<SequenceState*> check(const Batch& batch, std::span<State* const> states) const;
+  void check_labels(const Batch& batch, std::span<const std::int32_t> labels,
+                    std::span<const float> loss) const;
 
   // on_piece(first_row, hidden [n, C]) for successive pieces of the packed batch, hidden before the
   // final norm.
@@ -147,6 +152,7 @@ struct Model::Impl {
   std::string hash_;
 
  private:
+  static io::JsonObject read_config(const std::string& directory, const std::string& text);
   void fill_info(const std::string& directory);
 };
 
@@ -154,10 +160,17 @@ Model::Impl::Impl(const std::string& directory, const LoadOptions& options)
     : threads_(options.threads),
       checkpoint_(io::Checkpoint::open(directory)),
       config_text_(io::read_text_file(directory + "/config.json", kMaxConfigBytes)),
-      config_(io::JsonObject::parse(config_text_, directory + "/config.json")),
+      config_(read_config(directory, config_text_)),
       lm_(build_model(config_)),
       buffers_(bind_params(lm_, checkpoint_, options.dtype, threads_)) {
   fill_info(directory);
+}
+
+// Before the model is built: a scheme that is not known explains tensors that are missing.
+io::JsonObject Model::Impl::read_config(const std::string& directory, const std::string& text) {
+  io::JsonObject config = io::JsonObject::parse(text, directory + "/config.json");
+  check_quantization(config);
+  return config;
 }
 
 void Model::Impl::fill_info(const std::string& directory) {
@@ -201,8 +214,7 @@ void Model::Impl::fill_info(const std::string& directory) {
   }
 }
 
-std::vector<SequenceState*> Model::Impl::check(const Batch& batch,
-                                               std::span<State* const> states) const {
+void Model::Impl::check(const Batch& batch) const {
   const auto tokens = static_cast<std::int64_t>(batch.input_ids.size());
   const std::span<const std::int64_t> cu = batch.cu_seqlens;
   if (cu.size() < 2 || cu.front() != 0 || cu.back() != tokens) {
@@ -218,8 +230,13 @@ std::vector<SequenceState*> Model::Impl::check(const Batch& batch,
            info_.vocab_size);
     }
   }
-  if (states.size() + 1 != cu.size()) {
-    fail("batch: {} states for {} sequences", states.size(), cu.size() - 1);
+}
+
+std::vector<SequenceState*> Model::Impl::check(const Batch& batch,
+                                               std::span<State* const> states) const {
+  check(batch);
+  if (states.size() + 1 != batch.cu_seqlens.size()) {
+    fail("batch: {} states for {} sequences", states.size(), batch.cu_seqlens.size() - 1);
   }
   std::vector<SequenceState*> sequences;
   sequences.reserve(states.size());
@@ -236,6 +253,20 @@ std::vector<SequenceState*> Model::Impl::check(const Batch& batch,
     fail("batch: two sequences share a state");
   }
   return sequences;
+}
+
+void Model::Impl::check_labels(const Batch& batch, std::span<const std::int32_t> labels,
+                               std::span<const float> loss) const {
+  if (labels.size() != batch.input_ids.size() || loss.size() != labels.size()) {
+    fail("loss: {} ids, {} labels and room for {} losses", batch.input_ids.size(), labels.size(),
+         loss.size());
+  }
+  for (std::size_t t = 0; t < labels.size(); ++t) {
+    if (labels[t] >= info_.vocab_size) {
+      fail("labels: id {} at position {} is out of range, the vocabulary has {} entries", labels[t],
+           t, info_.vocab_size);
+    }
+  }
 }
 
 template <typename OnPiece>
@@ -335,6 +366,20 @@ const ModelInfo& Model::info() const {
   return impl_->info_;
 }
 
+std::vector<Weight> Model::weights() const {
+  std::vector<Weight> weights;
+  impl_->lm_.visit_params([&](const std::string& name, const Param& param) {
+    Weight& weight = weights.emplace_back();
+    weight.name = name;
+    weight.dtype = param.value.dtype;
+    for (int i = 0; i < param.shape.rank(); ++i) weight.shape.push_back(param.shape[i]);
+    weight.data = param.value.data;
+    weight.bytes = bytes_of(param.value.dtype, param.value.shape);
+    weight.trainable = param.trainable;
+  });
+  return weights;
+}
+
 AttentionStats Model::attention_stats() const {
   const std::scoped_lock lock(impl_->contexts_mutex_);
   return impl_->attention_stats_;
@@ -417,16 +462,7 @@ void Model::logits(const Batch& batch, std::span<State* const> states, const Log
 void Model::loss(const Batch& batch, std::span<const std::int32_t> labels,
                  std::span<State* const> states, std::span<float> loss) const {
   const std::vector<SequenceState*> sequences = impl_->check(batch, states);
-  if (labels.size() != batch.input_ids.size() || loss.size() != labels.size()) {
-    fail("loss: {} ids, {} labels and room for {} losses", batch.input_ids.size(), labels.size(),
-         loss.size());
-  }
-  for (std::size_t t = 0; t < labels.size(); ++t) {
-    if (labels[t] >= info().vocab_size) {
-      fail("labels: id {} at position {} is out of range, the vocabulary has {} entries", labels[t],
-           t, info().vocab_size);
-    }
-  }
+  impl_->check_labels(batch, labels, loss);
   Impl::Lease lease(*impl_);
   Context& ctx = *lease;
   impl_->run(ctx, batch, sequences, [&](std::int64_t first_row, const TensorView& hidden) {
@@ -438,6 +474,30 @@ void Model::loss(const Batch& batch, std::span<const std::int32_t> labels,
           {.logits = logits, .labels = labels.subspan(at, rows), .loss = loss.subspan(at, rows)});
     });
   });
+}
+
+void Model::loss_and_gradients(const Batch& batch, std::span<const std::int32_t> labels,
+                               std::span<float> loss, const GradientSink& sink,
+                               const GradientOptions& options) const {
+  impl_->check(batch);
+  impl_->check_labels(batch, labels, loss);
+  impl_->lm_.visit_params([](const std::string& name, const Param& param) {
+    if (param.value.dtype == DType::kF32) return;
+    fail("gradients: tensor '{}' is kept as {}; load the model with dtype float32", name,
+         name_of(param.value.dtype));
+  });
+  const auto counted = std::count_if(labels.begin(), labels.end(), [](auto id) { return id >= 0; });
+  const float scale = counted > 0 ? 1 / static_cast<float>(counted) : 0;
+  Gradients gradients(impl_->lm_);
+  Impl::Lease lease(*impl_);
+  impl_->lm_.forward_backward(*lease, batch.input_ids, Sequences(batch.cu_seqlens), labels, scale,
+                              loss, gradients, {.recompute = options.recompute});
+  for (const Gradients::Entry& entry : gradients.entries()) {
+    const Shape& shape = entry.param->shape;
+    std::vector<std::int64_t> dims;
+    for (int i = 0; i < shape.rank(); ++i) dims.push_back(shape[i]);
+    sink(entry.name, dims, {entry.value.f32(), static_cast<std::size_t>(shape.size())});
+  }
 }
 
 }  // namespace deltafox

@@ -35,6 +35,11 @@ ConstTensorView rows_of(const ConstTensorView& tensor, std::int64_t begin, std::
           vector ? Shape{count} : Shape{count, columns}};
 }
 
+TensorView rows_of(const TensorView& tensor, std::int64_t begin, std::int64_t count) {
+  const ConstTensorView rows = rows_of(ConstTensorView(tensor), begin, count);
+  return {const_cast<void*>(rows.data), rows.dtype, rows.shape};
+}
+
 TensorView copy_of(ScratchScope& scratch, const ConstTensorView& from) {
   const TensorView to = scratch.tensor(from.shape);
   std::memcpy(to.data, from.data, static_cast<std::size_t>(from.shape.size()) * sizeof(float));

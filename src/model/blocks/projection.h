@@ -26,6 +26,7 @@ Param depthwise_convolution(std::int64_t channels, std::int64_t width);
 
 // Rows [begin, begin + count) of a matrix, or as many elements of a vector.
 ConstTensorView rows_of(const ConstTensorView& tensor, std::int64_t begin, std::int64_t count);
+TensorView rows_of(const TensorView& tensor, std::int64_t begin, std::int64_t count);
 
 // No data for a weight that a block lacks.
 inline ConstTensorView value_of(const std::optional<Param>& param) {
