@@ -421,7 +421,54 @@ __global__ void __launch_bounds__(kStepThreads) delta_rule_step_kernel(const Del
   }
 }
 
+constexpr int kArgmaxThreads = 1024;
+
+// A thread block a row.
+__global__ void __launch_bounds__(kArgmaxThreads)
+    greedy_token_kernel(const float* logits, int vocab, std::int32_t* ids, std::int32_t* counts,
+                        volatile std::int32_t* history, int capacity) {
+  __shared__ float values[32];
+  __shared__ int indices[32];
+  wait_for_input();
+  const int b = static_cast<int>(blockIdx.x);
+  const float* row = logits + static_cast<std::int64_t>(b) * vocab;
+  float best = -INFINITY;
+  int index = vocab;
+  const auto take = [&](float value, int i) {
+    if (value > best || (value == best && i < index)) best = value, index = i;
+  };
+  for (int i = static_cast<int>(threadIdx.x); i < vocab; i += kArgmaxThreads) take(row[i], i);
+  const auto over_warp = [&] {
+#pragma unroll
+    for (int offset = 16; offset > 0; offset /= 2) {
+      const float value = __shfl_xor_sync(0xffffffff, best, offset);
+      const int i = __shfl_xor_sync(0xffffffff, index, offset);
+      take(value, i);
+    }
+  };
+  over_warp();
+  if (threadIdx.x % 32 == 0) values[threadIdx.x / 32] = best, indices[threadIdx.x / 32] = index;
+  __syncthreads();
+  if (threadIdx.x >= 32) return;
+  best = values[threadIdx.x];
+  index = indices[threadIdx.x];
+  over_warp();
+  if (threadIdx.x != 0) return;
+  ids[b] = min(index, vocab - 1);  // a row of NaN has none
+  const int count = counts[b];
+  counts[b] = count + 1;
+  if (count < capacity) history[count * static_cast<int>(gridDim.x) + b] = index;
+}
+
 }  // namespace
+
+void greedy_token(Context& ctx, const GreedyTokenArgs& args) {
+  launch_dependent(
+      ctx, "greedy_token", greedy_token_kernel, dim3(static_cast<unsigned>(args.logits.shape[0])),
+      kArgmaxThreads, 0, args.logits.f32(), static_cast<int>(args.logits.shape[1]),
+      static_cast<std::int32_t*>(args.ids.data), static_cast<std::int32_t*>(args.counts.data),
+      static_cast<volatile std::int32_t*>(args.history), static_cast<int>(args.capacity));
+}
 
 void step_linear(Context& ctx, const StepLinearArgs& args) {
   Params p{};

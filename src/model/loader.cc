@@ -4,6 +4,7 @@
 #include <string>
 
 #include "core/context.h"
+#include "core/device.h"
 #include "core/error.h"
 #include "core/float_convert.h"
 #include "core/quantized.h"
@@ -129,6 +130,26 @@ std::vector<Tensor> bind_params(CausalLM& model, const io::Checkpoint& checkpoin
     }
   }
   return buffers;
+}
+
+Tensor place_on_gpu(CausalLM& model, ThreadPool& threads) {
+  constexpr std::size_t kAlignment = 256;
+  const auto padded = [](const Param& param) {
+    const std::size_t bytes = bytes_of(param.value.dtype, param.shape);
+    return (bytes + kAlignment - 1) / kAlignment * kAlignment;
+  };
+  std::size_t total = 0;
+  model.visit_params([&](const std::string&, const Param& param) { total += padded(param); });
+  Tensor memory(DType::kU8, {static_cast<std::int64_t>(total)}, Device::kCuda);
+  auto* to = static_cast<std::byte*>(memory.view().data);
+  std::vector<cuda::Piece> pieces;
+  model.visit_params([&](const std::string&, Param& param) {
+    pieces.push_back({to, param.value.data, bytes_of(param.value.dtype, param.shape)});
+    param.value.data = to;
+    to += padded(param);
+  });
+  cuda::upload(threads, pieces);
+  return memory;
 }
 
 }  // namespace deltafox

@@ -30,6 +30,14 @@ void step_linear(Context& ctx, const StepLinearArgs& args) {
   cuda::step_linear(ctx, args);
 }
 
+void greedy_token(Context& ctx, const GreedyTokenArgs& args) {
+  require_gpu(ctx, "greedy_token");
+  const std::int64_t rows = args.logits.shape[0];
+  check("greedy_token", "ids", args.ids, {rows}, DType::kI32);
+  check("greedy_token", "counts", args.counts, {rows}, DType::kI32);
+  cuda::greedy_token(ctx, args);
+}
+
 void delta_rule_step(Context& ctx, const DeltaRuleStepArgs& args) {
   require_gpu(ctx, "delta_rule_step");
   const Shape heads{args.q.shape[0], args.q.shape[1], kStepHeadDim};

@@ -12,6 +12,9 @@
 // delta_rule_step: delta_rule (ops/delta_rule.h) of one token a sequence, with
 // q and k of length one first: q · rsqrt(Σq² + 1e-6).
 //
+// greedy_token: the first index of the largest logit of each row. It becomes the sequence's id, and
+// for the host to see, history[count · B + b], count being how many calls there were before.
+//
 // Sums do not depend on B.
 #pragma once
 
@@ -51,11 +54,21 @@ struct DeltaRuleStepArgs {
   TensorView o;                    // [B, H, 128] F32
 };
 
+struct GreedyTokenArgs {
+  ConstTensorView logits;  // [B, N] F32
+  TensorView ids;          // [B] I32
+  TensorView counts;       // [B] I32, += 1
+  std::int32_t* history;   // [capacity, B] as of cuda::allocate_shared
+  std::int64_t capacity;   // what is beyond is not written
+};
+
 namespace ops {
+void greedy_token(Context& ctx, const GreedyTokenArgs& args);
 void step_linear(Context& ctx, const StepLinearArgs& args);
 void delta_rule_step(Context& ctx, const DeltaRuleStepArgs& args);
 }  // namespace ops
 namespace cuda {
+void greedy_token(Context& ctx, const GreedyTokenArgs& args);
 void step_linear(Context& ctx, const StepLinearArgs& args);
 void delta_rule_step(Context& ctx, const DeltaRuleStepArgs& args);
 }  // namespace cuda
