@@ -227,8 +227,11 @@ const void* Stream::upload(std::span<const std::byte> bytes) {
   if (capturing_) fail("CUDA: an upload of {} bytes while a graph is captured", bytes.size());
   if (size > kUploadBytes) fail("CUDA: an upload of {} bytes exceeds {}", size, kUploadBytes);
   if (uploads_device_ == nullptr) {
-    check(cudaMalloc(&uploads_device_, kUploadBytes), "cudaMalloc");
-    check(cudaMallocHost(&uploads_host_, kUploadBytes), "cudaMallocHost");
+    void* memory = nullptr;
+    check(cudaMalloc(&memory, kUploadBytes), "cudaMalloc");
+    uploads_device_ = static_cast<std::byte*>(memory);
+    check(cudaMallocHost(&memory, kUploadBytes), "cudaMallocHost");
+    uploads_host_ = static_cast<std::byte*>(memory);
   }
   if (uploads_used_ + size > kUploadBytes) {
     synchronize();
