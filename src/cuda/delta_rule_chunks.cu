@@ -670,15 +670,6 @@ __device__ void walk_maps(const ChunkParams& p, const Segment& segment, int head
 
 // ---- Kernels ----------------------------------------------------------------------------------
 
-template <int kRegisters>
-__device__ void take_registers() {
-  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
-}
-template <int kRegisters>
-__device__ void give_registers() {
-  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
-}
-
 template <class Products, int kKeys, bool kMaps>
 __global__ void __launch_bounds__((kThreads<Products, kMaps>), 1)
     delta_rule_chunks(const __grid_constant__ ChunkParams p) {

@@ -163,6 +163,17 @@ __device__ inline void group_sync(int id) {
   asm volatile("bar.sync %0, 128;" ::"r"(id) : "memory");
 }
 
+// Moves registers between warp groups that do different work (sm_90a). Their sum over all groups
+// must not exceed what the block was launched with.
+template <int kRegisters>
+__device__ inline void take_registers() {
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
+}
+template <int kRegisters>
+__device__ inline void give_registers() {
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
+}
+
 struct WarpProducts {
   static constexpr bool kGroup = false;
 
