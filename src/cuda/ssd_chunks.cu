@@ -27,7 +27,7 @@ struct ChunkParams {
 };
 
 // What a warp group's head needs of a chunk besides its tiles.
-struct Decays {
+struct alignas(16) Decays {
   float lambda[kChunk];
   float into[kChunk];    // e^λ_t: of the state before the chunk
   float weight[kChunk];  // Δ_s

@@ -98,10 +98,14 @@ __device__ inline void mma_bf16(float (&d)[4], const std::uint32_t (&a)[4], std:
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
+// Rounded to TF32 when its last 13 bits, which products ignore, are cut off.
 __device__ inline float to_tf32(float x) {
-  std::uint32_t bits;
-  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(bits) : "f"(x));
-  return __uint_as_float(bits);
+  return __uint_as_float(__float_as_uint(x) + 0x1000U);
+}
+
+// A value that all lanes share, in a register that the warp shares.
+__device__ inline int uniform(int value) {
+  return __shfl_sync(0xffffffffU, value, 0);
 }
 
 // d += a b for a [16,8] and b [8,8], rounded to TF32
