@@ -742,20 +742,19 @@ __device__ void split(float x, float y, std::uint32_t& high, std::uint32_t& low)
 constexpr int kJoinRows = 32;
 constexpr int kJoinThreads = 256;
 
-template <int kKeys>
+template <int kKeys, int kMaps>  // so many maps in use or under way
 struct JoinLayout {
   static constexpr int kMapStride = kKeys + 4;    // floats
   static constexpr int kStateStride = kKeys + 8;  // bfloat16
   static constexpr int kMapBytes = kKeys * kMapStride * 4;
   static constexpr int kHalfBytes = kJoinRows * kStateStride * 2;
-  static constexpr int kMaps = 3;  // in use or under way
   static constexpr int kBytes = kMaps * kMapBytes + 2 * kHalfBytes;
 };
 
-template <int kKeys>
+template <int kKeys, int kMaps>
 __global__ void __launch_bounds__(kJoinThreads)
     join_segments(const __grid_constant__ ChunkParams p) {
-  using L = JoinLayout<kKeys>;
+  using L = JoinLayout<kKeys, kMaps>;
   constexpr int kColumns = kKeys / 8;  // of a warp
   constexpr int kTiles = kColumns / 8;
   extern __shared__ unsigned char shared[];
@@ -792,7 +791,7 @@ __global__ void __launch_bounds__(kJoinThreads)
   const auto load_m = [&](int hop) {
     if (hop < hops) {
       const float* from = map(hop + 1) + kValues * kKeys;
-      const std::uint32_t to = shared_address(shared + hop % L::kMaps * L::kMapBytes);
+      const std::uint32_t to = shared_address(shared + hop % kMaps * L::kMapBytes);
       for (int i = threadIdx.x; i < kKeys * kKeys / 4; i += kJoinThreads) {
         copy_piece_async(to + (i / (kKeys / 4) * L::kMapStride + i % (kKeys / 4) * 4) * 4,
                          from + 4 * i, true);
@@ -800,7 +799,7 @@ __global__ void __launch_bounds__(kJoinThreads)
     }
     commit_copies();
   };
-  unsigned char* high_half = shared + L::kMaps * L::kMapBytes;
+  unsigned char* high_half = shared + kMaps * L::kMapBytes;
   unsigned char* low_half = high_half + L::kHalfBytes;
   const auto store_halves = [&](const float(&s)[2][kTiles][4]) {
 #pragma unroll
@@ -820,13 +819,13 @@ __global__ void __launch_bounds__(kJoinThreads)
 
   float d[2][kTiles][4];
   float n[2][kTiles][4];
-  load_m(0);
-  load_m(1);
+#pragma unroll
+  for (int hop = 0; hop < kMaps - 1; ++hop) load_m(hop);
   load_n(d, 0);
   store_halves(d);
   load_n(n, 1);
   for (int hop = 0; hop < hops; ++hop) {
-    load_m(hop + 2);
+    load_m(hop + kMaps - 1);
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
 #pragma unroll
@@ -836,9 +835,9 @@ __global__ void __launch_bounds__(kJoinThreads)
       }
     }
     if (hop + 1 < hops) load_n(n, hop + 2);
-    wait_copies<2>();
+    wait_copies<kMaps - 1>();
     __syncthreads();
-    const auto* m = reinterpret_cast<const float*>(shared + hop % L::kMaps * L::kMapBytes);
+    const auto* m = reinterpret_cast<const float*>(shared + hop % kMaps * L::kMapBytes);
 #pragma unroll 2
     for (int k = 0; k < kKeys / 16; ++k) {
       std::uint32_t a[2][2][4];  // tile, half
@@ -917,18 +916,27 @@ void launch_walk(ChunkParams params, const Card& card, int most_stages, cudaStre
   check_launch("delta_rule");
 }
 
+template <int kKeys, int kMaps>
+void launch_join(const ChunkParams& params, cudaStream_t stream) {
+  constexpr int kBytes = JoinLayout<kKeys, kMaps>::kBytes;
+  const auto kernel = join_segments<kKeys, kMaps>;
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes),
+        "cudaFuncSetAttribute");
+  const int value_blocks = (params.problem.value_dim + kJoinRows - 1) / kJoinRows;
+  kernel<<<dim3(value_blocks, params.problem.heads, params.batch.count), kJoinThreads, kBytes,
+           stream>>>(params);
+  check_launch("join_segments");
+}
+
 template <class Products, int kKeys>
 void launch(const ChunkParams& params, const Card& card, cudaStream_t stream) {
   if (params.batch.maps > 0) {
     launch_walk<Products, kKeys, true>(params, card, 4, stream);
-    constexpr int kBytes = JoinLayout<kKeys>::kBytes;
-    const auto kernel = join_segments<kKeys>;
-    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes),
-          "cudaFuncSetAttribute");
-    const int value_blocks = (params.problem.value_dim + kJoinRows - 1) / kJoinRows;
-    kernel<<<dim3(value_blocks, params.problem.heads, params.batch.count), kJoinThreads, kBytes,
-             stream>>>(params);
-    check_launch("join_segments");
+    if (card.shared_bytes >= JoinLayout<kKeys, 3>::kBytes) {
+      launch_join<kKeys, 3>(params, stream);
+    } else {
+      launch_join<kKeys, 2>(params, stream);
+    }
   }
   launch_walk<Products, kKeys, false>(params, card, 3, stream);
 }
@@ -949,7 +957,7 @@ int delta_rule_segments(const DeltaRuleProblem& problem, int length, int multipr
   constexpr int kLeastChunks = 16;
   const int chunks = (length + kChunk - 1) / kChunk;
   if (problem.value_dim > kValues || chunks < 5 * kLeastChunks) return 1;
-  if (card().shared_bytes < JoinLayout<128>::kBytes) return 1;
+  if (card().shared_bytes < JoinLayout<128, 2>::kBytes) return 1;
   return std::clamp(multiprocessors / problem.heads, 1, chunks / kLeastChunks);
 }
 
