@@ -114,13 +114,14 @@ void CausalLM::split_gate_and_up() {
   }
 }
 
-SequenceState CausalLM::new_state(Device device) const {
+SequenceState CausalLM::new_state(Device device, DType activation_dtype) const {
   SequenceState state;
   state.device = device;
   state.layers.reserve(layers_.size());
   for (const Layer& layer : layers_) {
     state.layers.push_back(std::visit(
-        [&](const auto& mixer) -> MixerState { return mixer.new_state(device); }, layer.mixer));
+        [&](const auto& mixer) -> MixerState { return mixer.new_state(device, activation_dtype); },
+        layer.mixer));
   }
   return state;
 }

@@ -105,7 +105,7 @@ class CausalLM {
   // Whether forward does the same launches for every token: no layer's memory grows.
   bool replayable() const;
 
-  SequenceState new_state(Device device = Device::kCpu) const;
+  SequenceState new_state(Device device = Device::kCpu, DType activation_dtype = DType::kF32) const;
 
   // Before weights are bound: expects the MLPs' gate and up as matrices of their own.
   void split_gate_and_up();

@@ -200,9 +200,7 @@ Model::Impl::Impl(const std::string& directory, const LoadOptions& options)
   }
   buffers_ = bind_params(lm_, checkpoint_, dtype, threads_);
   if (device_ == Device::kCuda) {
-    Tensor placed = place_on_gpu(lm_, threads_);
-    buffers_.clear();
-    buffers_.push_back(std::move(placed));
+    buffers_ = place_on_gpu(lm_, threads_);
   }
   fill_info(directory);
 }
@@ -508,7 +506,8 @@ AttentionStats Model::attention_stats() const {
 }
 
 State Model::new_state() const {
-  State state(std::make_unique<State::Impl>(State::Impl{impl_->lm_.new_state(impl_->device_)}));
+  State state(std::make_unique<State::Impl>(
+      State::Impl{impl_->lm_.new_state(impl_->device_, impl_->activation_dtype_)}));
   state.impl().sequence.model_id = impl_->id_;
   return state;
 }
@@ -619,16 +618,13 @@ void Model::loss(const Batch& batch, std::span<const std::int32_t> labels,
   impl_->check_labels(batch, labels, loss);
   Impl::Lease lease(*impl_);
   Context& ctx = *lease;
-  Context host_ctx(impl_->threads_);  // losses are few numbers, wanted on the host
-  std::vector<float> host;
   impl_->run(ctx, batch, sequences, [&](std::int64_t first_row, const TensorView& hidden) {
     impl_->each_logits(ctx, first_row, hidden, [&](std::int64_t row, const TensorView& logits) {
       const auto at = static_cast<std::size_t>(row);
       const auto rows = static_cast<std::size_t>(logits.shape[0]);
-      const ConstTensorView rows_on_host(on_host(ctx, logits, host), DType::kF32, logits.shape);
-      ops::cross_entropy(host_ctx, {.logits = rows_on_host,
-                                    .labels = labels.subspan(at, rows),
-                                    .loss = loss.subspan(at, rows)});
+      ops::cross_entropy(
+          ctx,
+          {.logits = logits, .labels = labels.subspan(at, rows), .loss = loss.subspan(at, rows)});
     });
   });
 }

@@ -137,22 +137,11 @@ TEST_P(CudaModel, RecordedGreedyStepsEqualStepsAndSavedStatesGoOn) {
   }
 }
 
-std::vector<std::string> recurrent_models() {
-  std::vector<std::string> names;
-  for (const std::string& name : Golden::cases()) {
-    if (name.starts_with("delta_net") || name.starts_with("mamba2") || name.starts_with("hgrn2")) {
-      names.push_back(name);
-    }
-  }
-  return names;
-}
-
-INSTANTIATE_TEST_SUITE_P(Golden, CudaModel, testing::ValuesIn(recurrent_models()),
-                         [](const auto& p) {
-                           std::string name = p.param;
-                           std::replace(name.begin(), name.end(), '-', '_');
-                           return name;
-                         });
+INSTANTIATE_TEST_SUITE_P(Golden, CudaModel, testing::ValuesIn(Golden::cases()), [](const auto& p) {
+  std::string name = p.param;
+  std::replace(name.begin(), name.end(), '-', '_');
+  return name;
+});
 
 }  // namespace
 }  // namespace deltafox

@@ -81,7 +81,7 @@ AttentionMixer::AttentionMixer(const Config& config)
   if (config.use_output_norm) weights_.output_norm = Param::vector({query_dim}, Init::constant(1));
 }
 
-AttentionMixer::State AttentionMixer::new_state(Device device) const {
+AttentionMixer::State AttentionMixer::new_state(Device device, DType activation_dtype) const {
   const bool gated = config_.forget_gate != ForgetGate::kNone;
   State state{.k_shift = {},
               .v_shift = {},
@@ -90,7 +90,9 @@ AttentionMixer::State AttentionMixer::new_state(Device device) const {
                                 .gate_heads = gated ? config_.num_heads : 0,
                                 .key_norms = gated && config_.log_pruning_tolerance &&
                                              config_.qk_norm == QkNorm::kNone,
-                                .window = config_.window_size})};
+                                .window = config_.window_size,
+                                .device = device,
+                                .dtype = activation_dtype})};
   const Shape row{config_.num_kv_heads, config_.head_dim};
   if (config_.use_k_shift) state.k_shift = Tensor(DType::kF32, row, device);
   if (config_.use_v_shift) state.v_shift = Tensor(DType::kF32, row, device);
@@ -155,8 +157,8 @@ std::span<const float> AttentionMixer::score_bounds(ScratchScope& scratch) const
   const std::span<float> bounds = scratch.array<float>(config_.num_heads);
   for (std::int64_t h = 0; h < config_.num_heads; ++h) {
     bounds[static_cast<std::size_t>(h)] =
-        root * greatest(weights_.q_norm->value, h, config_.head_dim) *
-        greatest(weights_.k_norm->value, h / group, config_.head_dim);
+        root * greatest(weights_.q_norm->on_host(), h, config_.head_dim) *
+        greatest(weights_.k_norm->on_host(), h / group, config_.head_dim);
   }
   return bounds;
 }

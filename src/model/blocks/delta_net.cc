@@ -35,7 +35,7 @@ DeltaNetMixer::DeltaNetMixer(const Config& config)
   }
 }
 
-DeltaNetMixer::State DeltaNetMixer::new_state(Device device) const {
+DeltaNetMixer::State DeltaNetMixer::new_state(Device device, DType /*activation_dtype*/) const {
   State state;
   if (config_.use_short_conv) {
     state.q_conv = Tensor(DType::kF32, {config_.key_dim, config_.conv_size}, device);

@@ -74,7 +74,7 @@ class DeltaNetMixer {
 
   explicit DeltaNetMixer(const Config& config);
 
-  State new_state(Device device = Device::kCpu) const;
+  State new_state(Device device = Device::kCpu, DType activation_dtype = DType::kF32) const;
 
   // hidden [T, C] += mixer(x [T, C]), continuing each sequence from its state; x may be hidden with
   // norm_first.

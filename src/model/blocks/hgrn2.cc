@@ -29,7 +29,7 @@ Hgrn2Mixer::Hgrn2Mixer(const Config& config)
   }
 }
 
-Hgrn2Mixer::State Hgrn2Mixer::new_state(Device device) const {
+Hgrn2Mixer::State Hgrn2Mixer::new_state(Device device, DType /*activation_dtype*/) const {
   State state;
   if (config_.use_short_conv) {
     state.q_conv = Tensor(DType::kF32, {weights_.q_proj.shape[0], config_.conv_size}, device);

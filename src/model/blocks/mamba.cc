@@ -36,7 +36,7 @@ MambaMixer::MambaMixer(const Config& config)
   }
 }
 
-MambaMixer::State MambaMixer::new_state(Device device) const {
+MambaMixer::State MambaMixer::new_state(Device device, DType /*activation_dtype*/) const {
   return {.conv = Tensor(DType::kF32, {config_.inner_size, config_.conv_size}, device),
           .ssm = Tensor(DType::kF32, {config_.state_size, config_.inner_size}, device)};
 }

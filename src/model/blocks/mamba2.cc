@@ -35,7 +35,7 @@ Mamba2Mixer::Mamba2Mixer(const Config& config)
   }
 }
 
-Mamba2Mixer::State Mamba2Mixer::new_state(Device device) const {
+Mamba2Mixer::State Mamba2Mixer::new_state(Device device, DType /*activation_dtype*/) const {
   return {.conv = Tensor(DType::kF32, {config_.conv_channels(), config_.conv_size}, device),
           .ssm = Tensor(DType::kF32, {config_.num_heads, config_.state_size, config_.head_dim},
                         device)};
