@@ -9,7 +9,6 @@
 // the L2 cache.
 #include <cuda_bf16.h>
 
-#include "core/error.h"
 #include "cuda/launch.cuh"
 #include "cuda/rows.cuh"
 #include "ops/step.h"
