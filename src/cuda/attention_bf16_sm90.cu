@@ -5,12 +5,15 @@
 // (c_ref − c_j)·√D, c the gates' running sums and c_ref that before the tile's first query: what is
 // missing, c_i − c_ref, is the same for all keys of a query and cancels in the softmax. Then, while
 // the tensor cores already add up the weighted values of the keys before, the exponentials.
+#include <climits>
+
 #include "cuda/attention_kernels.cuh"
 #include "cuda/sm90.cuh"
 
-namespace deltafox::cuda {
+// Compiled for older architectures too, where the kernel is empty and all that it uses unused.
+#pragma nv_diag_suppress 177
 
-#if defined(__CUDA_ARCH_FEAT_SM90_ALL) || !defined(__CUDA_ARCH__)
+namespace deltafox::cuda {
 
 namespace {
 
@@ -166,8 +169,7 @@ class Producer {
     params_.tile_of(turn, tile_index, head);
     const AttentionTile tile = params_.tiles[tile_index];
     const KvSequence sequence = params_.sequences[tile.sequence];
-    const KeyTurns turns =
-        turns_of_tile<kDim>(tile, ranges_of<kDim>(params_, tile_index, head));
+    const KeyTurns turns = turns_of_tile<kDim>(tile, ranges_of<kDim>(params_, tile_index, head));
     const int g = params_.kv_head(head);
     const std::int64_t key_offset = params_.layout.keys(g);
     const std::int64_t value_offset = params_.layout.values(g);
@@ -199,8 +201,8 @@ class Producer {
         return ((reference_high - high) + (reference_low - low)) * to_scores;
       };
       *reinterpret_cast<float4*>(&shared_.decays[s][lane_ * 4]) = {
-          decay(now.high.x, now.low.x), decay(now.high.y, now.low.y),
-          decay(now.high.z, now.low.z), decay(now.high.w, now.low.w)};
+          decay(now.high.x, now.low.x), decay(now.high.y, now.low.y), decay(now.high.z, now.low.z),
+          decay(now.high.w, now.low.w)};
       __syncwarp();
       if (lane_ == 0) {
         barrier_arrive_expect(&shared_.keys_full[s], 2 * C::kHeadBytes);
@@ -405,9 +407,9 @@ class Consumer {
       const int row = first_row() + 8 * r;
       if (row >= tile.count) continue;
       const float scale = 1 / sum;
-      __nv_bfloat16* to =
-          static_cast<__nv_bfloat16*>(params_.o) +
-          (static_cast<std::int64_t>(tile.row + row) * params_.heads + head) * dim + lane_ % 4 * 2;
+      __nv_bfloat16* to = static_cast<__nv_bfloat16*>(params_.o) +
+                          (static_cast<std::int64_t>(tile.row + row) * params_.heads + head) * dim +
+                          lane_ % 4 * 2;
 #pragma unroll
       for (int n = 0; n < kDim / 8; ++n) {
         const float x = o[n * 4 + 2 * r] * scale;
@@ -451,10 +453,10 @@ class Consumer {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       const int row = first_row() + 8 * r;
-      begin_[r] = row < tile.count
-                      ? params_.begins[static_cast<std::int64_t>(head) * params_.tokens +
-                                       tile.row + row]
-                      : 0;
+      begin_[r] =
+          row < tile.count
+              ? params_.begins[static_cast<std::int64_t>(head) * params_.tokens + tile.row + row]
+              : 0;
       max_[r] = kMinusInfinity;
       sum_[r] = 0;
     }
@@ -523,8 +525,9 @@ class Consumer {
 };
 
 template <int kDim>
-__global__ __launch_bounds__(Config<kDim>::kThreads, 1) void attend(
-    const __grid_constant__ AttentionParams params) {
+__global__ __launch_bounds__(Config<kDim>::kThreads,
+                             1) void attend(const __grid_constant__ AttentionParams params) {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)  // elsewhere it is never launched
   using C = Config<kDim>;
   extern __shared__ std::byte memory[];
   auto& shared = *reinterpret_cast<Shared<kDim>*>(
@@ -552,13 +555,8 @@ __global__ __launch_bounds__(Config<kDim>::kThreads, 1) void attend(
     grow_registers<C::kRegisters>();
     Consumer<kDim>(params, shared, warpgroup).run();
   }
-}
-
-}  // namespace
-
 #endif
-
-namespace {
+}
 
 template <int kDim>
 void launch(const AttentionParams& params, int multiprocessors, cudaStream_t stream) {

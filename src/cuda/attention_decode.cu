@@ -1,7 +1,7 @@
 // Forgetting attention of one token a sequence. The keys are split at multiples of kSplitKeys of
 // their position, whatever the batch, so a query gets the same bits beside any neighbours. A thread
-// block takes one split of one head, a warp one page of it: it reads the page's keys and values once,
-// 16 bytes a lane. The last block of a head to finish adds the splits up, oldest first.
+// block takes one split of one head, a warp one page of it: it reads the page's keys and values
+// once, 16 bytes a lane. The last block of a head to finish adds the splits up, oldest first.
 #include "cuda/attention_kernels.cuh"
 
 namespace deltafox::cuda {
@@ -136,8 +136,12 @@ class Page {
   static constexpr int kKeyBatches = kChunks / kBatch;
   static constexpr int kValueBatches = kKeyBatches;
 
-  __device__ int key_dim(int i) const { return i * kKeyLanes + lane_ / kKeyChunks; }
-  __device__ int value_token(int i) const { return i * kValueLanes + lane_ / kValueChunks; }
+  __device__ int key_dim(int i) const {
+    return i * kKeyLanes + lane_ / kKeyChunks;
+  }
+  __device__ int value_token(int i) const {
+    return i * kValueLanes + lane_ / kValueChunks;
+  }
   __device__ void load_keys(uint4 (&to)[kBatch], int batch) const {
 #pragma unroll
     for (int i = 0; i < kBatch; ++i) {
@@ -147,8 +151,8 @@ class Page {
   __device__ void load_values(uint4 (&to)[kBatch], int batch) const {
 #pragma unroll
     for (int i = 0; i < kBatch; ++i) {
-      to[i] = load_chunk(values_ + value_chunk<T, kDim>(value_token(batch * kBatch + i),
-                                                        lane_ % kValueChunks));
+      to[i] = load_chunk(
+          values_ + value_chunk<T, kDim>(value_token(batch * kBatch + i), lane_ % kValueChunks));
     }
   }
 
@@ -203,8 +207,8 @@ __device__ bool pruned(const AttentionParams& params, const KvSequence& sequence
 }
 
 template <typename T, int kDim>
-__global__ __launch_bounds__(kWarps * 32) void decode(
-    const __grid_constant__ AttentionParams params) {
+__global__ __launch_bounds__(kWarps *
+                             32) void decode(const __grid_constant__ AttentionParams params) {
   __shared__ Shared<kDim> shared;
   const int index = static_cast<int>(blockIdx.z);
   const int head = static_cast<int>(blockIdx.y);

@@ -8,6 +8,9 @@
 
 namespace deltafox::cuda {
 
+// Shorter sequences take a mixer's recurrence instead of its chunks.
+constexpr int kLeastChunkedRows = 24;
+
 // launch(batch) for the sequences that are not empty and that `choose(length)` gives one or more
 // segments; `choose` must depend on nothing but the length, or results would depend on the batch.
 template <class Choose, class Launch>

@@ -40,6 +40,11 @@ struct SsdProblem {
   int head_dim;    // P
 };
 
+// Row by row.
 void launch_ssd(const SsdProblem& problem, const SequenceBatch& batch, cudaStream_t stream);
+
+// Chunks of 64 rows on the tensor cores: bfloat16, P a multiple of 64, N one of 8 up to 128.
+bool ssd_chunks_fit(const SsdProblem& problem);
+void launch_ssd_chunks(const SsdProblem& problem, const SequenceBatch& batch, cudaStream_t stream);
 
 }  // namespace deltafox::cuda

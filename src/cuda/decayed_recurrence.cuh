@@ -1,7 +1,7 @@
 // S ← diag(g) S + k vᵀ, o = Sᵀ q row by row, in float32: what GLA and Mamba-2's state space share.
 // A block owns one head of a sequence and 32 columns of its state, which stay in the registers of
-// 128 threads: four columns and every sixteenth row a thread. Outputs are summed over the rows in
-// batches of four tokens, one barrier each.
+// 128 threads: four columns of a sixteenth of the rows a thread. Outputs are summed over the rows
+// in batches of four tokens, one barrier each.
 //
 // A Source says where a head's rows lie:
 //   struct Row { q[kRows], k[kRows], g(i), v[4] } and load(token, head, row_group, column,
@@ -41,7 +41,7 @@ struct StateColumns {
     const int count = count_columns(column, columns);
 #pragma unroll
     for (int i = 0; i < kRows; ++i) {
-      const int r = i * kRowGroups + row_group;
+      const int r = row_group * kRows + i;
       load_four(s[i], state + static_cast<std::ptrdiff_t>(r) * columns + column,
                 r < rows ? count : 0);
     }
@@ -50,7 +50,7 @@ struct StateColumns {
     const int count = count_columns(column, columns);
 #pragma unroll
     for (int i = 0; i < kRows; ++i) {
-      const int r = i * kRowGroups + row_group;
+      const int r = row_group * kRows + i;
       if (r < rows) {
         store_four(state + static_cast<std::ptrdiff_t>(r) * columns + column, s[i], count);
       }

@@ -12,8 +12,6 @@
 namespace deltafox::cuda {
 namespace {
 
-// Shorter sequences take the recurrence.
-constexpr int kLeastChunkedRows = 24;
 constexpr int kLargestKeyDim = 256;
 
 }  // namespace
@@ -51,11 +49,14 @@ void delta_rule(Context& ctx, const DeltaRuleArgs& args) {
         float* maps = batch.maps == 0 ? nullptr : scratch.tensor({bytes / 4}).f32();
         launch_delta_rule_chunks(problem, batch, maps, stream_of(ctx));
       });
-  for_each_batch(
-      args.sequences, args.states, [&](int length) { return chunked(length) ? 0 : 1; },
-      [&](const SequenceBatch& batch) {
-        launch_delta_rule_recurrent(problem, batch, stream_of(ctx));
-      });
+  for (const bool single : {true, false}) {
+    for_each_batch(
+        args.sequences, args.states,
+        [&](int length) { return !chunked(length) && (length == 1) == single ? 1 : 0; },
+        [&](const SequenceBatch& batch) {
+          launch_delta_rule_recurrent(problem, batch, single, stream_of(ctx));
+        });
+  }
 }
 
 }  // namespace deltafox::cuda

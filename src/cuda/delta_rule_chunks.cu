@@ -208,22 +208,22 @@ __device__ Float* inverse_block(Float* blocks, int i, int m) {
   return blocks + (i * (i + 1) / 2 + m) * kInverseBlock;
 }
 
-// Replaces the 16×16 unit lower triangular block by its negated inverse: a lane solves for one
-// column.
+// Replaces the transpose of a 16×16 unit lower triangular block by the negated inverse of the
+// block: a lane solves for one column, and takes what it has found out of all rows below at once.
 __device__ void invert_diagonal(float* block, int column) {
   float x[16];
 #pragma unroll
-  for (int r = 0; r < 16; ++r) {
-    float sum = r == column ? 1.0F : 0.0F;
+  for (int r = 0; r < 16; ++r) x[r] = r == column ? 1.0F : 0.0F;
 #pragma unroll
-    for (int m = 0; m < r; m += 4) {
-      const float4 row = *reinterpret_cast<const float4*>(block + r * kInverseStride + m);
-      sum -= row.x * x[m];
-      if (m + 1 < r) sum -= row.y * x[m + 1];
-      if (m + 2 < r) sum -= row.z * x[m + 2];
-      if (m + 3 < r) sum -= row.w * x[m + 3];
+  for (int m = 0; m < 15; ++m) {
+#pragma unroll
+    for (int r = (m + 1) / 4 * 4; r < 16; r += 4) {
+      const float4 l = *reinterpret_cast<const float4*>(block + m * kInverseStride + r);
+      if (r > m) x[r] -= l.x * x[m];
+      if (r + 1 > m) x[r + 1] -= l.y * x[m];
+      if (r + 2 > m) x[r + 2] -= l.z * x[m];
+      x[r + 3] -= l.w * x[m];
     }
-    x[r] = sum;
   }
   __syncwarp();
 #pragma unroll
@@ -305,7 +305,7 @@ __device__ void prepare_chunks(const ChunkParams& p, const Segment& segment, int
   using L = Layout<Products, kKeys, kMaps>;
   const std::uint32_t barriers = shared_address(fixed + L::kBarriers);
   constexpr int kGroups = kPreparingGroups<Products, kMaps>;
-  const int group = (threadIdx.x - kStateThreads) / 128;
+  const int group = uniform((threadIdx.x - kStateThreads) / 128);
   float* blocks = reinterpret_cast<float*>(fixed + L::kInverse) + group * 10 * kInverseBlock;
   const Loader<Products, kKeys, kMaps> loader{p, segment, head, first_value,
                                               shared_address(stages)};
@@ -329,7 +329,7 @@ __device__ void prepare_chunks(const ChunkParams& p, const Segment& segment, int
   for (int c = group; c < segment.chunks; c += kGroups) {
     const int thread = read_thread() % 128;
     const int lane = thread % 32;
-    const int warp = thread / 32;
+    const int warp = uniform(thread / 32);
     const int stage = ring.stage;
     ring.advance(kGroups, p.stages);
     if (kGroups == 1 || ahead == 0) load(c + ahead);
@@ -357,12 +357,24 @@ __device__ void prepare_chunks(const ChunkParams& p, const Segment& segment, int
 #pragma unroll
       for (int j = 0; j < 8; ++j) {
         if (j < 2 * warp + 2) {
+          // The product is symmetric, which gives the diagonal block transposed for nothing.
+          const bool diagonal = j >= 2 * warp;
+          float2 low = make_float2(beta_low, beta_low);
+          float2 high = make_float2(beta_high, beta_high);
+          if (diagonal) {
+            low = *reinterpret_cast<const float2*>(beta + 8 * j + 2 * (lane % 4));
+            high = low;
+          }
+          low = make_float2(low.x * g[j][0], low.y * g[j][1]);
+          high = make_float2(high.x * g[j][2], high.y * g[j][3]);
+          if (!diagonal) {
+            low = make_float2(to_tf32(low.x), to_tf32(low.y));
+            high = make_float2(to_tf32(high.x), to_tf32(high.y));
+          }
           float* to = inverse_block(blocks, warp, j / 2) + lane / 4 * kInverseStride + j % 2 * 8 +
                       2 * (lane % 4);
-          *reinterpret_cast<float2*>(to) =
-              make_float2(to_tf32(beta_low * g[j][0]), to_tf32(beta_low * g[j][1]));
-          *reinterpret_cast<float2*>(to + 8 * kInverseStride) =
-              make_float2(to_tf32(beta_high * g[j][2]), to_tf32(beta_high * g[j][3]));
+          *reinterpret_cast<float2*>(to) = low;
+          *reinterpret_cast<float2*>(to + 8 * kInverseStride) = high;
         }
       }
       __syncwarp();
@@ -478,32 +490,39 @@ __device__ void load_values(float (&r)[8][4], std::uint32_t tile) {
 }
 
 // Oᵀ of this warp's columns through its own columns of the value tile to memory.
-__device__ void store_outputs(const float (&o)[8][4], std::uint32_t tile, int first_piece,
-                              float scale, bf16* out, int stride, int valid_rows,
-                              int valid_columns) {
-  const int lane = threadIdx.x % 32;
+__device__ void store_outputs(const float (&o)[8][4], std::uint32_t tile, const ChunkParams& p,
+                              const Segment& segment, int head, int first_value, int chunk) {
+  const int thread = read_thread();
+  const int lane = thread % 32;
+  const int warp = thread / 32;
 #pragma unroll
   for (int j = 0; j < 8; j += 2) {
-    const std::uint32_t m[4] = {pack(o[j][0] * scale, o[j][1] * scale),
-                                pack(o[j][2] * scale, o[j][3] * scale),
-                                pack(o[j + 1][0] * scale, o[j + 1][1] * scale),
-                                pack(o[j + 1][2] * scale, o[j + 1][3] * scale)};
+    const std::uint32_t m[4] = {pack(o[j][0] * p.scale, o[j][1] * p.scale),
+                                pack(o[j][2] * p.scale, o[j][3] * p.scale),
+                                pack(o[j + 1][0] * p.scale, o[j + 1][1] * p.scale),
+                                pack(o[j + 1][2] * p.scale, o[j + 1][3] * p.scale)};
     store_matrices_transposed(
-        tile + piece_offset(8 * (j + lane / 16) + lane % 8, first_piece + (lane / 8) % 2), m);
+        tile + piece_offset(lane / 16 * 8 + lane % 8, 2 * warp + (lane / 8) % 2) + j * 8 * 128, m);
   }
   __syncwarp();
-  const int piece = lane % 2;
+  const int values = read_again(p.problem.value_dim);
+  const int stride = read_again(p.problem.heads) * values;
+  const int column = first_value + 8 * (2 * warp + lane % 2);
+  const int first_row = chunk * kChunk + lane / 2;
+  bf16* out = static_cast<bf16*>(p.problem.o) +
+              static_cast<std::ptrdiff_t>(segment.begin + first_row) * stride + head * values +
+              column;
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
-    const int row = 16 * i + lane / 2;
     uint4 data;
     asm volatile("ld.shared.v4.u32 {%0,%1,%2,%3}, [%4];"
                  : "=r"(data.x), "=r"(data.y), "=r"(data.z), "=r"(data.w)
-                 : "r"(tile + piece_offset(row, first_piece + piece))
+                 : "r"(tile + piece_offset(lane / 2, 2 * warp + lane % 2) + i * 16 * 128)
                  : "memory");
-    if (row < valid_rows && 8 * piece < valid_columns) {
-      *reinterpret_cast<uint4*>(out + static_cast<std::ptrdiff_t>(row) * stride + 8 * piece) = data;
+    if (first_row + 16 * i < segment.rows && column < values) {
+      *reinterpret_cast<uint4*>(out) = data;
     }
+    out += 16 * static_cast<std::ptrdiff_t>(stride);
   }
 }
 
@@ -527,10 +546,6 @@ __device__ void walk_outputs(const ChunkParams& p, const Segment& segment, int h
     const std::size_t slot = segment.entry->first_map + segment.index - 1;
     load_transposed(s, p.maps + (slot * problem.heads + head) * map_floats(kKeys), row);
   }
-  const int stride = problem.heads * problem.value_dim;
-  const int column = first_value + 16 * warp;
-  bf16* out = static_cast<bf16*>(problem.o) + static_cast<std::ptrdiff_t>(segment.begin) * stride +
-              head * problem.value_dim + column;
   int stage = 0;
   int parity = 0;
   for (int c = 0; c < segment.chunks; ++c) {
@@ -567,9 +582,7 @@ __device__ void walk_outputs(const ChunkParams& p, const Segment& segment, int h
     Products::template wait<0>();
     Products::end(s);
     Products::end(o);
-    store_outputs(o, base + L::kV, 2 * warp, p.scale, out, stride, segment.rows - c * kChunk,
-                  problem.value_dim - column);
-    out += static_cast<std::ptrdiff_t>(kChunk) * stride;
+    store_outputs(o, base + L::kV, p, segment, head, first_value, c);
     __syncwarp();
     if (read_thread() % 32 == 0) barrier_arrive(barriers + (2 * stage + 1) * 8);
     if (++stage == p.stages) {
@@ -579,7 +592,7 @@ __device__ void walk_outputs(const ChunkParams& p, const Segment& segment, int h
   }
   if (segment.last) {
     store_state(s, segment.entry->state + state_offset, problem.key_dim, problem.value_dim,
-                first_value + row);
+                first_value + read_thread() / 32 * 16 + read_thread() % 32 / 4);
   }
 }
 
@@ -670,15 +683,6 @@ __device__ void walk_maps(const ChunkParams& p, const Segment& segment, int head
 
 // ---- Kernels ----------------------------------------------------------------------------------
 
-template <int kRegisters>
-__device__ void take_registers() {
-  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
-}
-template <int kRegisters>
-__device__ void give_registers() {
-  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
-}
-
 template <class Products, int kKeys, bool kMaps>
 __global__ void __launch_bounds__((kThreads<Products, kMaps>), 1)
     delta_rule_chunks(const __grid_constant__ ChunkParams p) {
@@ -738,19 +742,19 @@ __device__ void split(float x, float y, std::uint32_t& high, std::uint32_t& low)
 constexpr int kJoinRows = 32;
 constexpr int kJoinThreads = 256;
 
-template <int kKeys>
+template <int kKeys, int kMaps>  // so many maps in use or under way
 struct JoinLayout {
   static constexpr int kMapStride = kKeys + 4;    // floats
   static constexpr int kStateStride = kKeys + 8;  // bfloat16
   static constexpr int kMapBytes = kKeys * kMapStride * 4;
   static constexpr int kHalfBytes = kJoinRows * kStateStride * 2;
-  static constexpr int kBytes = 2 * kMapBytes + 2 * kHalfBytes;  // maps of two hops, S in halves
+  static constexpr int kBytes = kMaps * kMapBytes + 2 * kHalfBytes;
 };
 
-template <int kKeys>
+template <int kKeys, int kMaps>
 __global__ void __launch_bounds__(kJoinThreads)
     join_segments(const __grid_constant__ ChunkParams p) {
-  using L = JoinLayout<kKeys>;
+  using L = JoinLayout<kKeys, kMaps>;
   constexpr int kColumns = kKeys / 8;  // of a warp
   constexpr int kTiles = kColumns / 8;
   extern __shared__ unsigned char shared[];
@@ -787,7 +791,7 @@ __global__ void __launch_bounds__(kJoinThreads)
   const auto load_m = [&](int hop) {
     if (hop < hops) {
       const float* from = map(hop + 1) + kValues * kKeys;
-      const std::uint32_t to = shared_address(shared + hop % 2 * L::kMapBytes);
+      const std::uint32_t to = shared_address(shared + hop % kMaps * L::kMapBytes);
       for (int i = threadIdx.x; i < kKeys * kKeys / 4; i += kJoinThreads) {
         copy_piece_async(to + (i / (kKeys / 4) * L::kMapStride + i % (kKeys / 4) * 4) * 4,
                          from + 4 * i, true);
@@ -795,7 +799,7 @@ __global__ void __launch_bounds__(kJoinThreads)
     }
     commit_copies();
   };
-  unsigned char* high_half = shared + 2 * L::kMapBytes;
+  unsigned char* high_half = shared + kMaps * L::kMapBytes;
   unsigned char* low_half = high_half + L::kHalfBytes;
   const auto store_halves = [&](const float(&s)[2][kTiles][4]) {
 #pragma unroll
@@ -815,12 +819,13 @@ __global__ void __launch_bounds__(kJoinThreads)
 
   float d[2][kTiles][4];
   float n[2][kTiles][4];
-  load_m(0);
+#pragma unroll
+  for (int hop = 0; hop < kMaps - 1; ++hop) load_m(hop);
   load_n(d, 0);
   store_halves(d);
   load_n(n, 1);
   for (int hop = 0; hop < hops; ++hop) {
-    load_m(hop + 1);
+    load_m(hop + kMaps - 1);
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
 #pragma unroll
@@ -830,9 +835,9 @@ __global__ void __launch_bounds__(kJoinThreads)
       }
     }
     if (hop + 1 < hops) load_n(n, hop + 2);
-    wait_copies<1>();
+    wait_copies<kMaps - 1>();
     __syncthreads();
-    const auto* m = reinterpret_cast<const float*>(shared + hop % 2 * L::kMapBytes);
+    const auto* m = reinterpret_cast<const float*>(shared + hop % kMaps * L::kMapBytes);
 #pragma unroll 2
     for (int k = 0; k < kKeys / 16; ++k) {
       std::uint32_t a[2][2][4];  // tile, half
@@ -911,18 +916,27 @@ void launch_walk(ChunkParams params, const Card& card, int most_stages, cudaStre
   check_launch("delta_rule");
 }
 
+template <int kKeys, int kMaps>
+void launch_join(const ChunkParams& params, cudaStream_t stream) {
+  constexpr int kBytes = JoinLayout<kKeys, kMaps>::kBytes;
+  const auto kernel = join_segments<kKeys, kMaps>;
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes),
+        "cudaFuncSetAttribute");
+  const int value_blocks = (params.problem.value_dim + kJoinRows - 1) / kJoinRows;
+  kernel<<<dim3(value_blocks, params.problem.heads, params.batch.count), kJoinThreads, kBytes,
+           stream>>>(params);
+  check_launch("join_segments");
+}
+
 template <class Products, int kKeys>
 void launch(const ChunkParams& params, const Card& card, cudaStream_t stream) {
   if (params.batch.maps > 0) {
     launch_walk<Products, kKeys, true>(params, card, 4, stream);
-    constexpr int kBytes = JoinLayout<kKeys>::kBytes;
-    const auto kernel = join_segments<kKeys>;
-    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes),
-          "cudaFuncSetAttribute");
-    const int value_blocks = (params.problem.value_dim + kJoinRows - 1) / kJoinRows;
-    kernel<<<dim3(value_blocks, params.problem.heads, params.batch.count), kJoinThreads, kBytes,
-             stream>>>(params);
-    check_launch("join_segments");
+    if (card.shared_bytes >= JoinLayout<kKeys, 3>::kBytes) {
+      launch_join<kKeys, 3>(params, stream);
+    } else {
+      launch_join<kKeys, 2>(params, stream);
+    }
   }
   launch_walk<Products, kKeys, false>(params, card, 3, stream);
 }
@@ -943,7 +957,7 @@ int delta_rule_segments(const DeltaRuleProblem& problem, int length, int multipr
   constexpr int kLeastChunks = 16;
   const int chunks = (length + kChunk - 1) / kChunk;
   if (problem.value_dim > kValues || chunks < 5 * kLeastChunks) return 1;
-  if (card().shared_bytes < JoinLayout<128>::kBytes) return 1;
+  if (card().shared_bytes < JoinLayout<128, 2>::kBytes) return 1;
   return std::clamp(multiprocessors / problem.heads, 1, chunks / kLeastChunks);
 }
 

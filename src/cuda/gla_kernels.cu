@@ -30,14 +30,11 @@ struct GlaSource {
     __device__ void load(const GlaSource& s, std::ptrdiff_t token, int head, int row_group,
                          int column) {
       const std::ptrdiff_t at = token * s.heads + head;
-#pragma unroll
-      for (int i = 0; i < kRows; ++i) {
-        const int r = i * kRowGroups + row_group;
-        const bool exists = r < s.rows;
-        q[i] = exists ? to_float(s.q[at * s.rows + r]) : 0;
-        k[i] = exists ? s.k[at * s.rows + r] : 0;
-        g[i] = exists ? s.g[at * s.rows + r] : 0;
-      }
+      const bool aligned = s.rows % 4 == 0;
+      const int first = row_group * kRows;
+      load_part(q, s.q + at * s.rows, first, s.rows, aligned);
+      load_part(k, s.k + at * s.rows, first, s.rows, aligned);
+      load_part(g, s.g + at * s.rows, first, s.rows, aligned);
       load_four(v, s.v + at * s.columns + column, count_columns(column, s.columns));
     }
   };

@@ -125,11 +125,11 @@ __global__ __launch_bounds__(kScanThreads) void scan_rows(AppendParams params) {
 #pragma unroll
       for (int i = 0; i < kPerThread; ++i) {
         const int r = start + thread * kPerThread + i;
-        sums[i] = r < sequence.rows
-                      ? params.log_gates[static_cast<std::int64_t>(sequence.row + r) *
-                                             layout.gate_heads +
-                                         h]
-                      : 0;
+        sums[i] =
+            r < sequence.rows
+                ? params.log_gates[static_cast<std::int64_t>(sequence.row + r) * layout.gate_heads +
+                                   h]
+                : 0;
       }
       double all = 0;
       Sums(storage.sums).InclusiveSum(sums, sums, all);
@@ -181,8 +181,7 @@ __global__ __launch_bounds__(kThreads) void append_single(AppendParams params) {
   const int position = sequence.length - 1;
   const int t = position % kPageTokens;
   std::byte* page = sequence.page(position / kPageTokens);
-  const std::byte* previous =
-      position > 0 ? sequence.page((position - 1) / kPageTokens) : nullptr;
+  const std::byte* previous = position > 0 ? sequence.page((position - 1) / kPageTokens) : nullptr;
   const int before = (position - 1) % kPageTokens;
   const std::int64_t row = static_cast<std::int64_t>(sequence.row) * layout.kv_heads * layout.dim;
   const T* k = static_cast<const T*>(params.k) + row;
@@ -192,15 +191,15 @@ __global__ __launch_bounds__(kThreads) void append_single(AppendParams params) {
     const int g = i / layout.dim;
     const int d = i % layout.dim;
     reinterpret_cast<T*>(page + layout.keys(g) + key_chunk<T>(d, t / kSize))[t % kSize] = k[i];
-    reinterpret_cast<T*>(page + layout.values(g) +
-                         value_chunk<T, kDim>(t, d / kSize))[d % kSize] = v[i];
+    reinterpret_cast<T*>(page + layout.values(g) + value_chunk<T, kDim>(t, d / kSize))[d % kSize] =
+        v[i];
   }
   for (int h = thread; h < layout.gate_heads; h += kThreads) {
     double sum = 0;
     if (previous != nullptr) {
-      sum = static_cast<double>(
-                reinterpret_cast<const float*>(previous + layout.gates(h))[before]) +
-            reinterpret_cast<const float*>(previous + layout.low_gates(h))[before];
+      sum =
+          static_cast<double>(reinterpret_cast<const float*>(previous + layout.gates(h))[before]) +
+          reinterpret_cast<const float*>(previous + layout.low_gates(h))[before];
     }
     sum += params.log_gates[static_cast<std::int64_t>(sequence.row) * layout.gate_heads + h];
     const SplitSum split(sum);
@@ -214,10 +213,9 @@ __global__ __launch_bounds__(kThreads) void append_single(AppendParams params) {
       const auto x = static_cast<float>(k[g * layout.dim + d]);
       squares += x * x;
     }
-    const float greatest =
-        previous != nullptr
-            ? reinterpret_cast<const float*>(previous + layout.norms(g))[before]
-            : 0;
+    const float greatest = previous != nullptr
+                               ? reinterpret_cast<const float*>(previous + layout.norms(g))[before]
+                               : 0;
     float_at(page, layout.norms(g), t) = fmaxf(greatest, sqrtf(squares));
   }
 }
@@ -229,8 +227,7 @@ void launch(const AppendParams& params, const AppendTile* tiles, int tile_count,
     append_single<T, kDim><<<params.sequence_count, kThreads, 0, stream>>>(params);
     return;
   }
-  const dim3 grid(static_cast<unsigned>(tile_count),
-                  static_cast<unsigned>(params.layout.kv_heads));
+  const dim3 grid(static_cast<unsigned>(tile_count), static_cast<unsigned>(params.layout.kv_heads));
   append_rows<T, kDim><<<grid, kThreads, 0, stream>>>(params, tiles);
   const int scans =
       params.layout.gate_heads + (params.layout.has_norms ? params.layout.kv_heads : 0);

@@ -1,3 +1,5 @@
+// Which kernel a sequence takes is a matter of its own length, so what it gets does not depend on
+// who shares its batch.
 #include "ops/ssd.h"
 
 #include "core/error.h"
@@ -27,8 +29,13 @@ void ssd(Context& ctx, const SsdArgs& args) {
       .state_size = static_cast<int>(args.state_size()),
       .head_dim = static_cast<int>(args.y.shape[2]),
   };
+  const bool chunks_fit = ssd_chunks_fit(problem);
+  const auto chunked = [&](int length) { return chunks_fit && length >= kLeastChunkedRows; };
   for_each_batch(
-      args.sequences, args.states, [](int /*length*/) { return 1; },
+      args.sequences, args.states, [&](int length) { return chunked(length) ? 1 : 0; },
+      [&](const SequenceBatch& batch) { launch_ssd_chunks(problem, batch, stream_of(ctx)); });
+  for_each_batch(
+      args.sequences, args.states, [&](int length) { return chunked(length) ? 0 : 1; },
       [&](const SequenceBatch& batch) { launch_ssd(problem, batch, stream_of(ctx)); });
 }
 

@@ -38,18 +38,16 @@ struct SsdSource {
       const T* row = s.token_row(token);
       const T* b = row + s.heads * s.columns + head / s.heads_per_group * s.rows;
       const T* c = b + s.groups * s.rows;
-#pragma unroll
-      for (int i = 0; i < kRows; ++i) {
-        const int r = i * kRowGroups + row_group;
-        const bool exists = r < s.rows;
-        k[i] = exists ? to_float(b[r]) : 0;
-        q[i] = exists ? to_float(c[r]) : 0;
-      }
+      // Of x, b and c of every token.
+      const bool aligned = s.rows % 4 == 0 && s.columns % 4 == 0;
+      load_part(k, b, row_group * kRows, s.rows, aligned);
+      load_part(q, c, row_group * kRows, s.rows, aligned);
       const float raw = s.dt[token * s.heads + head] + s.dt_bias[head];
       const float softplus = fmaxf(raw, 0.0F) + log1pf(expf(-fabsf(raw)));
       const float step = fminf(fmaxf(softplus, s.dt_min), s.dt_max);
       a = expf(-expf(s.a_log[head]) * step);
-      load_four(v, row + head * s.columns + column, count_columns(column, s.columns));
+      const int count = count_columns(column, s.columns);
+      load_four(v, row + head * s.columns + column, count == kVector && !aligned ? 4 : count);
 #pragma unroll
       for (float& x : v) x *= step;
     }

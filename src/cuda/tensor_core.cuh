@@ -98,10 +98,14 @@ __device__ inline void mma_bf16(float (&d)[4], const std::uint32_t (&a)[4], std:
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
+// Rounded to TF32 when its last 13 bits, which products ignore, are cut off.
 __device__ inline float to_tf32(float x) {
-  std::uint32_t bits;
-  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(bits) : "f"(x));
-  return __uint_as_float(bits);
+  return __uint_as_float(__float_as_uint(x) + 0x1000U);
+}
+
+// A value that all lanes share, in a register that the warp shares.
+__device__ inline int uniform(int value) {
+  return __shfl_sync(0xffffffffU, value, 0);
 }
 
 // d += a b for a [16,8] and b [8,8], rounded to TF32
@@ -161,6 +165,17 @@ __device__ inline void barrier_wait(std::uint32_t barrier, int parity) {
 // Among the 128 threads of one warp group.
 __device__ inline void group_sync(int id) {
   asm volatile("bar.sync %0, 128;" ::"r"(id) : "memory");
+}
+
+// Moves registers between warp groups that do different work (sm_90a). Their sum over all groups
+// must not exceed what the block was launched with.
+template <int kRegisters>
+__device__ inline void take_registers() {
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
+}
+template <int kRegisters>
+__device__ inline void give_registers() {
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
 }
 
 struct WarpProducts {

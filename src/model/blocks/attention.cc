@@ -81,7 +81,7 @@ AttentionMixer::AttentionMixer(const Config& config)
   if (config.use_output_norm) weights_.output_norm = Param::vector({query_dim}, Init::constant(1));
 }
 
-AttentionMixer::State AttentionMixer::new_state() const {
+AttentionMixer::State AttentionMixer::new_state(Device device, DType activation_dtype) const {
   const bool gated = config_.forget_gate != ForgetGate::kNone;
   State state{.k_shift = {},
               .v_shift = {},
@@ -90,10 +90,12 @@ AttentionMixer::State AttentionMixer::new_state() const {
                                 .gate_heads = gated ? config_.num_heads : 0,
                                 .key_norms = gated && config_.log_pruning_tolerance &&
                                              config_.qk_norm == QkNorm::kNone,
-                                .window = config_.window_size})};
+                                .window = config_.window_size,
+                                .device = device,
+                                .dtype = activation_dtype})};
   const Shape row{config_.num_kv_heads, config_.head_dim};
-  if (config_.use_k_shift) state.k_shift = Tensor(DType::kF32, row);
-  if (config_.use_v_shift) state.v_shift = Tensor(DType::kF32, row);
+  if (config_.use_k_shift) state.k_shift = Tensor(DType::kF32, row, device);
+  if (config_.use_v_shift) state.v_shift = Tensor(DType::kF32, row, device);
   return state;
 }
 
@@ -112,7 +114,7 @@ TensorView AttentionMixer::shifted(Context& ctx, ScratchScope& scratch, const Co
                                    Saved::Shifted* before) const {
   const std::int64_t tokens = x.shape[0];
   const Shape heads{tokens, config_.num_kv_heads, config_.head_dim};
-  const TensorView projected = scratch.tensor({tokens, proj.shape[0]});
+  const TensorView projected = scratch.activation({tokens, proj.shape[0]});
   ops::linear(ctx, {.x = x, .w = proj.value, .y = projected});
   if (before != nullptr) before->projected = projected.reshaped(heads);
   if (!shift_proj) return projected.reshaped(heads);
@@ -123,7 +125,7 @@ TensorView AttentionMixer::shifted(Context& ctx, ScratchScope& scratch, const Co
     before->alpha = alpha;
   }
   ops::activation(ctx, {.activation = Activation::kSigmoid, .x = alpha});
-  const TensorView y = scratch.tensor(heads);
+  const TensorView y = scratch.activation(heads);
   const std::span<float*> pointers = scratch.array<float*>(sequences.count());
   for (std::size_t b = 0; b < states.size(); ++b) pointers[b] = (states[b]->*shift_state).f32();
   ops::token_shift(ctx, {.x = projected.reshaped(heads),
@@ -155,8 +157,8 @@ std::span<const float> AttentionMixer::score_bounds(ScratchScope& scratch) const
   const std::span<float> bounds = scratch.array<float>(config_.num_heads);
   for (std::int64_t h = 0; h < config_.num_heads; ++h) {
     bounds[static_cast<std::size_t>(h)] =
-        root * greatest(weights_.q_norm->value, h, config_.head_dim) *
-        greatest(weights_.k_norm->value, h / group, config_.head_dim);
+        root * greatest(weights_.q_norm->on_host(), h, config_.head_dim) *
+        greatest(weights_.k_norm->on_host(), h / group, config_.head_dim);
   }
   return bounds;
 }
@@ -204,7 +206,7 @@ void AttentionMixer::forward(Context& ctx, const ConstTensorView& x, const Seque
     return saved != nullptr ? copy_of(ctx, scratch, tensor) : tensor;
   };
 
-  const TensorView q = scratch.tensor({tokens, heads, config_.head_dim});  // [T, H, D]
+  const TensorView q = scratch.activation({tokens, heads, config_.head_dim});  // [T, H, D]
   ops::linear(ctx, {.x = x, .w = weights_.q_proj.value, .y = q.reshaped({tokens, width})});
   const TensorView k =
       shifted(ctx, scratch, x, sequences, weights_.k_proj, weights_.k_shift_proj, states,
@@ -219,13 +221,13 @@ void AttentionMixer::forward(Context& ctx, const ConstTensorView& x, const Seque
   norm_heads(ctx, weights_.q_norm, q);
   norm_heads(ctx, weights_.k_norm, k);
 
-  const TensorView o = scratch.tensor(q.shape);  // [T, H, D]
+  const TensorView o = scratch.activation(q.shape);  // [T, H, D]
   const TensorView gates = log_gates(ctx, scratch, x);
   attend(ctx, q, k, v, gates, sequences, states, o);
 
   TensorView gate;  // [T, H·D]
   if (weights_.ogate_proj) {
-    gate = scratch.tensor({tokens, width});
+    gate = scratch.activation({tokens, width});
     ops::linear(ctx, {.x = x, .w = weights_.ogate_proj->value, .y = gate});
   }
   kept.o = keep(o);

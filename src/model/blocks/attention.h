@@ -78,6 +78,7 @@ class AttentionMixer {
       visitor("values", pages(&KvPage::values));
       visitor("gates", pages(&KvPage::gates));
       visitor("key_norms", pages(&KvPage::key_norms));
+      visitor("pages", pages(&KvPage::block));  // on a GPU instead of those
     }
     // Of a new state: makes room for what a state holds that has read so many tokens.
     void grow_to(std::int64_t position) { cache.grow_to(position); }
@@ -106,7 +107,7 @@ class AttentionMixer {
 
   explicit AttentionMixer(const Config& config);
 
-  State new_state() const;
+  State new_state(Device device = Device::kCpu, DType activation_dtype = DType::kF32) const;
 
   // hidden [T, C] += mixer(x [T, C]), continuing each sequence from its state.
   void forward(Context& ctx, const ConstTensorView& x, const Sequences& sequences,
