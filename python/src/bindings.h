@@ -45,7 +45,7 @@ struct SharedState {
 // The states of one call, which no other call may use meanwhile. Throws Error if one does.
 class StateLock {
  public:
-  explicit StateLock(std::vector<SharedState*> states);
+  explicit StateLock(const std::vector<SharedState*>& states);
   ~StateLock();
   StateLock(const StateLock&) = delete;
   StateLock& operator=(const StateLock&) = delete;

@@ -10,7 +10,7 @@
 
 namespace deltafox::python {
 
-StateLock::StateLock(std::vector<SharedState*> states) {
+StateLock::StateLock(const std::vector<SharedState*>& states) {
   for (SharedState* state : states) {
     if (state->busy.exchange(true)) {
       for (SharedState* held : states_) held->busy = false;
@@ -58,10 +58,10 @@ Model load(const std::string& path_or_id, const std::optional<std::string>& dtyp
 }
 
 void forward(const Model& model, const Array<std::int32_t>& ids, const Array<std::int64_t>& cu,
-             std::vector<SharedState*> states, std::optional<Array<float>> last_logits) {
+             const std::vector<SharedState*>& states, std::optional<Array<float>> last_logits) {
   const Batch batch{read(ids), read(cu)};
   const std::span<float> out = last_logits ? write(*last_logits) : std::span<float>();
-  const StateLock lock(std::move(states));
+  const StateLock lock(states);
   const py::gil_scoped_release release;
   model.forward(batch, lock.pointers(), out);
 }
@@ -93,7 +93,7 @@ class Scatter {
 // `places` [T]: the row of `out` [*, N] (and of the arrays in `hidden` [*, C]) that a token gets;
 // -1: none. `hidden`: for layer 0, 1, ... an array or None.
 void logits(const Model& model, const Array<std::int32_t>& ids, const Array<std::int64_t>& cu,
-            std::vector<SharedState*> states, const Array<std::int64_t>& places,
+            const std::vector<SharedState*>& states, const Array<std::int64_t>& places,
             std::optional<Array<float>> out, std::vector<std::optional<Array<float>>> hidden) {
   const Batch batch{read(ids), read(cu)};
   if (places.size() != ids.size()) throw Error("places: one for each id is needed");
@@ -113,16 +113,17 @@ void logits(const Model& model, const Array<std::int32_t>& ids, const Array<std:
       if (l < layers.size() && layers[l]) (*layers[l])(first_row, rows, data);
     };
   }
-  const StateLock lock(std::move(states));
+  const StateLock lock(states);
   const py::gil_scoped_release release;
   model.logits(batch, lock.pointers(), sink, hidden_sink);
 }
 
 void loss(const Model& model, const Array<std::int32_t>& ids, const Array<std::int64_t>& cu,
-          const Array<std::int32_t>& labels, std::vector<SharedState*> states, Array<float> out) {
+          const Array<std::int32_t>& labels, const std::vector<SharedState*>& states,
+          Array<float> out) {
   const Batch batch{read(ids), read(cu)};
   const std::span<float> losses = write(out);
-  const StateLock lock(std::move(states));
+  const StateLock lock(states);
   const py::gil_scoped_release release;
   model.loss(batch, read(labels), lock.pointers(), losses);
 }
