@@ -83,14 +83,18 @@ AttentionMixer::AttentionMixer(const Config& config)
 
 AttentionMixer::State AttentionMixer::new_state(Device device) const {
   const bool gated = config_.forget_gate != ForgetGate::kNone;
-  State state{.k_shift = {},
-              .v_shift = {},
-              .cache = KvCache({.kv_heads = config_.num_kv_heads,
-                                .head_dim = config_.head_dim,
-                                .gate_heads = gated ? config_.num_heads : 0,
-                                .key_norms = gated && config_.log_pruning_tolerance &&
-                                             config_.qk_norm == QkNorm::kNone,
-                                .window = config_.window_size})};
+  State state{
+      .k_shift = {},
+      .v_shift = {},
+      .cache = KvCache(
+          {.kv_heads = config_.num_kv_heads,
+           .head_dim = config_.head_dim,
+           .gate_heads = gated ? config_.num_heads : 0,
+           .key_norms = gated && config_.log_pruning_tolerance && config_.qk_norm == QkNorm::kNone,
+           .window = config_.window_size,
+           .device = device,
+           // On a GPU activations have the weights' dtype.
+           .dtype = device == Device::kCpu ? DType::kF32 : weights_.q_proj.value.dtype})};
   const Shape row{config_.num_kv_heads, config_.head_dim};
   if (config_.use_k_shift) state.k_shift = Tensor(DType::kF32, row, device);
   if (config_.use_v_shift) state.v_shift = Tensor(DType::kF32, row, device);
