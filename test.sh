@@ -86,7 +86,7 @@ run_tests() {
 }
 
 check_format() {
-  find apps bench examples include src tests \( -name '*.cc' -o -name '*.h' \) -print0 |
+  find apps bench examples include src tests \( -name '*.cc' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' \) -print0 |
     xargs -0 clang-format-14 --dry-run -Werror
 }
 
@@ -156,6 +156,18 @@ if [[ $mode == --quick ]]; then
   left_out+=('checks of the sources, sanitizers, fuzzing (--quick)')
   finish
   exit $((failed > 0))
+fi
+
+# The CUDA back end compiles without a GPU; its tests are left out there.
+if PATH=$PATH:/usr/local/cuda/bin command -v nvcc >/dev/null; then
+  check 'build of cuda' build cuda --target deltafox_cli gpu_tests
+  if [[ -e /dev/nvidia0 ]]; then
+    check 'tests of cuda' build/cuda/tests/gpu_tests --gtest_brief=1
+  else
+    left_out+=('tests of cuda: no GPU')
+  fi
+else
+  left_out+=('the CUDA back end: no toolkit')
 fi
 
 check 'format' check_format

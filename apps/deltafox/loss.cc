@@ -6,6 +6,7 @@
 
 #include "commands.h"
 #include "common.h"
+#include "core/error.h"
 #include "io/safetensors.h"
 #include "score_input.h"
 #include "terminal.h"
@@ -17,9 +18,12 @@ struct LossCommand {
   ModelOptions model_options;
   ScoreInputOptions input_options;
   std::string output;
+  std::string gradients;
+  bool recompute = false;
   bool json = false;
 
   void run() const;
+  std::vector<float> compute_gradients(const ScoreInput& input, const Model& model) const;
   void write_output(const ScoreInput& input, const std::vector<float>& losses) const;
 };
 
@@ -44,6 +48,33 @@ std::vector<float> compute(const Model& model, const ScoreInput& input) {
   return losses;
 }
 
+// The losses as `compute` gives them. All rows in one call: the gradient is that of their mean.
+std::vector<float> LossCommand::compute_gradients(const ScoreInput& input,
+                                                  const Model& model) const {
+  const infer::PaddedBatch batch(input.input_ids, input.attention_mask, input.rows);
+  const std::vector<std::int32_t> labels = batch.pack(std::span(input.labels));
+  std::vector<float> packed(labels.size());
+  std::vector<io::TensorDeclaration> tensors;
+  std::vector<std::vector<float>> values;
+  model.loss_and_gradients(batch.batch(), labels, packed,
+                           [&](const std::string& name, std::span<const std::int64_t> shape,
+                               std::span<const float> gradient) {
+                             tensors.push_back({"grad." + name, DType::kF32, Shape(shape)});
+                             values.emplace_back(gradient.begin(), gradient.end());
+                           },
+                           {.recompute = recompute});
+  io::SafetensorsWriter writer(gradients, tensors);
+  for (std::size_t i = 0; i < tensors.size(); ++i) {
+    writer.write(tensors[i].name, std::as_bytes(std::span(values[i])));
+  }
+  writer.finish();
+  std::vector<float> losses(input.labels.size());
+  for (std::size_t t = 0; t < packed.size(); ++t) {
+    losses[static_cast<std::size_t>(batch.places()[t])] = packed[t];
+  }
+  return losses;
+}
+
 void LossCommand::write_output(const ScoreInput& input, const std::vector<float>& losses) const {
   io::SafetensorsWriter writer(output, {{"loss", DType::kF32, {input.rows, input.columns}}});
   writer.write("loss", std::as_bytes(std::span(losses)));
@@ -52,9 +83,17 @@ void LossCommand::write_output(const ScoreInput& input, const std::vector<float>
 
 void LossCommand::run() const {
   const std::string directory = model_options.directory();
-  const Model model = model_options.load(directory);
+  if (!gradients.empty() && model_options.dtype().value_or(DType::kF32) != DType::kF32) {
+    fail("--gradients: needs --dtype float32");
+  }
+  // Whatever the checkpoint's dtype, gradients are those of float32 weights.
+  const Model model =
+      gradients.empty()
+          ? model_options.load(directory)
+          : Model::load(directory, {.dtype = DType::kF32, .threads = model_options.threads()});
   const ScoreInput input = input_options.read(model, directory);
-  const std::vector<float> losses = compute(model, input);
+  const std::vector<float> losses =
+      gradients.empty() ? compute(model, input) : compute_gradients(input, model);
 
   double sum = 0;
   std::int64_t tokens = 0;
@@ -71,6 +110,7 @@ void LossCommand::run() const {
   }
   nlohmann::ordered_json report{{"loss", mean}, {"perplexity", std::exp(mean)}, {"tokens", tokens}};
   if (!output.empty()) report["output"] = output;
+  if (!gradients.empty()) report["gradients"] = gradients;
   for (std::int64_t row = 0; row < input.rows; ++row) {
     nlohmann::ordered_json values = nlohmann::ordered_json::array();
     nlohmann::ordered_json labels = nlohmann::ordered_json::array();
@@ -96,6 +136,17 @@ void add_loss(CLI::App& app) {
                    "safetensors file to write: loss [B, T] float32, zeros at padding and at "
                    "negative labels")
       ->type_name("FILE");
+  CLI::Option* gradients =
+      command
+          ->add_option("--gradients", options->gradients,
+                       "safetensors file to write: grad.<parameter>, the gradients of the mean "
+                       "loss, with the weights as float32")
+          ->type_name("FILE");
+  command
+      ->add_flag("--recompute", options->recompute,
+                 "Compute each layer once more for the gradients instead of keeping what they "
+                 "need: less memory, the same results")
+      ->needs(gradients);
   command->add_flag("--json", options->json, "Print JSON, with the loss of every token");
   command->footer(
       "Labels in a file are not shifted: the loss at t is that of labels[t] after the model read\n"
@@ -105,7 +156,8 @@ void add_loss(CLI::App& app) {
       "negative.\n\n"
       "Examples:\n"
       "  deltafox loss --model DIR --text \"The capital of France is Paris.\"\n"
-      "  deltafox loss --model DIR --input batch.safetensors --output loss.safetensors");
+      "  deltafox loss --model DIR --input batch.safetensors --output loss.safetensors\n"
+      "  deltafox loss --model DIR --text \"Hello\" --gradients gradients.safetensors");
   command->callback([options] { options->run(); });
 }
 

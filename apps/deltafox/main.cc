@@ -115,10 +115,13 @@ void run(int argc, char** argv) {
   add_detokenize(app);
   add_info(app);
   add_init(app);
+  add_quantize(app);
   add_pull(app);
   add_state(app);
   add_bench(app);
   add_data(app);
+  add_train(app);
+  add_export(app);
   try {
     app.parse(normalised(app, argc, argv));
   } catch (const CLI::CallForHelp&) {
@@ -144,6 +147,8 @@ int main(int argc, char** argv) {
     run(argc, argv);
   } catch (const deltafox::app::BrokenPipe&) {
     return 0;
+  } catch (const deltafox::app::Interrupted&) {
+    return kInterrupted;
   } catch (const std::bad_alloc&) {
     return fail_with("out of memory");
   } catch (const std::exception& error) {

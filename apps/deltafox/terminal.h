@@ -14,6 +14,8 @@ bool stderr_is_terminal();
 
 // Thrown when whoever read stdout has gone: the program ends quietly.
 struct BrokenPipe {};
+// Thrown when a signal has ended the command in good order.
+struct Interrupted {};
 
 // Writes all of it at once, unbuffered. Throws Error, or BrokenPipe.
 void write_stdout(std::string_view text);

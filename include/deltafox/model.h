@@ -14,6 +14,7 @@
 #include <string>
 #include <vector>
 
+#include "deltafox/device.h"
 #include "deltafox/dtype.h"
 
 namespace deltafox {
@@ -24,6 +25,9 @@ struct LoadOptions {
   // but the products with matrices of fewer bits are float32.
   std::optional<DType> dtype = {};
   int threads = 0;  // 0: one for each core this process may use
+  // On a GPU matrices and activations are bfloat16 where they are stored so or `dtype` says so,
+  // else float32; the residual stream, gates, states and statistics are float32.
+  Device device = Device::kCpu;
   std::string revision = "main";
 };
 
@@ -76,6 +80,17 @@ struct AttentionStats {
   std::int64_t skipped_blocks = 0;  // of them, by adaptive computation pruning
 };
 
+// A weight as the model keeps it: row-major, or packed (is_packed(dtype)). The data live as long as
+// a copy of the model does.
+struct Weight {
+  std::string name;  // as in the checkpoint
+  DType dtype = DType::kF32;
+  std::vector<std::int64_t> shape;
+  const void* data = nullptr;
+  std::size_t bytes = 0;
+  bool trainable = true;  // false for what the official code keeps as a buffer
+};
+
 // Token ids of B sequences, packed.
 struct Batch {
   std::span<const std::int32_t> input_ids;   // [T]
@@ -92,6 +107,16 @@ using LogitsSink =
 using HiddenSink = std::function<void(std::int64_t layer, std::int64_t first_row, std::int64_t rows,
                                       const float* hidden)>;
 
+// Receives the gradient of a parameter by the name it has in the checkpoint, its elements in order.
+using GradientSink = std::function<void(
+    const std::string& name, std::span<const std::int64_t> shape, std::span<const float> gradient)>;
+
+struct GradientOptions {
+  // Compute each layer once more on the way back rather than keep what backward needs of all: a
+  // fraction of the memory for a third more work, and the same bits.
+  bool recompute = false;
+};
+
 // Immutable once loaded; all members may be called from several threads at once, on different
 // states. Every call checks its ids and sizes and throws Error before it changes a state.
 class Model {
@@ -101,6 +126,9 @@ class Model {
   static Model load(const std::string& path_or_id, const LoadOptions& options = {});
 
   const ModelInfo& info() const;
+
+  // All weights, in the model's order.
+  std::vector<Weight> weights() const;
 
   // Of all calls since the model was loaded that have returned.
   AttentionStats attention_stats() const;
@@ -120,6 +148,13 @@ class Model {
   void step(std::span<const std::int32_t> input_ids, std::span<State* const> states,
             std::span<float> logits) const;
 
+  // Receives the ids [B] that the sequences chose in step 0, 1, ...
+  using IdsSink = std::function<void(std::int64_t step, std::span<const std::int32_t> ids)>;
+  // `steps` times a step and the likeliest token (the first of equals) of each sequence, which the
+  // next step reads. On a GPU the logits stay there, and nothing waits for the host.
+  void greedy(std::span<const std::int32_t> input_ids, std::span<State* const> states,
+              std::int64_t steps, const IdsSink& on_ids) const;
+
   // As forward, with the logits of every token handed to `sink` in pieces, so that no [T,N] buffer
   // is needed.
   void logits(const Batch& batch, std::span<State* const> states, const LogitsSink& sink,
@@ -129,6 +164,13 @@ class Model {
   // shifted; a negative label gives 0.
   void loss(const Batch& batch, std::span<const std::int32_t> labels,
             std::span<State* const> states, std::span<float> loss) const;
+
+  // The loss of whole sequences, which begin from new states, and the gradient of its mean over the
+  // labels that are not negative, for every trained parameter. Throws Error unless the weights are
+  // kept as float32 (LoadOptions::dtype).
+  void loss_and_gradients(const Batch& batch, std::span<const std::int32_t> labels,
+                          std::span<float> loss, const GradientSink& sink,
+                          const GradientOptions& options = {}) const;
 
  private:
   struct Impl;

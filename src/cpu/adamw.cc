@@ -2,8 +2,6 @@
 
 #include <cmath>
 
-#include "core/float_convert.h"
-
 #undef HWY_TARGET_INCLUDE
 #define HWY_TARGET_INCLUDE "cpu/adamw.cc"
 #include <hwy/foreach_target.h>
@@ -70,10 +68,6 @@ void adamw_target(Context& ctx, const AdamWArgs& args) {
           store_first(mi, m + i, n);
           store_first(vi, v + i, n);
         });
-    if (args.w_bf16.data != nullptr) {
-      convert({w, DType::kF32, {count}},
-              {static_cast<std::uint16_t*>(args.w_bf16.data) + begin, DType::kBF16, {count}});
-    }
   });
 }
 

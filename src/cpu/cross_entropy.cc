@@ -42,6 +42,12 @@ HWY_INLINE double sum_exp(const float* x, std::int64_t size, float max) {
   return total;
 }
 
+// The loss of a row whose maximum and Σ exp(x − max) are known. The two large terms first: their
+// difference is exact or nearly so.
+HWY_INLINE float loss_of(const float* row, std::int32_t label, float max, double sum) {
+  return static_cast<float>(static_cast<double>(max) - row[label] + std::log(sum));
+}
+
 void cross_entropy_target(Context& ctx, const CrossEntropyArgs& args) {
   const std::int64_t vocab = args.logits.shape[1];
   ctx.threads().parallel_for(static_cast<std::int64_t>(args.labels.size()), [&](std::int64_t task) {
@@ -52,9 +58,31 @@ void cross_entropy_target(Context& ctx, const CrossEntropyArgs& args) {
       return;
     }
     const float max = row_max(row, vocab);
-    // The two large terms first: their difference is exact or nearly so.
-    const double gap = static_cast<double>(max) - row[args.labels[t]];
-    args.loss[t] = static_cast<float>(gap + std::log(sum_exp(row, vocab, max)));
+    args.loss[t] = loss_of(row, args.labels[t], max, sum_exp(row, vocab, max));
+  });
+}
+
+void cross_entropy_backward_target(Context& ctx, const CrossEntropyBackwardArgs& args) {
+  const std::int64_t vocab = args.logits.shape[1];
+  ctx.threads().parallel_for(static_cast<std::int64_t>(args.labels.size()), [&](std::int64_t task) {
+    const auto t = static_cast<std::size_t>(task);
+    float* row = args.logits.f32() + task * vocab;
+    const std::int32_t label = args.labels[t];
+    if (label < 0) {
+      args.loss[t] = 0;
+      std::fill(row, row + vocab, 0.0f);
+      return;
+    }
+    const float max = row_max(row, vocab);
+    const double sum = sum_exp(row, vocab, max);
+    args.loss[t] = loss_of(row, label, max, sum);
+    const VF32 shift = hn::Set(kF32, max);
+    const VF32 factor = hn::Set(kF32, static_cast<float>(args.scale / sum));
+    for_vectors(vocab, [&](std::int64_t i, auto&& load_vector, auto&& store_vector) HWY_ATTR {
+      const VF32 e = hn::Exp(kF32, hn::Sub(load_vector(row + i), shift));
+      store_vector(hn::Mul(e, factor), row + i);
+    });
+    row[label] -= args.scale;
   });
 }
 
@@ -64,8 +92,12 @@ HWY_AFTER_NAMESPACE();
 #if HWY_ONCE
 namespace deltafox::cpu {
 HWY_EXPORT(cross_entropy_target);
+HWY_EXPORT(cross_entropy_backward_target);
 void cross_entropy(Context& ctx, const CrossEntropyArgs& args) {
   HWY_DYNAMIC_DISPATCH(cross_entropy_target)(ctx, args);
+}
+void cross_entropy_backward(Context& ctx, const CrossEntropyBackwardArgs& args) {
+  HWY_DYNAMIC_DISPATCH(cross_entropy_backward_target)(ctx, args);
 }
 }  // namespace deltafox::cpu
 #endif

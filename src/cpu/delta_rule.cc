@@ -222,14 +222,289 @@ void delta_rule_target(Context& ctx, const DeltaRuleArgs& args) {
   });
 }
 
+namespace {
+
+struct BackwardHead {
+  std::int64_t key_dim;    // K
+  std::int64_t value_dim;  // V
+  HeadRows q, k, v, d_o;
+  const float* beta;  // null: ones
+  std::int64_t beta_stride;
+  float *dq, *dk, *dv;
+  float* dbeta;  // null without beta
+  float scale;   // 1 / √K
+
+  std::int64_t key_row() const { return q.stride; }
+  std::int64_t value_row() const { return v.stride; }
+  float beta_at(std::int64_t t) const { return beta != nullptr ? beta[t * beta_stride] : 1.0f; }
+};
+
+// Memory of a head; K and V are rounded up to 16, and what is beyond a row's end is zero.
+struct BackwardChunk {
+  std::int64_t keys, values;
+  float* q;        // [64, K], scaled by 1 / √K
+  float* k;        // [64, K]
+  float* dq;       // [64, K]
+  float* dk;       // [64, K]
+  float* k_t;      // [K, 64]
+  float* d_o;      // [64, V]
+  float* u;        // [64, V], β X
+  float* u_t;      // [V, 64]
+  float* d_r;      // [64, V]
+  float* d_e;      // [64, V], β dR
+  float* a;        // [64, 64], tril(K Kᵀ, −1)
+  float* p;        // [64, 64], tril(Q Kᵀ)
+  float* m;        // [64, 64], the triangle at hand of the others
+  float* s_t;      // [V, K]
+  float* state;    // [K, V], and on the way back dS
+  float* states;   // of each chunk [K, V], before it
+  float* updates;  // of each chunk [64, V], X
+
+  static std::int64_t floats(std::int64_t key_dim, std::int64_t value_dim, std::int64_t chunks) {
+    const std::int64_t keys = round_up(key_dim);
+    const std::int64_t values = round_up(value_dim);
+    return kChunk * (5 * keys + 5 * values + 3 * kChunk) + 2 * keys * values +
+           chunks * (keys * values + kChunk * values);
+  }
+  BackwardChunk(float* memory, std::int64_t key_dim, std::int64_t value_dim, std::int64_t chunks)
+      : keys(round_up(key_dim)), values(round_up(value_dim)) {
+    const auto take = [&](std::int64_t n) { return std::exchange(memory, memory + n); };
+    for (float** rows : {&q, &k, &dq, &dk, &k_t}) *rows = take(kChunk * keys);
+    for (float** rows : {&d_o, &u, &u_t, &d_r, &d_e}) *rows = take(kChunk * values);
+    for (float** square : {&a, &p, &m}) *square = take(kChunk * kChunk);
+    s_t = take(keys * values);
+    state = take(keys * values);
+    states = take(chunks * keys * values);
+    updates = take(chunks * kChunk * values);
+  }
+
+  float* state_before(std::int64_t chunk) const { return states + chunk * keys * values; }
+  float* update(std::int64_t chunk) const { return updates + chunk * kChunk * values; }
+};
+
+// to [columns, rows] = from [rows, columns]ᵀ
+HWY_INLINE void transpose(const float* from, std::int64_t rows, std::int64_t columns, float* to,
+                          std::int64_t to_stride) {
+  for (std::int64_t c = 0; c < columns; c += kBlock) {
+    for (std::int64_t r = 0; r < rows; ++r) {
+      for (std::int64_t i = c; i < c + kBlock; ++i) to[i * to_stride + r] = from[r * columns + i];
+    }
+  }
+}
+
+// triangle = alpha · tril(left · right) for rows of a chunk, with zeros above, or with `strict` on
+// and above the diagonal; right is [depth, 64].
+HWY_INLINE void lower_product(const float* left, std::int64_t depth, const float* right,
+                              std::int64_t rows, float alpha, bool strict, float* triangle) {
+  std::fill(triangle, triangle + rows * kChunk, 0.0f);
+  for (std::int64_t r = 0; r < rows; r += kBlock) {
+    small_gemm(kBlock, r + kBlock, depth, {left + r * depth, depth, 1}, right, kChunk,
+               triangle + r * kChunk, kChunk, alpha);
+    for (std::int64_t i = r; i < r + kBlock; ++i) {
+      float* row = triangle + i * kChunk;
+      std::fill(row + i + (strict ? 0 : 1), row + r + kBlock, 0.0f);
+    }
+  }
+}
+
+// to += triangle · from, both [rows, width]
+HWY_INLINE void add_lower(const float* triangle, const float* from, std::int64_t rows,
+                          std::int64_t width, float* to) {
+  for (std::int64_t r = 0; r < rows; r += kBlock) {
+    small_gemm(kBlock, width, r + kBlock, {triangle + r * kChunk, kChunk, 1}, from, width,
+               to + r * width, width);
+  }
+}
+
+// to += triangleᵀ · from, both [rows, width]
+HWY_INLINE void add_upper(const float* triangle, const float* from, std::int64_t rows,
+                          std::int64_t width, float* to) {
+  for (std::int64_t r = 0; r < rows; r += kBlock) {
+    small_gemm(kBlock, width, rows - r, {triangle + r * kChunk + r, 1, kChunk}, from + r * width,
+               width, to + r * width, width);
+  }
+}
+
+HWY_INLINE void load_keys(const BackwardHead& head, const BackwardChunk& chunk, std::int64_t begin,
+                          std::int64_t length) {
+  load_rows(head.k, begin, length, head.key_dim, 1, chunk.k, chunk.keys);
+  transpose(chunk.k, round_up(length), chunk.keys, chunk.k_t, kChunk);
+  lower_product(chunk.k, chunk.keys, chunk.k_t, round_up(length), 1, true, chunk.a);
+}
+
+// u_i = β_i · x_i; rows behind the last are zeros in x.
+HWY_INLINE void scale_row(const BackwardHead& head, std::int64_t begin, std::int64_t length,
+                          std::int64_t i, const float* x, float* u, std::int64_t width) {
+  const VF32 beta = hn::Set(kF32, i < length ? head.beta_at(begin + i) : 0.0f);
+  for (std::int64_t j = 0; j < width; j += lanes()) {
+    store(hn::Mul(beta, load(x + i * width + j)), u + i * width + j);
+  }
+}
+
+// The updates and states of a chunk: X = V − K S − tril(K Kᵀ, −1) U with U = diag(β) X, then
+// S += Kᵀ U.
+HWY_INLINE void chunk_states(const BackwardHead& head, const BackwardChunk& chunk,
+                             std::int64_t index, std::int64_t begin, std::int64_t length) {
+  const std::int64_t width = chunk.values;
+  const std::int64_t rows = round_up(length);
+  float* x = chunk.update(index);
+  std::copy_n(chunk.state, chunk.keys * width, chunk.state_before(index));
+  load_keys(head, chunk, begin, length);
+  load_rows(head.v, begin, length, head.value_dim, 1, x, width);
+  small_gemm(rows, width, chunk.keys, {chunk.k, chunk.keys, 1}, chunk.state, width, x, width, -1);
+  for (std::int64_t r = 0; r < rows; r += kBlock) {
+    small_gemm(kBlock, width, r, {chunk.a + r * kChunk, kChunk, 1}, chunk.u, width, x + r * width,
+               width, -1);
+    for (std::int64_t i = r; i < r + kBlock; ++i) {
+      small_gemm(1, width, i - r, {chunk.a + i * kChunk + r, kChunk, 1}, chunk.u + r * width, width,
+                 x + i * width, width, -1);
+      scale_row(head, begin, length, i, x, chunk.u, width);
+    }
+  }
+  small_gemm(chunk.keys, width, length, {chunk.k_t, kChunk, 1}, chunk.u, width, chunk.state, width);
+}
+
+// dR and dE from dU in place of dR: (I + diag(β) A)ᵀ dR = dU, dE = diag(β) dR.
+HWY_INLINE void back_substitution(const BackwardHead& head, const BackwardChunk& chunk,
+                                  std::int64_t begin, std::int64_t length) {
+  const std::int64_t width = chunk.values;
+  const std::int64_t rows = round_up(length);
+  for (std::int64_t r = rows - kBlock; r >= 0; r -= kBlock) {
+    const std::int64_t next = r + kBlock;
+    small_gemm(kBlock, width, rows - next, {chunk.a + next * kChunk + r, 1, kChunk},
+               chunk.d_e + next * width, width, chunk.d_r + r * width, width, -1);
+    for (std::int64_t i = next - 1; i >= r; --i) {
+      small_gemm(1, width, next - i - 1, {chunk.a + (i + 1) * kChunk + i, 1, kChunk},
+                 chunk.d_e + (i + 1) * width, width, chunk.d_r + i * width, width, -1);
+      scale_row(head, begin, length, i, chunk.d_r, chunk.d_e, width);
+    }
+  }
+}
+
+// dQ = dO Sᵀ + tril(dO Uᵀ) K
+// dK = tril(dO Uᵀ)ᵀ Q + U dSᵀ − dE Sᵀ − tril(dE Uᵀ, −1) K − tril(dE Uᵀ, −1)ᵀ K
+HWY_INLINE void query_and_key_gradients(const BackwardChunk& chunk, const float* state,
+                                        std::int64_t rows) {
+  const std::int64_t keys = chunk.keys;
+  const std::int64_t values = chunk.values;
+  std::fill(chunk.dq, chunk.dq + rows * keys, 0.0f);
+  std::fill(chunk.dk, chunk.dk + rows * keys, 0.0f);
+  transpose(chunk.state, keys, values, chunk.s_t, keys);
+  small_gemm(rows, keys, values, {chunk.u, values, 1}, chunk.s_t, keys, chunk.dk, keys);
+  transpose(state, keys, values, chunk.s_t, keys);
+  small_gemm(rows, keys, values, {chunk.d_o, values, 1}, chunk.s_t, keys, chunk.dq, keys);
+  small_gemm(rows, keys, values, {chunk.d_e, values, 1}, chunk.s_t, keys, chunk.dk, keys, -1);
+  transpose(chunk.u, rows, values, chunk.u_t, kChunk);
+  lower_product(chunk.d_o, values, chunk.u_t, rows, 1, false, chunk.m);
+  add_lower(chunk.m, chunk.k, rows, keys, chunk.dq);
+  add_upper(chunk.m, chunk.q, rows, keys, chunk.dk);
+  lower_product(chunk.d_e, values, chunk.u_t, rows, -1, true, chunk.m);
+  add_lower(chunk.m, chunk.k, rows, keys, chunk.dk);
+  add_upper(chunk.m, chunk.k, rows, keys, chunk.dk);
+}
+
+// chunk.state is dS of the state behind the chunk, and then of the one before it.
+HWY_INLINE void chunk_backward(const BackwardHead& head, const BackwardChunk& chunk,
+                               std::int64_t index, std::int64_t begin, std::int64_t length) {
+  const std::int64_t keys = chunk.keys;
+  const std::int64_t values = chunk.values;
+  const std::int64_t rows = round_up(length);
+  const float* x = chunk.update(index);
+  load_keys(head, chunk, begin, length);
+  load_rows(head.q, begin, length, head.key_dim, head.scale, chunk.q, keys);
+  load_rows(head.d_o, begin, length, head.value_dim, 1, chunk.d_o, values);
+  for (std::int64_t i = 0; i < rows; ++i) scale_row(head, begin, length, i, x, chunk.u, values);
+
+  // dU = tril(Q Kᵀ)ᵀ dO + K dS
+  lower_product(chunk.q, keys, chunk.k_t, rows, 1, false, chunk.p);
+  std::fill(chunk.d_r, chunk.d_r + rows * values, 0.0f);
+  small_gemm(rows, values, keys, {chunk.k, keys, 1}, chunk.state, values, chunk.d_r, values);
+  add_upper(chunk.p, chunk.d_o, rows, values, chunk.d_r);
+  back_substitution(head, chunk, begin, length);
+  query_and_key_gradients(chunk, chunk.state_before(index), rows);
+
+  // dS += Qᵀ dO − Kᵀ dE
+  small_gemm(keys, values, length, {chunk.q, 1, keys}, chunk.d_o, values, chunk.state, values);
+  small_gemm(keys, values, length, {chunk.k_t, kChunk, 1}, chunk.d_e, values, chunk.state, values,
+             -1);
+  for (std::int64_t t = 0; t < length; ++t) {
+    float* dq = head.dq + (begin + t) * head.key_row();
+    for (std::int64_t i = 0; i < head.key_dim; ++i) dq[i] = head.scale * chunk.dq[t * keys + i];
+    std::copy_n(chunk.dk + t * keys, head.key_dim, head.dk + (begin + t) * head.key_row());
+    std::copy_n(chunk.d_e + t * values, head.value_dim, head.dv + (begin + t) * head.value_row());
+    if (head.dbeta == nullptr) continue;
+    VF32 sum = hn::Zero(kF32);
+    for (std::int64_t j = 0; j < values; j += lanes()) {
+      sum = hn::MulAdd(load(chunk.d_r + t * values + j), load(x + t * values + j), sum);
+    }
+    head.dbeta[(begin + t) * head.beta_stride] = sum_of(sum);
+  }
+}
+
+HWY_INLINE void head_backward(const BackwardHead& head, const BackwardChunk& chunk,
+                              std::int64_t length) {
+  std::fill(chunk.state, chunk.state + chunk.keys * chunk.values, 0.0f);
+  for (std::int64_t t = 0; t < length; t += kChunk) {
+    chunk_states(head, chunk, t / kChunk, t, std::min(kChunk, length - t));
+  }
+  std::fill(chunk.state, chunk.state + chunk.keys * chunk.values, 0.0f);
+  for (std::int64_t index = (length - 1) / kChunk; index >= 0; --index) {
+    const std::int64_t begin = index * kChunk;
+    chunk_backward(head, chunk, index, begin, std::min(kChunk, length - begin));
+  }
+}
+
+}  // namespace
+
+void delta_rule_backward_target(Context& ctx, const DeltaRuleBackwardArgs& args) {
+  const std::int64_t heads = args.q.shape[1];
+  const std::int64_t key_dim = args.q.shape[2];
+  const std::int64_t value_dim = args.v.shape[2];
+  std::int64_t longest = 0;
+  for (std::int64_t b = 0; b < args.sequences.count(); ++b) {
+    longest = std::max(longest, args.sequences.length(b));
+  }
+  const std::int64_t chunks = (longest + kChunk - 1) / kChunk;
+  ScratchScope scratch(ctx);
+  const std::int64_t slot_floats = BackwardChunk::floats(key_dim, value_dim, chunks);
+  float* slots = scratch.tensor({ctx.threads().size(), slot_floats}).f32();
+  ctx.threads().parallel_for(args.sequences.count() * heads, [&](std::int64_t task, int slot) {
+    const std::int64_t b = task / heads;
+    const std::int64_t row = args.sequences.begin(b) * heads + task % heads;
+    const auto keys_at = [&](const auto& view) { return view.f32() + row * key_dim; };
+    const auto values_at = [&](const auto& view) { return view.f32() + row * value_dim; };
+    const BackwardHead head{
+        .key_dim = key_dim,
+        .value_dim = value_dim,
+        .q = {keys_at(args.q), heads * key_dim},
+        .k = {keys_at(args.k), heads * key_dim},
+        .v = {values_at(args.v), heads * value_dim},
+        .d_o = {values_at(args.d_o), heads * value_dim},
+        .beta = args.beta.data != nullptr ? args.beta.f32() + row : nullptr,
+        .beta_stride = heads,
+        .dq = keys_at(args.dq),
+        .dk = keys_at(args.dk),
+        .dv = values_at(args.dv),
+        .dbeta = args.beta.data != nullptr ? args.dbeta.f32() + row : nullptr,
+        .scale = 1 / std::sqrt(static_cast<float>(key_dim)),
+    };
+    head_backward(head, {slots + slot * slot_floats, key_dim, value_dim, chunks},
+                  args.sequences.length(b));
+  });
+}
+
 }  // namespace deltafox::cpu::HWY_NAMESPACE
 HWY_AFTER_NAMESPACE();
 
 #if HWY_ONCE
 namespace deltafox::cpu {
 HWY_EXPORT(delta_rule_target);
+HWY_EXPORT(delta_rule_backward_target);
 void delta_rule(Context& ctx, const DeltaRuleArgs& args) {
   HWY_DYNAMIC_DISPATCH(delta_rule_target)(ctx, args);
+}
+void delta_rule_backward(Context& ctx, const DeltaRuleBackwardArgs& args) {
+  HWY_DYNAMIC_DISPATCH(delta_rule_backward_target)(ctx, args);
 }
 }  // namespace deltafox::cpu
 #endif

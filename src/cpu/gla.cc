@@ -173,14 +173,173 @@ void gla_target(Context& ctx, const GlaArgs& args) {
   });
 }
 
+namespace {
+
+struct BackwardHead {
+  std::int64_t key_dim;    // K
+  std::int64_t value_dim;  // V
+  HeadRows q, k, g, v, d_o;
+  float *dq, *dk, *dg, *dv;
+  float scale;  // 1 / √K
+};
+
+// Memory of a head; V is rounded up to 16, and what is beyond a row's end is zero.
+struct BackwardChunk {
+  std::int64_t values;
+  float* v;       // [16, V]
+  float* d_o;     // [16, V], scaled by 1 / √K
+  float* dv;      // [16, V]
+  float* rows;    // [17, V], one row of the state before each token and behind the last
+  float* ds;      // [K, V], of the state behind the token at hand
+  float* states;  // of each chunk [K, V], before it
+
+  static std::int64_t floats(std::int64_t key_dim, std::int64_t value_dim, std::int64_t chunks) {
+    return round_up(value_dim) * (4 * kChunk + 1 + (chunks + 1) * key_dim);
+  }
+  BackwardChunk(float* memory, std::int64_t key_dim, std::int64_t value_dim)
+      : values(round_up(value_dim)) {
+    const auto take = [&](std::int64_t n) { return std::exchange(memory, memory + n * values); };
+    v = take(kChunk);
+    d_o = take(kChunk);
+    dv = take(kChunk);
+    rows = take(kChunk + 1);
+    ds = take(key_dim);
+    states = memory;
+  }
+};
+
+// to = g · from + k · v
+HWY_INLINE void advance_row(float g, const float* from, float k, const float* v, float* to,
+                            std::int64_t size) {
+  const VF32 gate = hn::Set(kF32, g);
+  const VF32 key = hn::Set(kF32, k);
+  for (std::int64_t j = 0; j < size; j += lanes()) {
+    store(hn::MulAdd(key, load(v + j), hn::Mul(gate, load(from + j))), to + j);
+  }
+}
+
+// Token t of the chunk, row i of the state, the tokens behind it done.
+HWY_INLINE void row_backward(const BackwardHead& head, const BackwardChunk& chunk,
+                             std::int64_t begin, std::int64_t t, std::int64_t i) {
+  const std::int64_t size = chunk.values;
+  const std::int64_t at = (begin + t) * head.q.stride + i;
+  const VF32 query = hn::Set(kF32, head.q.data[at]);
+  const VF32 key = hn::Set(kF32, head.k.data[at]);
+  const VF32 gate = hn::Set(kF32, head.g.data[at]);
+  const float* before = chunk.rows + t * size;
+  const float* after = before + size;
+  float* ds = chunk.ds + i * size;
+  VF32 dq = hn::Zero(kF32);
+  VF32 dk = hn::Zero(kF32);
+  VF32 dg = hn::Zero(kF32);
+  for (std::int64_t j = 0; j < size; j += lanes()) {
+    const VF32 d_o = load(chunk.d_o + t * size + j);
+    const VF32 d = hn::MulAdd(query, d_o, load(ds + j));
+    dq = hn::MulAdd(load(after + j), d_o, dq);
+    dk = hn::MulAdd(d, load(chunk.v + t * size + j), dk);
+    dg = hn::MulAdd(d, load(before + j), dg);
+    float* dv = chunk.dv + t * size + j;
+    store(hn::MulAdd(key, d, load(dv)), dv);
+    store(hn::Mul(gate, d), ds + j);
+  }
+  head.dq[at] = sum_of(dq);
+  head.dk[at] = sum_of(dk);
+  head.dg[at] = sum_of(dg);
+}
+
+// By the recurrence: rows of the state do not depend on one another, so that one row passes all
+// tokens of a chunk in the first-level cache. What a chunk starts from is kept, what lies within it
+// is computed again.
+HWY_INLINE void head_backward(const BackwardHead& head, const BackwardChunk& chunk,
+                              std::int64_t length) {
+  const std::int64_t size = chunk.values;
+  const std::int64_t state_floats = head.key_dim * size;
+  const std::int64_t count = (length + kChunk - 1) / kChunk;
+  std::fill(chunk.states, chunk.states + state_floats, 0.0f);
+  for (std::int64_t c = 0; c + 1 < count; ++c) {
+    const std::int64_t begin = c * kChunk;
+    load_rows(head.v, begin, kChunk, head.value_dim, 1, chunk.v, size);
+    const float* before = chunk.states + c * state_floats;
+    float* after = chunk.states + (c + 1) * state_floats;
+    for (std::int64_t i = 0; i < head.key_dim; ++i) {
+      for (std::int64_t t = 0; t < kChunk; ++t) {
+        const std::int64_t at = (begin + t) * head.q.stride + i;
+        advance_row(head.g.data[at], (t == 0 ? before : after) + i * size, head.k.data[at],
+                    chunk.v + t * size, after + i * size, size);
+      }
+    }
+  }
+  std::fill(chunk.ds, chunk.ds + state_floats, 0.0f);
+  for (std::int64_t c = count - 1; c >= 0; --c) {
+    const std::int64_t begin = c * kChunk;
+    const std::int64_t tokens = std::min(kChunk, length - begin);
+    load_rows(head.v, begin, tokens, head.value_dim, 1, chunk.v, size);
+    load_rows(head.d_o, begin, tokens, head.value_dim, head.scale, chunk.d_o, size);
+    std::fill(chunk.dv, chunk.dv + tokens * size, 0.0f);
+    for (std::int64_t i = 0; i < head.key_dim; ++i) {
+      std::copy_n(chunk.states + c * state_floats + i * size, size, chunk.rows);
+      for (std::int64_t t = 0; t < tokens; ++t) {
+        const std::int64_t at = (begin + t) * head.q.stride + i;
+        advance_row(head.g.data[at], chunk.rows + t * size, head.k.data[at], chunk.v + t * size,
+                    chunk.rows + (t + 1) * size, size);
+      }
+      for (std::int64_t t = tokens - 1; t >= 0; --t) row_backward(head, chunk, begin, t, i);
+    }
+    for (std::int64_t t = 0; t < tokens; ++t) {
+      std::copy_n(chunk.dv + t * size, head.value_dim, head.dv + (begin + t) * head.v.stride);
+    }
+  }
+}
+
+}  // namespace
+
+void gla_backward_target(Context& ctx, const GlaBackwardArgs& args) {
+  const std::int64_t heads = args.q.shape[1];
+  const std::int64_t key_dim = args.q.shape[2];
+  const std::int64_t value_dim = args.v.shape[2];
+  std::int64_t longest = 0;
+  for (std::int64_t b = 0; b < args.sequences.count(); ++b) {
+    longest = std::max(longest, args.sequences.length(b));
+  }
+  ScratchScope scratch(ctx);
+  const std::int64_t slot_floats =
+      BackwardChunk::floats(key_dim, value_dim, (longest + kChunk - 1) / kChunk);
+  float* slots = scratch.tensor({ctx.threads().size(), slot_floats}).f32();
+  ctx.threads().parallel_for(args.sequences.count() * heads, [&](std::int64_t task, int slot) {
+    const std::int64_t b = task / heads;
+    const std::int64_t row = args.sequences.begin(b) * heads + task % heads;
+    const auto keys_at = [&](const auto& view) { return view.f32() + row * key_dim; };
+    const auto values_at = [&](const auto& view) { return view.f32() + row * value_dim; };
+    const BackwardHead head{
+        .key_dim = key_dim,
+        .value_dim = value_dim,
+        .q = {keys_at(args.q), heads * key_dim},
+        .k = {keys_at(args.k), heads * key_dim},
+        .g = {keys_at(args.g), heads * key_dim},
+        .v = {values_at(args.v), heads * value_dim},
+        .d_o = {values_at(args.d_o), heads * value_dim},
+        .dq = keys_at(args.dq),
+        .dk = keys_at(args.dk),
+        .dg = keys_at(args.dg),
+        .dv = values_at(args.dv),
+        .scale = 1 / std::sqrt(static_cast<float>(key_dim)),
+    };
+    head_backward(head, {slots + slot * slot_floats, key_dim, value_dim}, args.sequences.length(b));
+  });
+}
+
 }  // namespace deltafox::cpu::HWY_NAMESPACE
 HWY_AFTER_NAMESPACE();
 
 #if HWY_ONCE
 namespace deltafox::cpu {
 HWY_EXPORT(gla_target);
+HWY_EXPORT(gla_backward_target);
 void gla(Context& ctx, const GlaArgs& args) {
   HWY_DYNAMIC_DISPATCH(gla_target)(ctx, args);
+}
+void gla_backward(Context& ctx, const GlaBackwardArgs& args) {
+  HWY_DYNAMIC_DISPATCH(gla_backward_target)(ctx, args);
 }
 }  // namespace deltafox::cpu
 #endif

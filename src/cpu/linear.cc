@@ -3,6 +3,7 @@
 // vector accumulated over K in steps of a vector and added up across lanes at the end, whatever the
 // tile.
 #include "core/float_convert.h"
+#include "cpu/isa.h"
 #include "cpu/linear_kernels.h"
 
 #undef HWY_TARGET_INCLUDE
@@ -220,6 +221,11 @@ void linear(Context& ctx, const LinearArgs& args) {
     products.accumulate = true;
   }
   if (is_packed(args.w.dtype)) return linear_packed(ctx, products);
+#if defined(__x86_64__)
+  if (args.w.dtype == DType::kF32 && isa().avx512) return linear_f32_avx512(ctx, products);
+  if (args.w.dtype == DType::kBF16 && isa().amx_bf16) return linear_bf16_amx(ctx, products);
+  if (args.w.dtype == DType::kBF16 && isa().avx512_bf16) return linear_bf16_avx512(ctx, products);
+#endif
   if (args.w.dtype == DType::kBF16) products.x = rounded_to_bf16(ctx, scratch, args.x);
   linear_widened(ctx, products);
 }

@@ -9,6 +9,13 @@ namespace deltafox::cpu {
 // F32, BF16 and F16 weights, widened to float32 as they are read; by Highway.
 void linear_widened(Context& ctx, const LinearArgs& args);
 
+#if defined(__x86_64__)
+// For processors that have them (cpu/isa.h). With BF16 weights they round x themselves.
+void linear_f32_avx512(Context& ctx, const LinearArgs& args);
+void linear_bf16_avx512(Context& ctx, const LinearArgs& args);
+void linear_bf16_amx(Context& ctx, const LinearArgs& args);
+#endif
+
 // kQ8 and kQ4 weights.
 void linear_packed(Context& ctx, const LinearArgs& args);
 

@@ -1,6 +1,7 @@
 // y = x wᵀ for packed weights. Rows of x become integers with a scale for each block of 256
 // columns; products of a block are exact integers; blocks are added in order, as float32. So every
 // kernel gives the same bits, for any number of tokens and threads.
+#include "cpu/isa.h"
 #include "cpu/linear_kernels.h"
 #include "cpu/packed_kernels.h"
 
@@ -66,6 +67,19 @@ namespace deltafox::cpu {
 HWY_EXPORT(quantize_row_target);
 namespace {
 
+PackedKernels kernels() {
+#if defined(__x86_64__)
+  if (isa().amx_int8) {
+    return {amx::eight_bits, avx512::eight_bits, avx512::expand, avx512::four_bits};
+  }
+  if (isa().avx512_vnni) {
+    return {avx512::eight_bits, avx512::eight_bits, avx512::expand, avx512::four_bits};
+  }
+  if (isa().avx2) return {avx2::eight_bits, avx2::eight_bits, avx2::expand, nullptr};
+#endif
+  return {plain::eight_bits, plain::eight_bits, plain::expand, nullptr};
+}
+
 constexpr std::int64_t kBlockTokens = 192;  // their sums and integers stay in the caches
 
 QuantizedRows quantized(Context& ctx, ScratchScope& scratch, const ConstTensorView& x,
@@ -109,6 +123,9 @@ void linear_packed(Context& ctx, const LinearArgs& args) {
   const std::int64_t tokens = args.x.shape[0];
   const std::int64_t columns = args.w.shape[0];
   const bool four_bits = args.w.dtype == DType::kQ4;
+  const PackedKernels run = kernels();
+  const bool direct = four_bits && run.four_bits != nullptr && tokens <= kFewTokensOfFourBits;
+  const auto eight_bits = tokens <= kFewTokensOfEightBits ? run.eight_bits_few : run.eight_bits;
   const PackedLayout layout(args.w.dtype, columns, args.w.shape[1]);
   ScratchScope scratch(ctx);
   const QuantizedRows x = quantized(ctx, scratch, args.x, layout);
@@ -145,15 +162,19 @@ void linear_packed(Context& ctx, const LinearArgs& args) {
       block.head = panel + layout.block_offset(block.block);
       block.values = block.head + layout.head_bytes();
       block.value_stride = layout.panel_bytes();
+      if (direct) {
+        run.four_bits(block);
+        continue;
+      }
       if (four_bits) {
         for (int p = 0; p < block.panels; ++p) {
-          plain::expand(block.head + p * block.head_stride, block.values + p * block.value_stride,
-                        block.columns, expanded + p * kPanelRows * kQuantBlock);
+          run.expand(block.head + p * block.head_stride, block.values + p * block.value_stride,
+                     block.columns, expanded + p * kPanelRows * kQuantBlock);
         }
         block.values = expanded;
         block.value_stride = kPanelRows * kQuantBlock;
       }
-      plain::eight_bits(block);
+      eight_bits(block);
     }
     const std::int64_t column = first_panel * kPanelRows;
     store_sums(sums, block.tokens, std::min(kTileColumns, columns - column),

@@ -4,6 +4,7 @@
 #define HWY_TARGET_INCLUDE "cpu/log_sigmoid.cc"
 #include <hwy/foreach_target.h>
 
+#include "cpu/row_sums-inl.h"
 #include "cpu/simd-inl.h"
 
 HWY_BEFORE_NAMESPACE();
@@ -42,14 +43,40 @@ void log_sigmoid_target(Context& ctx, const LogSigmoidArgs& args) {
   });
 }
 
+void log_sigmoid_backward_target(Context& ctx, const LogSigmoidBackwardArgs& args) {
+  const std::int64_t rows = args.y.shape[0];
+  const std::int64_t heads = args.y.shape[1];
+  ScratchScope scratch(ctx);
+  const RowSums sums(scratch, rows, heads, 1);
+  ctx.threads().parallel_for(sums.tasks(), [&](std::int64_t task) {
+    float* dbias = sums.of(task);
+    for (std::int64_t r = sums.begin(task); r < sums.end(task); ++r) {
+      const float* y = args.y.f32() + r * heads;
+      const float* dy = args.dy.f32() + r * heads;
+      float* dx = args.dx.data != nullptr ? args.dx.f32() + r * heads : nullptr;
+      for_vectors(heads, [&](std::int64_t i, auto&& load_vector, auto&& store_vector) HWY_ATTR {
+        const VF32 slope = hn::Neg(hn::Expm1(kF32, load_vector(y + i)));
+        const VF32 d = hn::Mul(load_vector(dy + i), slope);
+        if (dx != nullptr) store_vector(d, dx + i);
+        store_vector(hn::Add(load_vector(dbias + i), d), dbias + i);
+      });
+    }
+  });
+  if (args.dbias.data != nullptr) sums.add_to(ctx, args.dbias.f32());
+}
+
 }  // namespace deltafox::cpu::HWY_NAMESPACE
 HWY_AFTER_NAMESPACE();
 
 #if HWY_ONCE
 namespace deltafox::cpu {
 HWY_EXPORT(log_sigmoid_target);
+HWY_EXPORT(log_sigmoid_backward_target);
 void log_sigmoid(Context& ctx, const LogSigmoidArgs& args) {
   HWY_DYNAMIC_DISPATCH(log_sigmoid_target)(ctx, args);
+}
+void log_sigmoid_backward(Context& ctx, const LogSigmoidBackwardArgs& args) {
+  HWY_DYNAMIC_DISPATCH(log_sigmoid_backward_target)(ctx, args);
 }
 }  // namespace deltafox::cpu
 #endif

@@ -37,16 +37,32 @@ struct PackedBlock {
   float* sums;  // [tokens, kTileColumns]
 };
 
-// For kQ8, or kQ4 once expanded.
-using EightBitKernel = void (*)(const PackedBlock&);
-// The values of kQ4, factor · q + 128, as a kQ8 block has them.
-using ExpandKernel = void (*)(const std::byte* head, const std::byte* values, std::int64_t columns,
-                              std::byte* expanded);
+// Of a processor. Every kernel of a kind gives the same bits.
+struct PackedKernels {
+  // For the values of kQ8, or of kQ4 once expanded.
+  void (*eight_bits)(const PackedBlock&);
+  // The same, and for fewer tokens than a matrix product is worth.
+  void (*eight_bits_few)(const PackedBlock&);
+  // The values of a block of a panel of kQ4, factor · q + 128, as kQ8 has them.
+  void (*expand)(const std::byte* head, const std::byte* values, std::int64_t columns,
+                 std::byte* expanded);
+  // For the values of kQ4 as they are and up to kFewTokensOfFourBits tokens; null: there is none.
+  void (*four_bits)(const PackedBlock&);
+};
+constexpr std::int64_t kFewTokensOfFourBits = 4;
+constexpr std::int64_t kFewTokensOfEightBits = 4;
 
-namespace plain {
-void eight_bits(const PackedBlock& block);
-void expand(const std::byte* head, const std::byte* values, std::int64_t columns,
-            std::byte* expanded);
-}  // namespace plain
+#define DELTAFOX_PACKED_KERNELS(name)                                               \
+  namespace name {                                                                  \
+  void eight_bits(const PackedBlock& block);                                        \
+  void four_bits(const PackedBlock& block);                                         \
+  void expand(const std::byte* head, const std::byte* values, std::int64_t columns, \
+              std::byte* expanded);                                                 \
+  }
+DELTAFOX_PACKED_KERNELS(plain)  // without four_bits
+DELTAFOX_PACKED_KERNELS(avx2)   // without four_bits
+DELTAFOX_PACKED_KERNELS(avx512)
+DELTAFOX_PACKED_KERNELS(amx)  // eight_bits alone
+#undef DELTAFOX_PACKED_KERNELS
 
 }  // namespace deltafox::cpu

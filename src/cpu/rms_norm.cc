@@ -4,6 +4,7 @@
 #define HWY_TARGET_INCLUDE "cpu/rms_norm.cc"
 #include <hwy/foreach_target.h>
 
+#include "cpu/row_sums-inl.h"
 #include "cpu/simd-inl.h"
 
 HWY_BEFORE_NAMESPACE();
@@ -54,14 +55,95 @@ void rms_norm_target(Context& ctx, const RmsNormArgs& args) {
   });
 }
 
+namespace {
+
+// One row; dw may be null.
+HWY_INLINE void norm_row_backward(const RmsNormBackwardArgs& args, std::int64_t row,
+                                  std::int64_t width, float* dw) {
+  const std::int64_t at = row * width;
+  const float* x = args.x.f32() + at;
+  const float* dy = args.dy.f32() + at;
+  const std::int64_t group = args.w.data != nullptr ? at % args.w.shape[0] : 0;
+  const float* w = args.w.data != nullptr ? args.w.f32() + group : nullptr;
+  const float* gate = args.gate.data != nullptr ? args.gate.f32() + at : nullptr;
+  const VF32 one = hn::Set(kF32, 1.0f);
+  // What is normed: x, or its product with the gate.
+  const auto input = [&](std::int64_t i, VF32 factor, auto&& load_vector) HWY_ATTR {
+    const VF32 v = load_vector(x + i);
+    return args.gate_first ? hn::Mul(v, factor) : v;
+  };
+  const auto gate_factor = [&](std::int64_t i, auto&& load_vector) HWY_ATTR {
+    return gate != nullptr ? activate(args.gate_activation, load_vector(gate + i)) : one;
+  };
+  // dy times what follows the norm.
+  const auto dnormed = [&](std::int64_t i, VF32 factor, auto&& load_vector) HWY_ATTR {
+    VF32 d = load_vector(dy + i);
+    if (w != nullptr) d = hn::Mul(d, load_vector(w + i));
+    return args.gate_first ? d : hn::Mul(d, factor);
+  };
+  VF32 squares = hn::Zero(kF32);
+  VF32 dots = hn::Zero(kF32);
+  for_vectors(width, [&](std::int64_t i, auto&& load_vector, auto&& /*store_vector*/) HWY_ATTR {
+    const VF32 factor = gate_factor(i, load_vector);
+    const VF32 v = input(i, factor, load_vector);
+    squares = hn::MulAdd(v, v, squares);
+    dots = hn::MulAdd(dnormed(i, factor, load_vector), v, dots);
+  });
+  const float mean = sum_of(squares) / static_cast<float>(width);
+  const float scale = 1 / std::sqrt(mean + args.eps);
+  const VF32 scales = hn::Set(kF32, scale);
+  const VF32 pull = hn::Set(kF32, scale * scale * scale * sum_of(dots) / static_cast<float>(width));
+  for_vectors(width, [&](std::int64_t i, auto&& load_vector, auto&& store_vector) HWY_ATTR {
+    const VF32 factor = gate_factor(i, load_vector);
+    const VF32 v = input(i, factor, load_vector);
+    const VF32 normed = hn::Mul(v, scales);
+    const VF32 d = load_vector(dy + i);
+    if (dw != nullptr) {
+      const VF32 gated = args.gate_first ? normed : hn::Mul(normed, factor);
+      store_vector(hn::MulAdd(d, gated, load_vector(dw + group + i)), dw + group + i);
+    }
+    VF32 dv = hn::NegMulAdd(pull, v, hn::Mul(dnormed(i, factor, load_vector), scales));
+    if (gate != nullptr) {
+      const VF32 slope = activation_slope(args.gate_activation, load_vector(gate + i));
+      const VF32 weighted = w != nullptr ? hn::Mul(normed, load_vector(w + i)) : normed;
+      const VF32 dfactor = args.gate_first ? hn::Mul(dv, load_vector(x + i)) : hn::Mul(d, weighted);
+      store_vector(hn::Mul(dfactor, slope), args.dgate.f32() + at + i);
+      if (args.gate_first) dv = hn::Mul(dv, factor);
+    }
+    float* dx = args.dx.f32() + at + i;
+    store_vector(args.accumulate_dx ? hn::Add(load_vector(dx), dv) : dv, dx);
+  });
+}
+
+}  // namespace
+
+void rms_norm_backward_target(Context& ctx, const RmsNormBackwardArgs& args) {
+  const std::int64_t rows = args.x.shape[0];
+  const std::int64_t width = args.x.shape[1];
+  const bool has_dw = args.dw.data != nullptr;
+  ScratchScope scratch(ctx);
+  const RowSums sums(scratch, rows, width, has_dw ? args.w.shape[0] / width : 1);
+  ctx.threads().parallel_for(sums.tasks(), [&](std::int64_t task) {
+    float* dw = has_dw ? sums.of(task) : nullptr;
+    for (std::int64_t r = sums.begin(task); r < sums.end(task); ++r) {
+      norm_row_backward(args, r, width, dw);
+    }
+  });
+  if (has_dw) sums.add_to(ctx, args.dw.f32());
+}
+
 }  // namespace deltafox::cpu::HWY_NAMESPACE
 HWY_AFTER_NAMESPACE();
 
 #if HWY_ONCE
 namespace deltafox::cpu {
 HWY_EXPORT(rms_norm_target);
+HWY_EXPORT(rms_norm_backward_target);
 void rms_norm(Context& ctx, const RmsNormArgs& args) {
   HWY_DYNAMIC_DISPATCH(rms_norm_target)(ctx, args);
+}
+void rms_norm_backward(Context& ctx, const RmsNormBackwardArgs& args) {
+  HWY_DYNAMIC_DISPATCH(rms_norm_backward_target)(ctx, args);
 }
 }  // namespace deltafox::cpu
 #endif

@@ -34,7 +34,8 @@ HWY_INLINE void turn(float* x, std::int64_t half, const float* cosines, const fl
       });
 }
 
-void rope_target(Context& ctx, const RopeArgs& args) {
+// `direction` is 1, or -1 to turn back.
+void rope_target(Context& ctx, const RopeArgs& args, float direction) {
   const std::int64_t tokens = args.sequences.tokens();
   const std::int64_t dim = args.q.shape[2];
   const std::int64_t half = dim / 2;
@@ -58,7 +59,7 @@ void rope_target(Context& ctx, const RopeArgs& args) {
     for (std::int64_t i = 0; i < half; ++i) {
       const float angle = positions[t] * frequencies[i];
       cosines[i] = std::cos(angle);
-      sines[i] = std::sin(angle);
+      sines[i] = direction * std::sin(angle);
     }
     for (const TensorView& x : {args.q, args.k}) {
       const std::int64_t heads = x.shape[1];
@@ -76,7 +77,15 @@ HWY_AFTER_NAMESPACE();
 namespace deltafox::cpu {
 HWY_EXPORT(rope_target);
 void rope(Context& ctx, const RopeArgs& args) {
-  HWY_DYNAMIC_DISPATCH(rope_target)(ctx, args);
+  HWY_DYNAMIC_DISPATCH(rope_target)(ctx, args, 1);
+}
+void rope_backward(Context& ctx, const RopeBackwardArgs& args) {
+  const RopeArgs turned{.q = args.dq,
+                        .k = args.dk,
+                        .sequences = args.sequences,
+                        .positions = args.positions,
+                        .base = args.base};
+  HWY_DYNAMIC_DISPATCH(rope_target)(ctx, turned, -1);
 }
 }  // namespace deltafox::cpu
 #endif

@@ -101,14 +101,123 @@ void short_conv_target(Context& ctx, const ShortConvArgs& args) {
   });
 }
 
+namespace {
+
+// Channels of a task of backward, which has all sequences.
+constexpr std::int64_t kBackwardBlock = 64;
+
+struct ConvBackwardBlock {
+  const ShortConvBackwardArgs& args;
+  std::int64_t channel;   // the first of the block
+  std::int64_t channels;  // of the block
+  std::int64_t width;     // W
+  float* taps;            // [W, kBackwardBlock]
+  float* dtaps;           // [W, kBackwardBlock]
+  float* dbias;           // [kBackwardBlock]
+  float* ds;              // [W, kBackwardBlock], of row t at t mod W
+
+  static std::int64_t floats(std::int64_t width) { return (3 * width + 1) * kBackwardBlock; }
+
+  float* ds_row(std::int64_t t) const { return ds + t % width * kBackwardBlock; }
+  const float* x_row(std::int64_t row) const {
+    return args.x.f32() + row * args.x.shape[1] + channel;
+  }
+
+  void begin() const {
+    std::fill(taps, taps + floats(width), 0.0f);
+    for (std::int64_t c = 0; c < channels; ++c) {
+      for (std::int64_t i = 0; i < width; ++i) {
+        taps[i * kBackwardBlock + c] = args.w.f32()[(channel + c) * width + i];
+      }
+    }
+  }
+
+  void add_to_weights() const {
+    for (std::int64_t c = 0; c < channels; ++c) {
+      for (std::int64_t i = 0; args.dw.data != nullptr && i < width; ++i) {
+        args.dw.f32()[(channel + c) * width + i] += dtaps[i * kBackwardBlock + c];
+      }
+      if (args.dbias.data != nullptr) args.dbias.f32()[channel + c] += dbias[c];
+    }
+  }
+
+  // Row t of the sequence of `length` rows that starts at row `first`; later rows came before.
+  void step(std::int64_t first, std::int64_t length, std::int64_t t) const {
+    const std::int64_t at = (first + t) * args.x.shape[1] + channel;
+    const float* dy = args.dy.f32() + at;
+    const float* bias = args.bias.data != nullptr ? args.bias.f32() + channel : nullptr;
+    const std::int64_t oldest = std::max<std::int64_t>(0, width - 1 - t);  // tap inside
+    const std::int64_t later = std::min(width - 1, length - 1 - t);        // rows that read this
+    float* d_sum = ds_row(t);
+    for_vectors(channels, [&](std::int64_t c, auto&& load_vector, auto&& store_vector) HWY_ATTR {
+      VF32 d = load_vector(dy + c);
+      if (args.activation != Activation::kIdentity) {
+        VF32 sum = bias != nullptr ? load_vector(bias + c) : hn::Zero(kF32);
+        for (std::int64_t i = oldest; i < width; ++i) {
+          const VF32 x = load_vector(x_row(first + t - width + 1 + i) + c);
+          sum = hn::MulAdd(load(taps + i * kBackwardBlock + c), x, sum);
+        }
+        d = hn::Mul(d, activation_slope(args.activation, sum));
+      }
+      store(d, d_sum + c);
+      for (std::int64_t i = oldest; i < width; ++i) {
+        const VF32 x = load_vector(x_row(first + t - width + 1 + i) + c);
+        float* dtap = dtaps + i * kBackwardBlock + c;
+        store(hn::MulAdd(d, x, load(dtap)), dtap);
+      }
+      store(hn::Add(load(dbias + c), d), dbias + c);
+      VF32 dx = hn::Zero(kF32);
+      for (std::int64_t i = 0; i <= later; ++i) {
+        const VF32 tap = load(taps + (width - 1 - i) * kBackwardBlock + c);
+        dx = hn::MulAdd(tap, load(ds_row(t + i) + c), dx);
+      }
+      store_vector(dx, args.dx.f32() + at + c);
+    });
+  }
+};
+
+}  // namespace
+
+void short_conv_backward_target(Context& ctx, const ShortConvBackwardArgs& args) {
+  const std::int64_t channels = args.x.shape[1];
+  const std::int64_t width = args.w.shape[1];
+  ScratchScope scratch(ctx);
+  const std::int64_t slot_floats = ConvBackwardBlock::floats(width);
+  float* slots = scratch.tensor({ctx.threads().size(), slot_floats}).f32();
+  const std::int64_t blocks = (channels + kBackwardBlock - 1) / kBackwardBlock;
+  ctx.threads().parallel_for(blocks, [&](std::int64_t task, int slot) {
+    float* memory = slots + slot * slot_floats;
+    const std::int64_t channel = task * kBackwardBlock;
+    const std::int64_t size = width * kBackwardBlock;
+    const ConvBackwardBlock block{.args = args,
+                                  .channel = channel,
+                                  .channels = std::min(kBackwardBlock, channels - channel),
+                                  .width = width,
+                                  .taps = memory,
+                                  .dtaps = memory + size,
+                                  .dbias = memory + 3 * size,
+                                  .ds = memory + 2 * size};
+    block.begin();
+    for (std::int64_t b = 0; b < args.sequences.count(); ++b) {
+      const std::int64_t length = args.sequences.length(b);
+      for (std::int64_t t = length; t-- > 0;) block.step(args.sequences.begin(b), length, t);
+    }
+    block.add_to_weights();
+  });
+}
+
 }  // namespace deltafox::cpu::HWY_NAMESPACE
 HWY_AFTER_NAMESPACE();
 
 #if HWY_ONCE
 namespace deltafox::cpu {
 HWY_EXPORT(short_conv_target);
+HWY_EXPORT(short_conv_backward_target);
 void short_conv(Context& ctx, const ShortConvArgs& args) {
   HWY_DYNAMIC_DISPATCH(short_conv_target)(ctx, args);
+}
+void short_conv_backward(Context& ctx, const ShortConvBackwardArgs& args) {
+  HWY_DYNAMIC_DISPATCH(short_conv_backward_target)(ctx, args);
 }
 }  // namespace deltafox::cpu
 #endif

@@ -91,6 +91,24 @@ HWY_INLINE void for_row(std::int64_t size, Whole&& whole, Rest&& rest) {
   if (i < size) rest(i, size - i);
 }
 
+// f(i, load_vector, store_vector) for each vector of a row: the functions read and write what the
+// row has there.
+template <typename F>
+HWY_INLINE void for_vectors(std::int64_t size, F&& f) {
+  for_row(
+      size,
+      [&](std::int64_t i) HWY_ATTR {
+        f(
+            i, [](const float* p) HWY_ATTR { return load(p); },
+            [](VF32 v, float* p) HWY_ATTR { store(v, p); });
+      },
+      [&](std::int64_t i, std::int64_t n) HWY_ATTR {
+        f(
+            i, [n](const float* p) HWY_ATTR { return load_first(p, n); },
+            [n](VF32 v, float* p) HWY_ATTR { store_first(v, p, n); });
+      });
+}
+
 // Through e^-|x|, which cannot overflow: the vector exponential is wrong above 104.
 HWY_INLINE VF32 sigmoid(VF32 x) {
   const VF32 one = hn::Set(kF32, 1.0f);
@@ -119,6 +137,26 @@ HWY_INLINE VF32 activate(Activation activation, VF32 x) {
                             hn::Exp(kF32, hn::Min(x, hn::Zero(kF32))));
   }
   return x;
+}
+
+// The derivative of activate.
+HWY_INLINE VF32 activation_slope(Activation activation, VF32 x) {
+  const VF32 one = hn::Set(kF32, 1.0f);
+  switch (activation) {
+    case Activation::kIdentity:
+      return one;
+    case Activation::kSilu: {
+      const VF32 s = sigmoid(x);
+      return hn::Mul(s, hn::MulAdd(x, sigmoid(hn::Neg(x)), one));
+    }
+    case Activation::kSigmoid:
+      return hn::Mul(sigmoid(x), sigmoid(hn::Neg(x)));
+    case Activation::kRelu:
+      return hn::IfThenElseZero(hn::Gt(x, hn::Zero(kF32)), one);
+    case Activation::kEluPlusOne:
+      return hn::Exp(kF32, hn::Min(x, hn::Zero(kF32)));
+  }
+  return one;
 }
 
 // Σ x²

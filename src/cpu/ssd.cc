@@ -258,14 +258,260 @@ void ssd_target(Context& ctx, const SsdArgs& args) {
   });
 }
 
+namespace {
+
+// Tokens whose states are computed again at a time.
+constexpr std::int64_t kBackwardChunk = 16;
+
+struct BackwardHead {
+  std::int64_t state_size;  // N
+  std::int64_t head_dim;    // P
+  HeadRows x, b, c, dt, dy;
+  float dt_bias;
+  float decay_rate;  // e^a_log
+  float d, dt_min, dt_max;
+  float* dx;
+  float* db;  // [T, N] of this head, rows of db_stride
+  float* dc;
+  std::int64_t db_stride;
+  float* ddt;
+  float* dparams;  // [3] of this head and sequence: dt_bias, a_log, d
+};
+
+// Memory of a head; P is rounded up to 16, and what is beyond a row's end is zero.
+struct BackwardChunk {
+  std::int64_t width;
+  float* u;       // [16, P], Δ x
+  float* dy;      // [16, P]
+  float* du;      // [16, P]
+  float* rows;    // [17, P], one row of the state before each token and behind the last
+  float* da;      // [16, 16], sums of each lane
+  float* dt;      // [16], Δ
+  float* decay;   // [16], a
+  float* ds;      // [N, P], of the state behind the token at hand
+  float* states;  // of each chunk [N, P], before it
+
+  static std::int64_t floats(std::int64_t state_size, std::int64_t head_dim, std::int64_t chunks) {
+    return round_up(head_dim) * (4 * kBackwardChunk + 1 + (chunks + 1) * state_size) +
+           kBackwardChunk * (kBlock + 2);
+  }
+  BackwardChunk(float* memory, std::int64_t state_size, std::int64_t head_dim)
+      : width(round_up(head_dim)) {
+    const auto take = [&](std::int64_t n) { return std::exchange(memory, memory + n); };
+    u = take(kBackwardChunk * width);
+    dy = take(kBackwardChunk * width);
+    du = take(kBackwardChunk * width);
+    rows = take((kBackwardChunk + 1) * width);
+    da = take(kBackwardChunk * kBlock);
+    dt = take(kBackwardChunk);
+    decay = take(kBackwardChunk);
+    ds = take(state_size * width);
+    states = memory;
+  }
+};
+
+// Δ, a and u of tokens [begin, begin + tokens).
+HWY_INLINE void begin_chunk(const BackwardHead& head, const BackwardChunk& chunk,
+                            std::int64_t begin, std::int64_t tokens) {
+  std::fill(chunk.dt, chunk.dt + kBackwardChunk, 0.0f);
+  for (std::int64_t t = 0; t < tokens; ++t) chunk.dt[t] = *head.dt.row(begin + t);
+  for (std::int64_t t = 0; t < kBackwardChunk; t += lanes()) {
+    const VF32 raw = softplus(hn::Add(load(chunk.dt + t), hn::Set(kF32, head.dt_bias)));
+    const VF32 step = hn::Min(hn::Max(raw, hn::Set(kF32, head.dt_min)), hn::Set(kF32, head.dt_max));
+    store(step, chunk.dt + t);
+    store(hn::Exp(kF32, hn::Mul(step, hn::Set(kF32, -head.decay_rate))), chunk.decay + t);
+  }
+  scaled_rows(head.x, begin, tokens, head.head_dim, chunk.dt, chunk.u, chunk.width);
+}
+
+// to = decay · from + b · u
+HWY_INLINE void advance_row(float decay, const float* from, float b, const float* u, float* to,
+                            std::int64_t size) {
+  const VF32 factor = hn::Set(kF32, decay);
+  const VF32 key = hn::Set(kF32, b);
+  for (std::int64_t p = 0; p < size; p += lanes()) {
+    store(hn::MulAdd(key, load(u + p), hn::Mul(factor, load(from + p))), to + p);
+  }
+}
+
+// Token t of the chunk, row n of the state, the tokens behind it done.
+HWY_INLINE void row_backward(const BackwardHead& head, const BackwardChunk& chunk,
+                             std::int64_t begin, std::int64_t t, std::int64_t n) {
+  const std::int64_t size = chunk.width;
+  const VF32 key = hn::Set(kF32, head.b.row(begin + t)[n]);
+  const VF32 query = hn::Set(kF32, head.c.row(begin + t)[n]);
+  const VF32 decay = hn::Set(kF32, chunk.decay[t]);
+  const float* before = chunk.rows + t * size;
+  const float* after = before + size;
+  float* ds = chunk.ds + n * size;
+  float* lanes_of_da = chunk.da + t * kBlock;
+  VF32 dc = hn::Zero(kF32);
+  VF32 db = hn::Zero(kF32);
+  VF32 da = load(lanes_of_da);
+  for (std::int64_t p = 0; p < size; p += lanes()) {
+    const VF32 dy = load(chunk.dy + t * size + p);
+    const VF32 d = hn::MulAdd(query, dy, load(ds + p));
+    dc = hn::MulAdd(load(after + p), dy, dc);
+    db = hn::MulAdd(d, load(chunk.u + t * size + p), db);
+    da = hn::MulAdd(d, load(before + p), da);
+    float* du = chunk.du + t * size + p;
+    store(hn::MulAdd(key, d, load(du)), du);
+    store(hn::Mul(decay, d), ds + p);
+  }
+  store(da, lanes_of_da);
+  head.db[(begin + t) * head.db_stride + n] = sum_of(db);
+  head.dc[(begin + t) * head.db_stride + n] = sum_of(dc);
+}
+
+// What is left of token t when all rows of the state are done.
+HWY_INLINE void finish_token(const BackwardHead& head, const BackwardChunk& chunk,
+                             std::int64_t begin, std::int64_t t) {
+  const float* x = head.x.row(begin + t);
+  const float* dy = head.dy.row(begin + t);
+  const float* du = chunk.du + t * chunk.width;
+  float* dx = head.dx + (begin + t) * head.x.stride;
+  const float dt = chunk.dt[t];
+  float du_x = 0;
+  float dy_x = 0;
+  for (std::int64_t p = 0; p < head.head_dim; ++p) {
+    dx[p] = dt * du[p] + head.d * dy[p];
+    du_x += du[p] * x[p];
+    dy_x += dy[p] * x[p];
+  }
+  const float dlog = -head.decay_rate * chunk.decay[t] * sum_of(load(chunk.da + t * kBlock));
+  const double raw = static_cast<double>(*head.dt.row(begin + t)) + head.dt_bias;
+  // Not a function of dt where it is clamped.
+  const double softplus = std::max(raw, 0.0) + std::log1p(std::exp(-std::abs(raw)));
+  const bool clamped = softplus < head.dt_min || softplus > head.dt_max;
+  const float draw = clamped ? 0.0f : static_cast<float>((du_x + dlog) / (1 + std::exp(-raw)));
+  head.ddt[(begin + t) * head.dt.stride] = draw;
+  head.dparams[0] += draw;
+  head.dparams[1] += dt * dlog;
+  head.dparams[2] += dy_x;
+}
+
+// By the recurrence: rows of the state do not depend on one another, so that one row passes all
+// tokens of a chunk in the first-level cache. What a chunk starts from is kept, what lies within it
+// is computed again.
+HWY_INLINE void head_backward(const BackwardHead& head, const BackwardChunk& chunk,
+                              std::int64_t length) {
+  const std::int64_t size = chunk.width;
+  const std::int64_t state_floats = head.state_size * size;
+  const std::int64_t count = (length + kBackwardChunk - 1) / kBackwardChunk;
+  std::fill(chunk.states, chunk.states + state_floats, 0.0f);
+  for (std::int64_t i = 0; i + 1 < count; ++i) {
+    const std::int64_t begin = i * kBackwardChunk;
+    begin_chunk(head, chunk, begin, kBackwardChunk);
+    const float* before = chunk.states + i * state_floats;
+    float* after = chunk.states + (i + 1) * state_floats;
+    for (std::int64_t n = 0; n < head.state_size; ++n) {
+      for (std::int64_t t = 0; t < kBackwardChunk; ++t) {
+        advance_row(chunk.decay[t], (t == 0 ? before : after) + n * size, head.b.row(begin + t)[n],
+                    chunk.u + t * size, after + n * size, size);
+      }
+    }
+  }
+  std::fill(chunk.ds, chunk.ds + state_floats, 0.0f);
+  for (std::int64_t i = count - 1; i >= 0; --i) {
+    const std::int64_t begin = i * kBackwardChunk;
+    const std::int64_t tokens = std::min(kBackwardChunk, length - begin);
+    begin_chunk(head, chunk, begin, tokens);
+    load_rows(head.dy, begin, tokens, head.head_dim, 1, chunk.dy, size);
+    std::fill(chunk.du, chunk.du + tokens * size, 0.0f);
+    std::fill(chunk.da, chunk.da + tokens * kBlock, 0.0f);
+    for (std::int64_t n = 0; n < head.state_size; ++n) {
+      std::copy_n(chunk.states + i * state_floats + n * size, size, chunk.rows);
+      for (std::int64_t t = 0; t < tokens; ++t) {
+        advance_row(chunk.decay[t], chunk.rows + t * size, head.b.row(begin + t)[n],
+                    chunk.u + t * size, chunk.rows + (t + 1) * size, size);
+      }
+      for (std::int64_t t = tokens - 1; t >= 0; --t) row_backward(head, chunk, begin, t, n);
+    }
+    for (std::int64_t t = tokens - 1; t >= 0; --t) finish_token(head, chunk, begin, t);
+  }
+}
+
+}  // namespace
+
+void ssd_backward_target(Context& ctx, const SsdBackwardArgs& args) {
+  const std::int64_t heads = args.dy.shape[1];
+  const std::int64_t head_dim = args.dy.shape[2];
+  const std::int64_t size = args.state_size();
+  const std::int64_t groups = args.num_groups;
+  const std::int64_t row = args.xbc.shape[1];
+  const std::int64_t tokens = args.xbc.shape[0];
+  const std::int64_t count = args.sequences.count();
+  std::int64_t longest = 0;
+  for (std::int64_t b = 0; b < count; ++b) longest = std::max(longest, args.sequences.length(b));
+
+  ScratchScope scratch(ctx);
+  const std::int64_t slot_floats =
+      BackwardChunk::floats(size, head_dim, (longest + kBackwardChunk - 1) / kBackwardChunk);
+  float* slots = scratch.tensor({ctx.threads().size(), slot_floats}).f32();
+  float* db = scratch.tensor({tokens, heads, size}).f32();
+  float* dc = scratch.tensor({tokens, heads, size}).f32();
+  float* dparams = scratch.tensor({count, heads, 3}).f32();
+  std::fill(dparams, dparams + count * heads * 3, 0.0f);
+  ctx.threads().parallel_for(count * heads, [&](std::int64_t task, int slot) {
+    const std::int64_t b = task / heads;
+    const std::int64_t h = task % heads;
+    const std::int64_t group = h / (heads / groups);
+    const std::int64_t begin = args.sequences.begin(b);
+    const float* rows = args.xbc.f32() + begin * row;
+    const BackwardHead head{
+        .state_size = size,
+        .head_dim = head_dim,
+        .x = {rows + h * head_dim, row},
+        .b = {rows + heads * head_dim + group * size, row},
+        .c = {rows + heads * head_dim + (groups + group) * size, row},
+        .dt = {args.dt.f32() + begin * heads + h, heads},
+        .dy = {args.dy.f32() + (begin * heads + h) * head_dim, heads * head_dim},
+        .dt_bias = args.dt_bias.f32()[h],
+        .decay_rate = std::exp(args.a_log.f32()[h]),
+        .d = args.d.f32()[h],
+        .dt_min = args.dt_min,
+        .dt_max = args.dt_max,
+        .dx = args.dxbc.f32() + begin * row + h * head_dim,
+        .db = db + (begin * heads + h) * size,
+        .dc = dc + (begin * heads + h) * size,
+        .db_stride = heads * size,
+        .ddt = args.ddt.f32() + begin * heads + h,
+        .dparams = dparams + task * 3,
+    };
+    head_backward(head, {slots + slot * slot_floats, size, head_dim}, args.sequences.length(b));
+  });
+  // b and c of a group got something from each of its heads.
+  ctx.threads().parallel_for(tokens, [&](std::int64_t t) {
+    float* out = args.dxbc.f32() + t * row + heads * head_dim;
+    std::fill(out, out + 2 * groups * size, 0.0f);
+    for (std::int64_t h = 0; h < heads; ++h) {
+      float* db_row = out + h / (heads / groups) * size;
+      float* dc_row = db_row + groups * size;
+      for (std::int64_t n = 0; n < size; ++n) {
+        db_row[n] += db[(t * heads + h) * size + n];
+        dc_row[n] += dc[(t * heads + h) * size + n];
+      }
+    }
+  });
+  for (std::int64_t i = 0; i < count * heads; ++i) {
+    args.d_dt_bias.f32()[i % heads] += dparams[3 * i];
+    args.d_a_log.f32()[i % heads] += dparams[3 * i + 1];
+    args.dd.f32()[i % heads] += dparams[3 * i + 2];
+  }
+}
+
 }  // namespace deltafox::cpu::HWY_NAMESPACE
 HWY_AFTER_NAMESPACE();
 
 #if HWY_ONCE
 namespace deltafox::cpu {
 HWY_EXPORT(ssd_target);
+HWY_EXPORT(ssd_backward_target);
 void ssd(Context& ctx, const SsdArgs& args) {
   HWY_DYNAMIC_DISPATCH(ssd_target)(ctx, args);
+}
+void ssd_backward(Context& ctx, const SsdBackwardArgs& args) {
+  HWY_DYNAMIC_DISPATCH(ssd_backward_target)(ctx, args);
 }
 }  // namespace deltafox::cpu
 #endif

@@ -99,9 +99,11 @@ struct TensorDeclaration {
 // without it nothing is left behind.
 class SafetensorsWriter {
  public:
-  // Reserves the room that all tensors need, so a disk too full is found out here.
+  // Reserves the room that all tensors need, so a disk too full is found out here. The data begin
+  // at a multiple of `alignment`, as much as that of the reference implementation or more.
   SafetensorsWriter(const std::string& path, std::vector<TensorDeclaration> tensors,
-                    const std::map<std::string, std::string>& metadata = {});
+                    const std::map<std::string, std::string>& metadata = {},
+                    std::size_t alignment = 8);
 
   // The next bytes of a tensor: those after the first stretch written so far.
   void write(std::string_view name, std::span<const std::byte> bytes);

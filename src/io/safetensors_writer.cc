@@ -12,8 +12,6 @@
 namespace deltafox::io {
 namespace {
 
-constexpr std::size_t kAlignment = 8;
-
 // Where the reference implementation puts a dtype: by descending rank.
 int rank_of(DType dtype) {
   switch (dtype) {
@@ -47,7 +45,7 @@ std::string quoted(const std::string& text) {
 
 // The length and the header; `tensors` are in the order of their data.
 std::string header_of(const std::vector<TensorDeclaration>& tensors,
-                      const std::map<std::string, std::string>& metadata) {
+                      const std::map<std::string, std::string>& metadata, std::size_t alignment) {
   std::vector<std::string> members;
   members.reserve(tensors.size() + 1);
   if (!metadata.empty()) {
@@ -70,7 +68,8 @@ std::string header_of(const std::vector<TensorDeclaration>& tensors,
     begin = end;
   }
   std::string text = fmt::format("{{{}}}", fmt::join(members, ","));
-  text.append((kAlignment - text.size() % kAlignment) % kAlignment, ' ');
+  const std::size_t before = sizeof(std::uint64_t) + text.size();
+  text.append((alignment - before % alignment) % alignment, ' ');
   const std::uint64_t length = text.size();
   std::string prefix(sizeof length, '\0');
   std::memcpy(prefix.data(), &length, sizeof length);
@@ -81,14 +80,15 @@ std::string header_of(const std::vector<TensorDeclaration>& tensors,
 
 SafetensorsWriter::SafetensorsWriter(const std::string& path,
                                      std::vector<TensorDeclaration> tensors,
-                                     const std::map<std::string, std::string>& metadata)
+                                     const std::map<std::string, std::string>& metadata,
+                                     std::size_t alignment)
     : file_(path) {
   std::sort(tensors.begin(), tensors.end(),
             [](const TensorDeclaration& a, const TensorDeclaration& b) {
               return std::pair(-rank_of(a.dtype), std::string_view(a.name)) <
                      std::pair(-rank_of(b.dtype), std::string_view(b.name));
             });
-  const std::string header = header_of(tensors, metadata);
+  const std::string header = header_of(tensors, metadata, alignment);
   std::uint64_t end = header.size();
   for (const TensorDeclaration& tensor : tensors) {
     Slot slot;

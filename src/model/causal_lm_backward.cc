@@ -1,6 +1,5 @@
 // The loss and its gradients: forward with what backward needs kept, or computed once more block by
 // block; then the head, the layers from the last to the first, and the embedding.
-#include "core/error.h"
 #include "model/blocks/projection.h"
 #include "model/causal_lm.h"
 #include "ops/cross_entropy.h"
@@ -15,20 +14,6 @@ namespace {
 // rows would not pay for.
 constexpr std::int64_t kHeadRows = 512;
 
-template <typename M>
-concept Differentiable = requires {
-  typename M::Saved;
-};
-
-template <typename M>
-struct SavedOf {
-  using Type = std::monostate;
-};
-template <Differentiable M>
-struct SavedOf<M> {
-  using Type = typename M::Saved;
-};
-
 TensorView rows_at(const TensorView& x, std::int64_t begin, std::int64_t count) {
   return {x.f32() + begin * x.shape[1], DType::kF32, {count, x.shape[1]}};
 }
@@ -37,9 +22,8 @@ TensorView rows_at(const TensorView& x, std::int64_t begin, std::int64_t count) 
 
 // What a layer's backward needs, in scratch memory of the caller's.
 struct CausalLM::LayerSaved {
-  using MixerSaved = std::variant<SavedOf<DeltaNetMixer>::Type, SavedOf<AttentionMixer>::Type,
-                                  SavedOf<Hgrn2Mixer>::Type, SavedOf<Mamba2Mixer>::Type,
-                                  SavedOf<MambaMixer>::Type>;
+  using MixerSaved = std::variant<DeltaNetMixer::Saved, AttentionMixer::Saved, Hgrn2Mixer::Saved,
+                                  Mamba2Mixer::Saved, MambaMixer::Saved>;
   TensorView before_mixer;  // [T, C] the residual stream
   TensorView mixer_input;   // [T, C] normed, or the same
   MixerSaved mixer;
@@ -68,13 +52,9 @@ void CausalLM::forward_layer(Context& ctx, const Layer& layer, const Sequences& 
         for (std::int64_t b = 0; b < sequences.count(); ++b) {
           pointers.push_back(&states.emplace_back(mixer.new_state()));
         }
-        if constexpr (Differentiable<M>) {
-          typename M::Saved* of_mixer =
-              saved != nullptr ? &saved->mixer.template emplace<typename M::Saved>() : nullptr;
-          mixer.forward(ctx, x, sequences, pointers, hidden, of_mixer);
-        } else {
-          fail("gradients: this architecture has none yet");
-        }
+        using OfMixer = typename M::Saved;
+        OfMixer* of_mixer = saved != nullptr ? &saved->mixer.template emplace<OfMixer>() : nullptr;
+        mixer.forward(ctx, x, sequences, pointers, hidden, of_mixer);
       },
       layer.mixer);
   if (saved != nullptr) saved->mixer_input = x;
@@ -112,12 +92,8 @@ void CausalLM::backward_layer(Context& ctx, const Layer& layer, const Sequences&
   through(layer.mixer_norm, saved.before_mixer, [&](const TensorView& dx) {
     std::visit(
         [&]<typename M>(const M& mixer) {
-          if constexpr (Differentiable<M>) {
-            mixer.backward(ctx, saved.mixer_input, sequences,
-                           std::get<typename M::Saved>(saved.mixer), dhidden, dx, gradients);
-          } else {
-            fail("gradients: this architecture has none yet");
-          }
+          mixer.backward(ctx, saved.mixer_input, sequences,
+                         std::get<typename M::Saved>(saved.mixer), dhidden, dx, gradients);
         },
         layer.mixer);
   });

@@ -76,10 +76,20 @@ double determined(const Param& param, std::int64_t i) {
   return init.value;
 }
 
-// Elements [begin, begin + size) of the parameter; begin and size are multiples of four, or the
-// parameter ends there.
-void fill(const Param& param, std::uint64_t seed, std::uint32_t index, std::int64_t begin,
-          std::span<float> to) {
+void write_config(const std::string& config_json, const fs::path& path) {
+  // Text goes in before the last brace: Python's Infinity would not survive a JSON library.
+  std::string text = config_json.substr(0, config_json.find_last_of('}'));
+  text.erase(text.find_last_not_of(" \t\r\n") + 1);
+  text += ",\n  \"deltafox_random_weights\": true\n}\n";
+  io::AtomicFile file(path.string());
+  file.append(std::as_bytes(std::span(text)));
+  file.commit();
+}
+
+}  // namespace
+
+void initial_values(const Param& param, std::uint64_t seed, std::uint32_t index, std::int64_t begin,
+                    std::span<float> to) {
   if (!is_random(param.init)) {
     for (std::size_t i = 0; i < to.size(); ++i) {
       to[i] = static_cast<float>(determined(param, begin + static_cast<std::int64_t>(i)));
@@ -92,18 +102,6 @@ void fill(const Param& param, std::uint64_t seed, std::uint32_t index, std::int6
                 to.begin() + static_cast<std::ptrdiff_t>(i));
   }
 }
-
-void write_config(const std::string& config_json, const fs::path& path) {
-  // Text goes in before the last brace: Python's Infinity would not survive a JSON library.
-  std::string text = config_json.substr(0, config_json.find_last_of('}'));
-  text.erase(text.find_last_not_of(" \t\r\n") + 1);
-  text += ",\n  \"deltafox_random_weights\": true\n}\n";
-  io::AtomicFile file(path.string());
-  file.append(std::as_bytes(std::span(text)));
-  file.commit();
-}
-
-}  // namespace
 
 void write_initialised(const std::string& config_json, const std::string& directory,
                        const InitOptions& options) {
@@ -138,8 +136,8 @@ void write_initialised(const std::string& config_json, const std::string& direct
       threads.parallel_for((count + kPiece - 1) / kPiece, [&](std::int64_t task) {
         const std::int64_t at = task * kPiece;
         const std::int64_t piece = std::min(kPiece, count - at);
-        fill(param, options.seed, index, begin + at,
-             {values.f32() + at, static_cast<std::size_t>(piece)});
+        initial_values(param, options.seed, index, begin + at,
+                       {values.f32() + at, static_cast<std::size_t>(piece)});
         const std::size_t element = size_of(options.dtype);
         convert(
             {values.f32() + at, DType::kF32, {piece}},

@@ -3,9 +3,11 @@
 
 #include <cstdint>
 #include <functional>
+#include <span>
 #include <string>
 
 #include "deltafox/dtype.h"
+#include "model/param.h"
 
 namespace deltafox {
 
@@ -16,6 +18,12 @@ struct InitOptions {
   // Bytes written so far and in all; may be empty.
   std::function<void(std::int64_t done, std::int64_t total)> on_progress;
 };
+
+// The elements of a parameter from `begin` on as the official code initialises them; `index` is the
+// parameter's place in visit_params. `begin` and the size of `to` are multiples of four, or the
+// parameter ends there.
+void initial_values(const Param& param, std::uint64_t seed, std::uint32_t index, std::int64_t begin,
+                    std::span<float> to);
 
 // Writes config.json and model.safetensors into `directory` (made if it does not exist; Error if it
 // holds a config.json or model.safetensors already): the model that the text `config_json`

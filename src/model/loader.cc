@@ -3,8 +3,12 @@
 #include <set>
 #include <string>
 
+#include "core/context.h"
+#include "core/device.h"
 #include "core/error.h"
 #include "core/float_convert.h"
+#include "core/quantized.h"
+#include "model/quantize.h"
 #include "ops/quantize.h"
 
 namespace deltafox {
@@ -33,15 +37,36 @@ Tensor converted(const ConstTensorView& from, DType dtype, ThreadPool& threads) 
   return to;
 }
 
-Tensor packed(const ConstTensorView& from, DType dtype, const std::string& file,
-              const std::string& name, Context& ctx) {
-  Tensor to(dtype, from.shape);
-  try {
-    ops::quantize(ctx, {.w = from, .packed = to.view()});
-  } catch (const Error& error) {
-    fail("{}: tensor '{}': {}", file, name, error.what());
+// A parameter as the checkpoint has it: under its name, or packed under a longer one.
+struct Stored {
+  std::string name;
+  ConstTensorView value;
+};
+
+Stored stored_param(const io::Checkpoint& checkpoint, const std::string& name, const Param& param) {
+  for (const DType dtype : {DType::kQ8, DType::kQ4}) {
+    const std::string packed = packed_name(name, dtype);
+    if (!param.is_matrix || !checkpoint.contains(packed)) continue;
+    const ConstTensorView view = checkpoint.view(packed);
+    const PackedLayout layout(dtype, param.shape[0], param.shape[1]);
+    const Shape expected{layout.panels(), layout.panel_bytes()};
+    if (view.dtype != DType::kU8 || view.shape != expected) {
+      fail("{}: tensor '{}' is {} {}, but the config asks for U8 {}", checkpoint.file_of(packed),
+           packed, name_of(view.dtype), to_string(view.shape), to_string(expected));
+    }
+    return {packed, {view.data, dtype, param.shape}};
   }
-  return to;
+  if (!checkpoint.contains(name)) fail("{}: tensor '{}' is missing", checkpoint.path(), name);
+  const ConstTensorView view = checkpoint.view(name);
+  if (!is_float(view.dtype)) {
+    fail("{}: tensor '{}' has dtype {}, expected F32, BF16 or F16", checkpoint.file_of(name), name,
+         name_of(view.dtype));
+  }
+  if (view.shape != param.shape) {
+    fail("{}: tensor '{}' has shape {}, but the config asks for {}", checkpoint.file_of(name), name,
+         to_string(view.shape), to_string(param.shape));
+  }
+  return {name, view};
 }
 
 }  // namespace
@@ -58,34 +83,42 @@ DType kept_dtype(const ParamNames& names, const std::string& name, const Param& 
   return name == names.embeddings ? DType::kQ8 : wanted;
 }
 
+Tensor kept_as(const ConstTensorView& from, DType dtype, const std::string& file,
+               const std::string& name, ThreadPool& threads) {
+  if (!is_packed(dtype)) return converted(from, dtype, threads);
+  Context ctx(threads);
+  Tensor to(dtype, from.shape);
+  try {
+    ops::quantize(ctx, {.w = from, .packed = to.view()});
+  } catch (const Error& error) {
+    fail("{}: tensor '{}': {}", file, name, error.what());
+  }
+  return to;
+}
+
 std::vector<Tensor> bind_params(CausalLM& model, const io::Checkpoint& checkpoint,
                                 std::optional<DType> dtype, ThreadPool& threads) {
   std::vector<Tensor> buffers;
-  Context ctx(threads);
   std::set<std::string> used;
   const ParamNames& names = model.config().names;
   if (checkpoint.contains(names.layers + "0." + names.mlp + "up_proj.weight")) {
     model.split_gate_and_up();
   }
   model.visit_params([&](const std::string& name, Param& param) {
-    if (!checkpoint.contains(name)) fail("{}: tensor '{}' is missing", checkpoint.path(), name);
-    const ConstTensorView stored = checkpoint.view(name);
-    if (!is_float(stored.dtype)) {
-      fail("{}: tensor '{}' has dtype {}, expected F32, BF16 or F16", checkpoint.file_of(name),
-           name, name_of(stored.dtype));
+    const Stored stored = stored_param(checkpoint, name, param);
+    const std::string& file = checkpoint.file_of(stored.name);
+    param.value = stored.value;
+    used.insert(stored.name);
+    if (is_packed(stored.value.dtype)) {
+      if (dtype && kept_dtype(names, name, param, *dtype) != stored.value.dtype) {
+        fail("{}: tensor '{}' is packed and cannot be kept in another dtype", file, stored.name);
+      }
+      return;
     }
-    if (stored.shape != param.shape) {
-      fail("{}: tensor '{}' has shape {}, but the config asks for {}", checkpoint.file_of(name),
-           name, to_string(stored.shape), to_string(param.shape));
-    }
-    const DType kept = kept_dtype(names, name, param, dtype.value_or(stored.dtype));
-    param.value = stored;
-    if (stored.dtype != kept) {
-      buffers.push_back(is_packed(kept) ? packed(stored, kept, checkpoint.file_of(name), name, ctx)
-                                        : converted(stored, kept, threads));
-      param.value = std::as_const(buffers.back()).view();
-    }
-    used.insert(name);
+    const DType kept = kept_dtype(names, name, param, dtype.value_or(stored.value.dtype));
+    if (stored.value.dtype == kept) return;
+    buffers.push_back(kept_as(stored.value, kept, file, name, threads));
+    param.value = std::as_const(buffers.back()).view();
   });
   for (const std::string& name : checkpoint.names()) {
     // A tied head may be stored all the same.
@@ -96,6 +129,32 @@ std::vector<Tensor> bind_params(CausalLM& model, const io::Checkpoint& checkpoin
            checkpoint.file_of(name), name);
     }
   }
+  return buffers;
+}
+
+std::vector<Tensor> place_on_gpu(CausalLM& model, ThreadPool& threads) {
+  constexpr std::size_t kAlignment = 256;
+  const auto padded = [](const Param& param) {
+    const std::size_t bytes = bytes_of(param.value.dtype, param.shape);
+    return (bytes + kAlignment - 1) / kAlignment * kAlignment;
+  };
+  std::size_t total = 0;
+  model.visit_params([&](const std::string&, const Param& param) { total += padded(param); });
+  std::vector<Tensor> buffers;
+  buffers.emplace_back(DType::kU8, Shape{static_cast<std::int64_t>(total)}, Device::kCuda);
+  auto* to = static_cast<std::byte*>(buffers[0].view().data);
+  std::vector<cuda::Piece> pieces;
+  model.visit_params([&](const std::string&, Param& param) {
+    pieces.push_back({to, param.value.data, bytes_of(param.value.dtype, param.shape)});
+    if (!param.is_matrix) {
+      Tensor& host = buffers.emplace_back(DType::kF32, param.shape);
+      convert(param.value, host.view());
+      param.host = std::as_const(host).view();
+    }
+    param.value.data = to;
+    to += padded(param);
+  });
+  cuda::upload(threads, pieces);
   return buffers;
 }
 

@@ -17,11 +17,19 @@ namespace deltafox {
 DType kept_dtype(const ParamNames& names, const std::string& name, const Param& param,
                  DType wanted);
 
+// `from`, a tensor called `name` in `file`, as another dtype.
+Tensor kept_as(const ConstTensorView& from, DType dtype, const std::string& file,
+               const std::string& name, ThreadPool& threads);
+
 // Points every parameter at its tensor in `checkpoint`, which must outlive the model. Tensors that
 // are kept in another dtype than stored are converted into buffers, which are returned and must
-// outlive it as well. Throws Error naming the file and the tensor that is missing, unexpected, of
-// another shape or not of a floating-point dtype.
+// outlive it as well; packed ones stay as they are stored. Throws Error naming the file and the
+// tensor that is missing, unexpected, of another shape or not of a floating-point dtype.
 std::vector<Tensor> bind_params(CausalLM& model, const io::Checkpoint& checkpoint,
                                 std::optional<DType> dtype, ThreadPool& threads);
+
+// Copies the bound parameters to a GPU, one after the other. What is returned must outlive the
+// model.
+std::vector<Tensor> place_on_gpu(CausalLM& model, ThreadPool& threads);
 
 }  // namespace deltafox

@@ -7,7 +7,9 @@
 #include <atomic>
 #include <filesystem>
 #include <mutex>
+#include <numeric>
 #include <set>
+#include <thread>
 
 #include "core/context.h"
 #include "core/error.h"
@@ -15,13 +17,17 @@
 #include "io/file.h"
 #include "io/json.h"
 #include "io/safetensors.h"
+#include "model/blocks/projection.h"
+#include "model/gradients.h"
 #include "model/loader.h"
+#include "model/quantize.h"
 #include "model/registry.h"
 #include "model/state_file.h"
 #include "ops/cross_entropy.h"
 #include "ops/delta_rule.h"
 #include "ops/gla.h"
 #include "ops/ssd.h"
+#include "ops/step.h"
 
 namespace deltafox {
 namespace {
@@ -30,6 +36,7 @@ namespace {
 // sequence pieces end at multiples of kPieceAlign tokens (the longest chunk of any mixer), so that
 // where they end changes nothing.
 constexpr std::int64_t kPieceTokens = 1024;
+constexpr std::int64_t kGpuPieceTokens = 16384;
 constexpr std::int64_t kPieceAlign = 64;
 static_assert(kPieceAlign % kDeltaRuleChunk == 0 && kPieceAlign % kGlaChunk == 0 &&
               kPieceAlign % kSsdChunk == 0);
@@ -37,6 +44,24 @@ static_assert(kPieceAlign % kDeltaRuleChunk == 0 && kPieceAlign % kGlaChunk == 0
 constexpr std::int64_t kLogitRows = 128;
 
 constexpr std::size_t kMaxConfigBytes = std::size_t{16} << 20;
+
+// The elements of an F32 tensor, copied to `host` if they lie on a GPU.
+const float* on_host(Context& ctx, const ConstTensorView& tensor, std::vector<float>& host) {
+  if (ctx.device() == Device::kCpu) return tensor.f32();
+  host.resize(static_cast<std::size_t>(tensor.shape.size()));
+  ctx.copy(host.data(), tensor.data, host.size() * sizeof(float));
+  ctx.synchronize();
+  return host.data();
+}
+
+// The ids where ops read them.
+std::span<const std::int32_t> on_device(Context& ctx, ScratchScope& scratch,
+                                        std::span<const std::int32_t> ids) {
+  if (ctx.device() == Device::kCpu) return ids;
+  const TensorView copy = scratch.tensor({static_cast<std::int64_t>(ids.size())}, DType::kI32);
+  ctx.copy(copy.data, ids.data(), ids.size_bytes());
+  return {static_cast<const std::int32_t*>(copy.data), ids.size()};
+}
 
 std::uint64_t next_model_id() {
   static std::atomic<std::uint64_t> next{1};
@@ -93,7 +118,8 @@ struct Model::Impl {
     explicit Lease(Impl& model) : model_(model) {
       const std::scoped_lock lock(model_.contexts_mutex_);
       if (model_.contexts_.empty()) {
-        context_ = std::make_unique<Context>(model_.threads_);
+        context_ =
+            std::make_unique<Context>(model_.threads_, model_.device_, model_.activation_dtype_);
       } else {
         context_ = std::move(model_.contexts_.back());
         model_.contexts_.pop_back();
@@ -116,7 +142,10 @@ struct Model::Impl {
     std::unique_ptr<Context> context_;
   };
 
+  void check(const Batch& batch) const;
   std::vector<SequenceState*> check(const Batch& batch, std::span<State* const> states) const;
+  void check_labels(const Batch& batch, std::span<const std::int32_t> labels,
+                    std::span<const float> loss) const;
 
   // on_piece(first_row, hidden [n, C]) for successive pieces of the packed batch, hidden before the
   // final norm.
@@ -129,6 +158,9 @@ struct Model::Impl {
   void each_logits(Context& ctx, std::int64_t first_row, const TensorView& hidden, OnRows&& on_rows,
                    const HiddenSink& hidden_sink = {}) const;
 
+  void greedy_on_gpu(std::span<const std::int32_t> input_ids, std::span<State* const> states,
+                     std::int64_t steps, const IdsSink& on_ids);
+
   const std::string& hash();
 
   std::uint64_t id_ = next_model_id();
@@ -139,6 +171,8 @@ struct Model::Impl {
   CausalLM lm_;
   std::vector<Tensor> buffers_;
   ModelInfo info_;
+  Device device_;
+  DType activation_dtype_ = DType::kF32;
 
   std::mutex contexts_mutex_;
   std::vector<std::unique_ptr<Context>> contexts_;
@@ -147,6 +181,8 @@ struct Model::Impl {
   std::string hash_;
 
  private:
+  static io::JsonObject read_config(const std::string& directory, const std::string& text);
+  DType gpu_dtype(const LoadOptions& options) const;
   void fill_info(const std::string& directory);
 };
 
@@ -154,10 +190,35 @@ Model::Impl::Impl(const std::string& directory, const LoadOptions& options)
     : threads_(options.threads),
       checkpoint_(io::Checkpoint::open(directory)),
       config_text_(io::read_text_file(directory + "/config.json", kMaxConfigBytes)),
-      config_(io::JsonObject::parse(config_text_, directory + "/config.json")),
+      config_(read_config(directory, config_text_)),
       lm_(build_model(config_)),
-      buffers_(bind_params(lm_, checkpoint_, options.dtype, threads_)) {
+      device_(options.device) {
+  std::optional<DType> dtype = options.dtype;
+  if (device_ == Device::kCuda) {
+    activation_dtype_ = gpu_dtype(options);
+    dtype = activation_dtype_;
+  }
+  buffers_ = bind_params(lm_, checkpoint_, dtype, threads_);
+  if (device_ == Device::kCuda) {
+    buffers_ = place_on_gpu(lm_, threads_);
+  }
   fill_info(directory);
+}
+
+DType Model::Impl::gpu_dtype(const LoadOptions& options) const {
+  if (options.dtype == DType::kF32 || options.dtype == DType::kBF16) return *options.dtype;
+  if (options.dtype) fail("dtype: on a GPU weights are kept as float32 or bfloat16");
+  const std::string& name = lm_.config().names.embeddings;
+  const bool stored_bf16 =
+      checkpoint_.contains(name) && checkpoint_.view(name).dtype == DType::kBF16;
+  return stored_bf16 ? DType::kBF16 : DType::kF32;
+}
+
+// Before the model is built: a scheme that is not known explains tensors that are missing.
+io::JsonObject Model::Impl::read_config(const std::string& directory, const std::string& text) {
+  io::JsonObject config = io::JsonObject::parse(text, directory + "/config.json");
+  check_quantization(config);
+  return config;
 }
 
 void Model::Impl::fill_info(const std::string& directory) {
@@ -201,8 +262,7 @@ void Model::Impl::fill_info(const std::string& directory) {
   }
 }
 
-std::vector<SequenceState*> Model::Impl::check(const Batch& batch,
-                                               std::span<State* const> states) const {
+void Model::Impl::check(const Batch& batch) const {
   const auto tokens = static_cast<std::int64_t>(batch.input_ids.size());
   const std::span<const std::int64_t> cu = batch.cu_seqlens;
   if (cu.size() < 2 || cu.front() != 0 || cu.back() != tokens) {
@@ -218,8 +278,13 @@ std::vector<SequenceState*> Model::Impl::check(const Batch& batch,
            info_.vocab_size);
     }
   }
-  if (states.size() + 1 != cu.size()) {
-    fail("batch: {} states for {} sequences", states.size(), cu.size() - 1);
+}
+
+std::vector<SequenceState*> Model::Impl::check(const Batch& batch,
+                                               std::span<State* const> states) const {
+  check(batch);
+  if (states.size() + 1 != batch.cu_seqlens.size()) {
+    fail("batch: {} states for {} sequences", states.size(), batch.cu_seqlens.size() - 1);
   }
   std::vector<SequenceState*> sequences;
   sequences.reserve(states.size());
@@ -238,11 +303,26 @@ std::vector<SequenceState*> Model::Impl::check(const Batch& batch,
   return sequences;
 }
 
+void Model::Impl::check_labels(const Batch& batch, std::span<const std::int32_t> labels,
+                               std::span<const float> loss) const {
+  if (labels.size() != batch.input_ids.size() || loss.size() != labels.size()) {
+    fail("loss: {} ids, {} labels and room for {} losses", batch.input_ids.size(), labels.size(),
+         loss.size());
+  }
+  for (std::size_t t = 0; t < labels.size(); ++t) {
+    if (labels[t] >= info_.vocab_size) {
+      fail("labels: id {} at position {} is out of range, the vocabulary has {} entries", labels[t],
+           t, info_.vocab_size);
+    }
+  }
+}
+
 template <typename OnPiece>
 void Model::Impl::run(Context& ctx, const Batch& batch, std::span<SequenceState* const> states,
                       OnPiece&& on_piece, const HiddenSink& hidden_sink) const {
   const std::span<const std::int64_t> cu = batch.cu_seqlens;
   const std::int64_t total = cu.back();
+  const std::int64_t piece_tokens = ctx.device() == Device::kCpu ? kPieceTokens : kGpuPieceTokens;
   std::size_t first = 0;  // the first sequence of the piece
   for (std::int64_t begin = 0; begin < total;) {
     ScratchScope scratch(ctx);
@@ -252,7 +332,7 @@ void Model::Impl::run(Context& ctx, const Batch& batch, std::span<SequenceState*
     std::size_t count = 0;  // sequences in the piece
     piece[0] = 0;
     while (first + count < states.size()) {
-      const std::int64_t budget = kPieceTokens - (end - begin);
+      const std::int64_t budget = piece_tokens - (end - begin);
       const std::int64_t left = cu[first + count + 1] - end;
       const std::int64_t take = left <= budget ? left : budget / kPieceAlign * kPieceAlign;
       if (take == 0) break;
@@ -265,13 +345,14 @@ void Model::Impl::run(Context& ctx, const Batch& batch, std::span<SequenceState*
     CausalLM::LayerHook hook;
     if (hidden_sink) {
       hook = [&](std::int64_t layer, const ConstTensorView& rows) {
-        hidden_sink(layer, begin, end - begin, rows.f32());
+        std::vector<float> host;
+        hidden_sink(layer, begin, end - begin, on_host(ctx, rows, host));
       };
     }
-    lm_.forward(ctx,
-                batch.input_ids.subspan(static_cast<std::size_t>(begin),
-                                        static_cast<std::size_t>(end - begin)),
-                sequences, states.subspan(first, count), hidden, hook);
+    const auto ids = batch.input_ids.subspan(static_cast<std::size_t>(begin),
+                                             static_cast<std::size_t>(end - begin));
+    lm_.forward(ctx, on_device(ctx, scratch, ids), sequences, states.subspan(first, count), hidden,
+                hook);
     on_piece(begin, hidden);
     begin = end;
     while (first < states.size() && cu[first + 1] <= begin) ++first;
@@ -282,17 +363,86 @@ template <typename OnRows>
 void Model::Impl::each_logits(Context& ctx, std::int64_t first_row, const TensorView& hidden,
                               OnRows&& on_rows, const HiddenSink& hidden_sink) const {
   const std::int64_t rows = hidden.shape[0];
-  const std::int64_t width = hidden.shape[1];
   ScratchScope scratch(ctx);
-  const TensorView normed = scratch.tensor(hidden.shape);  // [n, C]
+  const TensorView normed = scratch.activation(hidden.shape);  // [n, C]
+  if (hidden_sink) {
+    const TensorView exact = scratch.tensor(hidden.shape);  // [n, C]
+    lm_.final_norm(ctx, hidden, exact);
+    std::vector<float> host;
+    hidden_sink(lm_.num_layers() + 1, first_row, rows, on_host(ctx, exact, host));
+  }
   lm_.final_norm(ctx, hidden, normed);
-  if (hidden_sink) hidden_sink(lm_.num_layers() + 1, first_row, rows, normed.f32());
   const TensorView logits = scratch.tensor({std::min(rows, kLogitRows), info_.vocab_size});
   for (std::int64_t r = 0; r < rows; r += kLogitRows) {
     const std::int64_t n = std::min(kLogitRows, rows - r);
     const TensorView part{logits.data, DType::kF32, {n, info_.vocab_size}};
-    lm_.head(ctx, {normed.f32() + r * width, DType::kF32, {n, width}}, part);
+    lm_.head(ctx, rows_of(normed, r, n), part);
     on_rows(first_row + r, part);
+  }
+}
+
+void Model::Impl::greedy_on_gpu(std::span<const std::int32_t> input_ids,
+                                std::span<State* const> states, std::int64_t steps,
+                                const IdsSink& on_ids) {
+  if (steps <= 0) return;
+  const auto count = static_cast<std::int64_t>(input_ids.size());
+  std::vector<std::int64_t> cu_seqlens(input_ids.size() + 1);
+  std::iota(cu_seqlens.begin(), cu_seqlens.end(), 0);
+  const std::vector<SequenceState*> sequences = check({input_ids, cu_seqlens}, states);
+  Lease lease(*this);
+  Context& ctx = *lease;
+  Tensor ids(DType::kI32, {count}, Device::kCuda);
+  Tensor counts(DType::kI32, {count}, Device::kCuda);
+  const auto memory = cuda::allocate_shared(static_cast<std::size_t>(steps * count) * 4);
+  auto* history = static_cast<std::int32_t*>(memory.get());  // [steps, B]
+  std::fill_n(history, steps * count, -1);
+  ctx.copy(ids.view().data, input_ids.data(), input_ids.size_bytes());
+  const auto work = [&] {
+    ScratchScope scratch(ctx);
+    const TensorView hidden = scratch.tensor({count, lm_.config().hidden_size});  // [B, C]
+    const TensorView normed = scratch.activation(hidden.shape);                   // [B, C]
+    const TensorView logits = scratch.tensor({count, info_.vocab_size});          // [B, N]
+    const std::span<const std::int32_t> current(static_cast<const std::int32_t*>(ids.view().data),
+                                                input_ids.size());
+    lm_.forward(ctx, current, Sequences(cu_seqlens), sequences, hidden);
+    lm_.final_norm(ctx, hidden, normed);
+    lm_.head(ctx, normed, logits);
+    ops::greedy_token(ctx, {.logits = logits,
+                            .ids = ids.view(),
+                            .counts = counts.view(),
+                            .history = history,
+                            .capacity = steps});
+  };
+  const auto deliver = [&](std::int64_t s) {
+    const volatile std::int32_t* chosen = history + s * count;
+    for (std::int64_t b = 0; b < count;) {
+      if (chosen[b] >= 0) {
+        ++b;
+      } else {
+        std::this_thread::yield();
+      }
+    }
+    if (on_ids) on_ids(s, {history + s * count, input_ids.size()});
+  };
+  // Two steps as they are, so that scratch memory is of a piece.
+  constexpr std::int64_t kWarmUp = 2;
+  constexpr std::int64_t kAhead = 4;  // steps that are under way
+  const std::int64_t warm_up = std::min(steps, lm_.replayable() ? kWarmUp : steps);
+  for (std::int64_t s = 0; s < warm_up; ++s) {
+    work();
+    ctx.synchronize();
+    deliver(s);
+  }
+  if (steps > warm_up) {
+    const auto graph = cuda::record(ctx.stream(), work);
+    for (std::int64_t s = warm_up; s < steps; ++s) {
+      cuda::run(ctx.stream(), *graph);
+      if (s - kAhead >= warm_up) deliver(s - kAhead);
+    }
+    ctx.synchronize();
+    for (std::int64_t s = std::max(warm_up, steps - kAhead); s < steps; ++s) deliver(s);
+    // Recording counted one of the steps.
+    for (SequenceState* sequence : sequences) sequence->position += steps - warm_up - 1;
   }
 }
 
@@ -335,13 +485,29 @@ const ModelInfo& Model::info() const {
   return impl_->info_;
 }
 
+std::vector<Weight> Model::weights() const {
+  if (impl_->device_ != Device::kCpu) fail("weights: of a model on the CPU only");
+  std::vector<Weight> weights;
+  impl_->lm_.visit_params([&](const std::string& name, const Param& param) {
+    Weight& weight = weights.emplace_back();
+    weight.name = name;
+    weight.dtype = param.value.dtype;
+    for (int i = 0; i < param.shape.rank(); ++i) weight.shape.push_back(param.shape[i]);
+    weight.data = param.value.data;
+    weight.bytes = bytes_of(param.value.dtype, param.value.shape);
+    weight.trainable = param.trainable;
+  });
+  return weights;
+}
+
 AttentionStats Model::attention_stats() const {
   const std::scoped_lock lock(impl_->contexts_mutex_);
   return impl_->attention_stats_;
 }
 
 State Model::new_state() const {
-  State state(std::make_unique<State::Impl>(State::Impl{impl_->lm_.new_state()}));
+  State state(std::make_unique<State::Impl>(
+      State::Impl{impl_->lm_.new_state(impl_->device_, impl_->activation_dtype_)}));
   state.impl().sequence.model_id = impl_->id_;
   return state;
 }
@@ -380,13 +546,24 @@ void Model::forward(const Batch& batch, std::span<State* const> states,
     for (; ended < count && batch.cu_seqlens[static_cast<std::size_t>(ended) + 1] <= end; ++ended) {
       const std::int64_t row =
           batch.cu_seqlens[static_cast<std::size_t>(ended) + 1] - 1 - first_row;
-      std::copy_n(hidden.f32() + row * width, width, last.f32() + ended * width);
+      // Rows that follow one another in both are copied at once.
+      const std::int64_t begin = ended;
+      while (ended + 1 < count && row + (ended + 1 - begin) < hidden.shape[0] &&
+             batch.cu_seqlens[static_cast<std::size_t>(ended) + 2] - 1 - first_row ==
+                 row + (ended + 1 - begin)) {
+        ++ended;
+      }
+      ctx.copy(last.f32() + begin * width, hidden.f32() + row * width,
+               static_cast<std::size_t>((ended + 1 - begin) * width) * sizeof(float));
     }
   });
-  if (last_logits.empty()) return;
-  impl_->each_logits(ctx, 0, last, [&](std::int64_t row, const TensorView& logits) {
-    std::copy_n(logits.f32(), logits.shape.size(), last_logits.data() + row * vocab);
-  });
+  if (!last_logits.empty()) {
+    impl_->each_logits(ctx, 0, last, [&](std::int64_t row, const TensorView& logits) {
+      ctx.copy(last_logits.data() + row * vocab, logits.f32(),
+               static_cast<std::size_t>(logits.shape.size()) * sizeof(float));
+    });
+  }
+  ctx.synchronize();
 }
 
 void Model::step(std::span<const std::int32_t> input_ids, std::span<State* const> states,
@@ -394,6 +571,25 @@ void Model::step(std::span<const std::int32_t> input_ids, std::span<State* const
   std::vector<std::int64_t> cu_seqlens(input_ids.size() + 1);
   for (std::size_t b = 0; b < cu_seqlens.size(); ++b) cu_seqlens[b] = static_cast<std::int64_t>(b);
   forward({input_ids, cu_seqlens}, states, logits);
+}
+
+void Model::greedy(std::span<const std::int32_t> input_ids, std::span<State* const> states,
+                   std::int64_t steps, const IdsSink& on_ids) const {
+  const std::size_t count = input_ids.size();
+  const auto vocab = static_cast<std::size_t>(info().vocab_size);
+  if (impl_->device_ == Device::kCuda)
+    return impl_->greedy_on_gpu(input_ids, states, steps, on_ids);
+  std::vector<std::int32_t> ids(input_ids.begin(), input_ids.end());
+  std::vector<float> logits(count * vocab);
+  for (std::int64_t s = 0; s < steps; ++s) {
+    step(ids, states, logits);
+    for (std::size_t b = 0; b < count; ++b) {
+      const auto row = logits.begin() + static_cast<std::ptrdiff_t>(b * vocab);
+      ids[b] = static_cast<std::int32_t>(
+          std::max_element(row, row + static_cast<std::ptrdiff_t>(vocab)) - row);
+    }
+    if (on_ids) on_ids(s, ids);
+  }
 }
 
 void Model::logits(const Batch& batch, std::span<State* const> states, const LogitsSink& sink,
@@ -407,7 +603,9 @@ void Model::logits(const Batch& batch, std::span<State* const> states, const Log
         impl_->each_logits(
             ctx, first_row, hidden,
             [&](std::int64_t row, const TensorView& logits) {
-              if (sink) sink(row, logits.shape[0], logits.f32());
+              if (!sink) return;
+              std::vector<float> host;
+              sink(row, logits.shape[0], on_host(ctx, logits, host));
             },
             hidden_sink);
       },
@@ -417,16 +615,7 @@ void Model::logits(const Batch& batch, std::span<State* const> states, const Log
 void Model::loss(const Batch& batch, std::span<const std::int32_t> labels,
                  std::span<State* const> states, std::span<float> loss) const {
   const std::vector<SequenceState*> sequences = impl_->check(batch, states);
-  if (labels.size() != batch.input_ids.size() || loss.size() != labels.size()) {
-    fail("loss: {} ids, {} labels and room for {} losses", batch.input_ids.size(), labels.size(),
-         loss.size());
-  }
-  for (std::size_t t = 0; t < labels.size(); ++t) {
-    if (labels[t] >= info().vocab_size) {
-      fail("labels: id {} at position {} is out of range, the vocabulary has {} entries", labels[t],
-           t, info().vocab_size);
-    }
-  }
+  impl_->check_labels(batch, labels, loss);
   Impl::Lease lease(*impl_);
   Context& ctx = *lease;
   impl_->run(ctx, batch, sequences, [&](std::int64_t first_row, const TensorView& hidden) {
@@ -438,6 +627,30 @@ void Model::loss(const Batch& batch, std::span<const std::int32_t> labels,
           {.logits = logits, .labels = labels.subspan(at, rows), .loss = loss.subspan(at, rows)});
     });
   });
+}
+
+void Model::loss_and_gradients(const Batch& batch, std::span<const std::int32_t> labels,
+                               std::span<float> loss, const GradientSink& sink,
+                               const GradientOptions& options) const {
+  impl_->check(batch);
+  impl_->check_labels(batch, labels, loss);
+  impl_->lm_.visit_params([](const std::string& name, const Param& param) {
+    if (param.value.dtype == DType::kF32) return;
+    fail("gradients: tensor '{}' is kept as {}; load the model with dtype float32", name,
+         name_of(param.value.dtype));
+  });
+  const auto counted = std::count_if(labels.begin(), labels.end(), [](auto id) { return id >= 0; });
+  const float scale = counted > 0 ? 1 / static_cast<float>(counted) : 0;
+  Gradients gradients(impl_->lm_);
+  Impl::Lease lease(*impl_);
+  impl_->lm_.forward_backward(*lease, batch.input_ids, Sequences(batch.cu_seqlens), labels, scale,
+                              loss, gradients, {.recompute = options.recompute});
+  for (const Gradients::Entry& entry : gradients.entries()) {
+    const Shape& shape = entry.param->shape;
+    std::vector<std::int64_t> dims;
+    for (int i = 0; i < shape.rank(); ++i) dims.push_back(shape[i]);
+    sink(entry.name, dims, {entry.value.f32(), static_cast<std::size_t>(shape.size())});
+  }
 }
 
 }  // namespace deltafox

@@ -5,6 +5,7 @@
 namespace deltafox::ops {
 
 void activation(Context& ctx, const ActivationArgs& args) {
+  const OpTimer timer("activation");
   switch (ctx.device()) {
     case Device::kCpu:
       return cpu::activation(ctx, args);
@@ -14,6 +15,7 @@ void activation(Context& ctx, const ActivationArgs& args) {
 }
 
 void glu(Context& ctx, const GluArgs& args) {
+  const OpTimer timer("glu");
   check_activation(ctx, "glu", "gate_up", args.gate_up, {args.y.shape[0], 2 * args.y.shape[1]});
   switch (ctx.device()) {
     case Device::kCpu:
@@ -24,6 +26,7 @@ void glu(Context& ctx, const GluArgs& args) {
 }
 
 void forget_gate(Context& ctx, const ForgetGateArgs& args) {
+  const OpTimer timer("forget_gate");
   check("forget_gate", "k", args.k, args.x.shape);
   switch (ctx.device()) {
     case Device::kCpu:
@@ -34,6 +37,7 @@ void forget_gate(Context& ctx, const ForgetGateArgs& args) {
 }
 
 void feature_map(Context& ctx, const FeatureMapArgs& args) {
+  const OpTimer timer("feature_map");
   switch (ctx.device()) {
     case Device::kCpu:
       return cpu::feature_map(ctx, args);

@@ -17,7 +17,6 @@ namespace deltafox {
 struct AdamWArgs {
   ConstTensorView grad;  // any shape
   TensorView w, m, v;    // the same, float32
-  TensorView w_bf16{};   // the same, bfloat16: a copy of the new w; may have no data
   double lr = 0;
   double beta1 = 0.9;
   double beta2 = 0.999;

@@ -1,10 +1,11 @@
-// Shape and dtype checks at an op's entrance.
+// What stands at an op's entrance: the clock, and checks of shapes and dtypes.
 #pragma once
 
 #include <string_view>
 
 #include "core/context.h"
 #include "core/error.h"
+#include "core/op_times.h"  // IWYU pragma: export
 #include "core/tensor.h"
 
 namespace deltafox::ops {

@@ -5,6 +5,7 @@
 namespace deltafox::ops {
 
 void cross_entropy(Context& ctx, const CrossEntropyArgs& args) {
+  const OpTimer timer("cross_entropy");
   check("cross_entropy", "logits", args.logits,
         {static_cast<std::int64_t>(args.labels.size()), args.logits.shape[1]});
   switch (ctx.device()) {

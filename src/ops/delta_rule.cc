@@ -5,6 +5,7 @@
 namespace deltafox::ops {
 
 void delta_rule(Context& ctx, const DeltaRuleArgs& args) {
+  const OpTimer timer("delta_rule");
   const std::int64_t tokens = args.sequences.tokens();
   const std::int64_t heads = args.q.shape[1];
   check_activation(ctx, "delta_rule", "q", args.q, {tokens, heads, args.q.shape[2]});

@@ -5,6 +5,7 @@
 namespace deltafox::ops {
 
 void embedding(Context& ctx, const EmbeddingArgs& args) {
+  const OpTimer timer("embedding");
   const auto tokens = static_cast<std::int64_t>(args.ids.size());
   check("embedding", "y", args.y, {tokens, args.table.shape[1]});
   switch (ctx.device()) {

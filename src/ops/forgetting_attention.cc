@@ -5,6 +5,7 @@
 namespace deltafox::ops {
 
 void forgetting_attention(Context& ctx, const ForgettingAttentionArgs& args) {
+  const OpTimer timer("forgetting_attention");
   const std::int64_t heads = args.q.shape[1];
   check_activation(ctx, "forgetting_attention", "o", args.o, args.q.shape);
   for (std::int64_t b = 0; b < args.sequences.count(); ++b) {
@@ -45,6 +46,7 @@ void forgetting_attention_backward(Context& ctx, const ForgettingAttentionBackwa
   check("forgetting_attention_backward", "q", args.q, {tokens, heads, dim});
   check("forgetting_attention_backward", "k", args.k, {tokens, kv_heads, dim});
   check("forgetting_attention_backward", "v", args.v, args.k.shape);
+  check("forgetting_attention_backward", "o", args.o, args.q.shape);
   check("forgetting_attention_backward", "d_o", args.d_o, args.q.shape);
   check("forgetting_attention_backward", "dq", args.dq, args.q.shape);
   check("forgetting_attention_backward", "dk", args.dk, args.k.shape);

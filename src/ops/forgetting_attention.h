@@ -48,6 +48,7 @@ struct ForgettingAttentionBackwardArgs {
   std::optional<std::int64_t> window = {};  // positions a query sees, its own included
   std::optional<float> log_pruning_tolerance = {};
   std::span<const float> score_bounds = {};  // [H] or empty, as in the forward
+  ConstTensorView o;                         // [T, H, D], the forward's
   ConstTensorView d_o;                       // [T, H, D]
   TensorView dq;                             // [T, H, D], =
   TensorView dk;                             // [T, G, D], =

@@ -5,6 +5,7 @@
 namespace deltafox::ops {
 
 void gate(Context& ctx, const GateArgs& args) {
+  const OpTimer timer("gate");
   check_activation(ctx, "gate", "gate", args.gate, args.x.shape);
   switch (ctx.device()) {
     case Device::kCpu:

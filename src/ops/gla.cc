@@ -5,6 +5,7 @@
 namespace deltafox::ops {
 
 void gla(Context& ctx, const GlaArgs& args) {
+  const OpTimer timer("gla");
   const std::int64_t tokens = args.sequences.tokens();
   const std::int64_t heads = args.q.shape[1];
   check_activation(ctx, "gla", "q", args.q, {tokens, heads, args.q.shape[2]});

@@ -5,6 +5,7 @@
 namespace deltafox::ops {
 
 void kv_append(Context& ctx, const KvAppendArgs& args) {
+  const OpTimer timer("kv_append");
   for (std::int64_t b = 0; b < args.sequences.count(); ++b) {
     const KvCache& cache = *args.caches[static_cast<std::size_t>(b)];
     const KvLayout& layout = cache.layout();

@@ -5,6 +5,7 @@
 namespace deltafox::ops {
 
 void linear(Context& ctx, const LinearArgs& args) {
+  const OpTimer timer("linear");
   check_activation(ctx, "linear", "x", args.x, {args.x.shape[0], args.w.shape[1]});
   check_activation(ctx, "linear", "y", args.y, {args.x.shape[0], args.w.shape[0]});
   if (args.bias.data != nullptr) check("linear", "bias", args.bias, {args.w.shape[0]});

@@ -5,6 +5,7 @@
 namespace deltafox::ops {
 
 void log_sigmoid(Context& ctx, const LogSigmoidArgs& args) {
+  const OpTimer timer("log_sigmoid");
   if (args.x.data != nullptr) check("log_sigmoid", "x", args.x, args.y.shape);
   if (args.bias.data != nullptr) check("log_sigmoid", "bias", args.bias, {args.y.shape[1]});
   switch (ctx.device()) {

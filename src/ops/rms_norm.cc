@@ -5,6 +5,7 @@
 namespace deltafox::ops {
 
 void rms_norm(Context& ctx, const RmsNormArgs& args) {
+  const OpTimer timer("rms_norm");
   const std::int64_t width = args.x.shape[1];
   if (args.w.data != nullptr) {
     const std::int64_t groups = std::max<std::int64_t>(1, args.w.shape.size() / width);

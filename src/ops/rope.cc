@@ -5,6 +5,7 @@
 namespace deltafox::ops {
 
 void rope(Context& ctx, const RopeArgs& args) {
+  const OpTimer timer("rope");
   const std::int64_t tokens = args.sequences.tokens();
   const std::int64_t dim = args.q.shape[2];
   check_activation(ctx, "rope", "q", args.q, {tokens, args.q.shape[1], dim});

@@ -5,6 +5,7 @@
 namespace deltafox::ops {
 
 void selective_scan(Context& ctx, const SelectiveScanArgs& args) {
+  const OpTimer timer("selective_scan");
   const std::int64_t tokens = args.sequences.tokens();
   const std::int64_t channels = args.x.shape[1];
   const std::int64_t size = args.a_log.shape[1];

@@ -5,6 +5,7 @@
 namespace deltafox::ops {
 
 void short_conv(Context& ctx, const ShortConvArgs& args) {
+  const OpTimer timer("short_conv");
   const std::int64_t channels = args.x.shape[1];
   check_activation(ctx, "short_conv", "x", args.x, {args.sequences.tokens(), channels});
   check("short_conv", "w", args.w, {channels, args.w.shape[1]});

@@ -5,6 +5,7 @@
 namespace deltafox::ops {
 
 void ssd(Context& ctx, const SsdArgs& args) {
+  const OpTimer timer("ssd");
   const std::int64_t tokens = args.sequences.tokens();
   const std::int64_t heads = args.y.shape[1];
   const std::int64_t head_dim = args.y.shape[2];

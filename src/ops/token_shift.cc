@@ -5,6 +5,7 @@
 namespace deltafox::ops {
 
 void token_shift(Context& ctx, const TokenShiftArgs& args) {
+  const OpTimer timer("token_shift");
   const std::int64_t tokens = args.sequences.tokens();
   const std::int64_t heads = args.x.shape[1];
   check_activation(ctx, "token_shift", "x", args.x, {tokens, heads, args.x.shape[2]});

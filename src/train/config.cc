@@ -228,6 +228,7 @@ Config load_config(const std::string& path, std::span<const std::string> overrid
   const io::YamlNode tree = io::load_yaml(path, overrides);
   io::YamlMap map(tree);
   Config config;
+  config.text = io::to_json(tree).dump(2) + "\n";  // JSON is YAML
   config.seed = static_cast<std::uint64_t>(
       map.integer("seed", 0, std::numeric_limits<std::int64_t>::max(), 0));
   config.output_dir = map.string("output_dir");

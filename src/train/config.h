@@ -15,7 +15,7 @@ namespace deltafox::train {
 
 enum class Precision : std::uint8_t {
   kF32,
-  kBF16Mixed,  // matrices are read as bfloat16 copies of their float32 masters
+  kBF16Mixed,  // products of bfloat16 where the device has them; masters and sums are float32
 };
 
 struct DecayRule {
@@ -70,6 +70,7 @@ struct Config {
   Schedule schedule;
   DataConfig data;
   std::string model_json;  // a config.json without vocab_size and ids of special tokens
+  std::string text;        // all of it, as YAML with everything resolved
 };
 
 // Reads a file and those it builds on, with "key=value" overrides. Throws Error naming the file and

@@ -167,22 +167,65 @@ TEST(Pull, FetchesACheckpointThatOtherCommandsFindByItsId) {
   EXPECT_EQ(info.json().at("directory"), directory);
 }
 
-TEST(Bench, ReportsSpeedAndBandwidth) {
+TEST(Bench, OfAModelReportsSpeedAndBandwidthOfEveryCase) {
   const Result result =
-      run_program({"bench", "--model", golden_directory("delta_net-tiny"), "--prompt", "16",
-                   "--gen", "4", "--runs", "2", "--batch", "2", "--json"});
+      run_program({"bench", "model", "--model", golden_directory("delta_net-tiny"), "--prompt",
+                   "0,16", "--gen", "4", "--runs", "2", "--batch", "2", "--json"});
+  expect_success(result);
+  const nlohmann::json cases = result.json().at("cases");
+  ASSERT_EQ(cases.size(), 2U);
+  EXPECT_FALSE(cases[0].contains("prefill_seconds"));
+  EXPECT_GT(cases[1].at("prefill_tokens_per_second"), 0);
+  // 2 layers of the rule, and no op that takes longer than all of them.
+  double seconds = 0;
+  for (const nlohmann::json& time : cases[1].at("first_prefill_ops")) {
+    seconds += time.at("seconds").get<double>();
+    if (time.at("op") == "delta_rule") {
+      EXPECT_EQ(time.at("calls"), 2);
+    }
+  }
+  EXPECT_GT(seconds, 0);
+  EXPECT_LE(seconds, cases[1].at("prefill_seconds")[0].get<double>());
+  for (const nlohmann::json& one : cases) {
+    EXPECT_GT(one.at("decode_tokens_per_second"), 0);
+    EXPECT_GT(one.at("bandwidth_share"), 0);
+    EXPECT_EQ(one.at("decode_seconds").size(), 2U);
+    // Weights but the embedding, and the states of both sequences read and written.
+    EXPECT_EQ(one.at("bytes_per_step"), 4 * (116864 - 256 * 64) + 2 * 2 * 22528);
+  }
+}
+
+TEST(Bench, OfAModelRefusesWhatCannotBeMeasured) {
+  const std::string tiny = golden_directory("delta_net-tiny");
+  expect_refusal(run_program({"bench", "model", "--model", tiny, "--gen", "-1"}), {"--gen"});
+  expect_refusal(run_program({"bench", "model", "--model", tiny, "--prompt", "16,-1"}),
+                 {"--prompt"});
+  expect_refusal(run_program({"bench", "model", "--model", tiny, "--batch", "0"}), {"--batch"});
+}
+
+TEST(Bench, OfTheMachineReportsEveryLimitItHas) {
+  const Result result = run_program(
+      {"bench", "machine", "--threads", "2", "--runs", "1", "--megabytes", "32", "--json"});
   expect_success(result);
   const nlohmann::json json = result.json();
-  for (const char* key : {"prefill_tokens_per_second", "decode_tokens_per_second",
-                          "read_bytes_per_second", "bandwidth_share"}) {
-    EXPECT_GT(json.at(key).get<double>(), 0) << key;
+  ASSERT_EQ(json.at("limits").size(), 2U);
+  for (const nlohmann::json& limits : json.at("limits")) {
+    EXPECT_GT(limits.at("read_bytes_per_second").at("median"), 1e7);
+    for (const nlohmann::json& peak : limits.at("peaks")) {
+      if (!peak.at("operations_per_second").is_null()) {
+        EXPECT_GT(peak.at("operations_per_second").at("median"), 1e7) << peak;
+      }
+    }
   }
-  EXPECT_EQ(json.at("decode_seconds").size(), 2U);
-  // Weights but the embedding, and the states of both sequences read and written.
-  EXPECT_EQ(json.at("bytes_per_step"), 4 * (116864 - 256 * 64) + 2 * 2 * 22528);
-  expect_refusal(
-      run_program({"bench", "--model", golden_directory("delta_net-tiny"), "--gen", "0"}),
-      {"--gen"});
+  expect_refusal(run_program({"bench", "machine", "--runs", "0"}), {"--runs"});
+}
+
+TEST(Bench, SaysWhatAnOldMachineDoesNotHave) {
+  const Result result =
+      run_program({"bench", "machine", "--threads", "1", "--runs", "1", "--megabytes", "32"},
+                  {.environment = {{"DELTAFOX_ISA", "plain"}}});
+  expect_success(result);
+  EXPECT_THAT(result.out, testing::HasSubstr("int8, vpdpbusd                 not available"));
 }
 
 }  // namespace

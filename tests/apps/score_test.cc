@@ -1,6 +1,8 @@
 // deltafox logits and loss against the golden cases, and what they refuse.
 #include <gtest/gtest.h>
 
+#include <cmath>
+
 #include "apps/checkpoints.h"
 #include "apps/program.h"
 #include "support/golden.h"
@@ -56,6 +58,30 @@ TEST_P(Score, LossOfABatch) {
   EXPECT_NEAR(result.json().at("loss").get<double>(), sum / static_cast<double>(expected.size()),
               1e-5);
   EXPECT_EQ(result.json().at("tokens"), expected.size());
+}
+
+TEST_P(Score, GradientsOfTheMeanLoss) {
+  write_integers(input(), {{"input_ids", DType::kI64, rows(), golden_.ids("input_ids")},
+                           {"labels", DType::kI64, rows(), golden_.ids("labels")}});
+  const std::string gradients = directory_.path("gradients.safetensors");
+  const Result result = run("loss", {"--json", "--gradients", gradients, "--recompute"});
+  expect_success(result);
+  EXPECT_EQ(result.json().at("gradients"), gradients);
+  expect_near(read_floats(output(), "loss"), golden_.floats("loss"), kLossTolerance);
+  const io::SafetensorsFile file = io::SafetensorsFile::open(gradients);
+  ASSERT_FALSE(file.tensors().empty());
+  for (const io::TensorEntry& entry : file.tensors()) {
+    const std::span<const float> expected = golden_.floats(entry.name);
+    const std::vector<float> got = read_floats(gradients, entry.name);
+    ASSERT_EQ(got.size(), expected.size()) << entry.name;
+    double squares = 0;
+    double errors = 0;
+    for (std::size_t i = 0; i < got.size(); ++i) {
+      squares += static_cast<double>(expected[i]) * expected[i];
+      errors += std::pow(static_cast<double>(got[i]) - expected[i], 2);
+    }
+    EXPECT_LE(std::sqrt(errors), 1e-4 * std::sqrt(squares)) << entry.name;
+  }
 }
 
 TEST_P(Score, PaddingOnTheLeft) {
@@ -189,6 +215,13 @@ TEST_F(ScoreRefusal, UnwritableOutput) {
   expect_refusal(logits("/dev/full"), {"/dev/full"});
   expect_refusal(logits(output_, {.max_file_bytes = 1000}), {output_});
   EXPECT_TRUE(std::filesystem::is_empty(directory_.path()));
+}
+
+TEST_F(ScoreRefusal, GradientsOfRoundedWeights) {
+  expect_refusal(run_program({"loss", "--model", golden_directory("delta_net-tiny"), "--input-ids",
+                              "1,2,3", "--gradients", output_, "--dtype", "bfloat16"}),
+                 {"--gradients", "float32"});
+  EXPECT_FALSE(std::filesystem::exists(output_));
 }
 
 TEST_F(ScoreRefusal, NoInputOrTwo) {

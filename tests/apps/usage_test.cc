@@ -22,7 +22,9 @@ TEST(Usage, EveryCommandHasHelpWithAnExample) {
                                    {"state"},
                                    {"state", "info"},
                                    {"state", "save"},
-                                   {"bench"}}) {
+                                   {"bench"},
+                                   {"bench", "machine"},
+                                   {"bench", "model"}}) {
     Arguments arguments = command;
     arguments.emplace_back("--help");
     const Result result = run_program(arguments);
@@ -53,7 +55,7 @@ TEST(Usage, NamesWhatItDoesNotKnow) {
 TEST(Usage, NamesTheOptionAtFault) {
   expect_refusal(run_program({"info"}), {"--model"});
   expect_refusal(run_program({"info", "--model"}), {"--model"});
-  expect_refusal(run_program({"info", "--model", kTiny, "--dtype", "int4"}), {"--dtype", "int4"});
+  expect_refusal(run_program({"info", "--model", kTiny, "--dtype", "int3"}), {"--dtype", "int3"});
   expect_refusal(run_program({"info", "--model", kTiny, "--threads", "two"}), {"--threads", "two"});
   expect_refusal(run_program({"info", "--model", kTiny, "--threads", "-1"}), {"threads", "-1"});
   const auto generate = [&](const std::string& option, const std::string& value) {

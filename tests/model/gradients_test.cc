@@ -75,13 +75,7 @@ TEST_P(GoldenGradients, AreTheSameBitsWithRecomputationAndOnAnyNumberOfThreads) 
   }
 }
 
-std::vector<std::string> cases() {
-  std::vector<std::string> names = Golden::cases();
-  std::erase_if(names, [](const std::string& name) { return !name.starts_with("delta_net"); });
-  return names;
-}
-
-INSTANTIATE_TEST_SUITE_P(Golden, GoldenGradients, testing::ValuesIn(cases()),
+INSTANTIATE_TEST_SUITE_P(Golden, GoldenGradients, testing::ValuesIn(Golden::cases()),
                          [](const auto& param) {
                            std::string name = param.param;
                            std::replace(name.begin(), name.end(), '-', '_');

@@ -3,8 +3,11 @@
 #include <gtest/gtest.h>
 
 #include <cmath>
+#include <cstring>
+#include <tuple>
 
 #include "core/float_convert.h"
+#include "cpu/isa.h"
 #include "deltafox/error.h"
 #include "ops/quantize.h"
 #include "support/random.h"
@@ -33,33 +36,54 @@ float error_bound(const LinearArgs& args, std::int64_t t, std::int64_t n) {
   return kEps * (static_cast<float>(depth) / 4 + 8) * (magnitude + 1);
 }
 
-class LinearParity : public testing::TestWithParam<DType> {};
+// What the kernels are chosen by, from the plain ones up; a machine runs those it has.
+struct NamedIsa {
+  const char* name;
+  cpu::Isa isa;
+};
+constexpr cpu::Isa kAvx2{.avx2 = true};
+constexpr cpu::Isa kAvx512{.avx2 = true, .avx512 = true, .avx512_vnni = true, .avx512_bf16 = true};
+constexpr cpu::Isa kAmx{.avx2 = true,
+                        .avx512 = true,
+                        .avx512_vnni = true,
+                        .avx512_bf16 = true,
+                        .amx_int8 = true,
+                        .amx_bf16 = true};
+constexpr NamedIsa kIsas[] = {{"plain", {}}, {"avx2", kAvx2}, {"avx512", kAvx512}, {"amx", kAmx}};
+
+Tensor weights(Context& ctx, const Tensor& wide, DType dtype) {
+  Tensor w(dtype, wide.view().shape);
+  if (is_packed(dtype)) {
+    ops::quantize(ctx, {.w = wide.view(), .packed = w.view()});
+  } else {
+    convert(wide.view(), w.view());
+  }
+  return w;
+}
+
+class LinearParity : public testing::TestWithParam<std::tuple<DType, NamedIsa>> {};
 
 TEST_P(LinearParity, FastEqualsPlain) {
+  const auto& [dtype, isa] = GetParam();
+  const cpu::IsaForTesting only(isa.isa);
   Random random(1);
   ThreadPool threads(3);
   Context ctx(threads);
-  for (int round = 0; round < 40; ++round) {
+  for (int round = 0; round < 24; ++round) {
     const std::int64_t rows = random.integer(1, 40);
     const std::int64_t depth = random.integer(1, round % 8 == 0 ? 1200 : 200);
     const std::int64_t columns = random.integer(1, 220);
     const Tensor x = random.normal_tensor({rows, depth});
     const Tensor wide = random.normal_tensor({columns, depth});
-    Tensor w(GetParam(), {columns, depth});
-    if (is_packed(GetParam())) {
-      ops::quantize(ctx, {.w = wide.view(), .packed = w.view()});
-    } else {
-      convert(wide.view(), w.view());
-    }
+    const Tensor w = weights(ctx, wide, dtype);
     Tensor y = random.normal_tensor({rows, columns});
     Tensor expected = y;
     const bool accumulate = round % 2 == 0;
-    const Tensor& stored = w;
     const Tensor bias = random.normal_tensor({columns});
     const ConstTensorView bias_or_none = round % 3 == 0 ? bias.view() : ConstTensorView();
-    const LinearArgs args{x.view(), stored.view(), y.view(), accumulate, bias_or_none};
+    const LinearArgs args{x.view(), w.view(), y.view(), accumulate, bias_or_none};
     ops::linear(ctx, args);
-    reference::linear({x.view(), stored.view(), expected.view(), accumulate, bias_or_none});
+    reference::linear({x.view(), w.view(), expected.view(), accumulate, bias_or_none});
     for (std::int64_t t = 0; t < rows; ++t) {
       for (std::int64_t n = 0; n < columns; ++n) {
         ASSERT_NEAR(y.f32()[t * columns + n], expected.f32()[t * columns + n],
@@ -70,30 +94,94 @@ TEST_P(LinearParity, FastEqualsPlain) {
   }
 }
 
-INSTANTIATE_TEST_SUITE_P(Weights, LinearParity,
-                         testing::Values(DType::kF32, DType::kBF16, DType::kF16, DType::kQ8,
-                                         DType::kQ4),
-                         [](const auto& param) { return std::string(name_of(param.param)); });
+constexpr DType kKinds[] = {DType::kF32, DType::kBF16, DType::kF16, DType::kQ8, DType::kQ4};
 
-TEST(Linear, ARowDoesNotDependOnTheRowsBesideItNorOnThreads) {
+INSTANTIATE_TEST_SUITE_P(Weights, LinearParity,
+                         testing::Combine(testing::ValuesIn(kKinds), testing::ValuesIn(kIsas)),
+                         [](const auto& param) {
+                           return std::string(name_of(std::get<0>(param.param))) + "_" +
+                                  std::get<1>(param.param).name;
+                         });
+
+class LinearRows : public testing::TestWithParam<std::tuple<DType, NamedIsa>> {};
+
+TEST_P(LinearRows, DoNotDependOnTheRowsBesideThemNorOnThreads) {
+  const auto& [dtype, isa] = GetParam();
+  const cpu::IsaForTesting only(isa.isa);
   Random random(2);
-  constexpr std::int64_t kRows = 150;
+  constexpr std::int64_t kRows = 57;
   constexpr std::int64_t kDepth = 1100;
-  constexpr std::int64_t kColumns = 333;
+  constexpr std::int64_t kColumns = 93;
   const Tensor x = random.normal_tensor({kRows, kDepth});
-  const Tensor w = random.normal_tensor({kColumns, kDepth});
   Tensor all(DType::kF32, {kRows, kColumns});
   ThreadPool many(4);
   Context many_ctx(many);
+  const Tensor w = weights(many_ctx, random.normal_tensor({kColumns, kDepth}), dtype);
   ops::linear(many_ctx, {x.view(), w.view(), all.view()});
   ThreadPool one(1);
   Context one_ctx(one);
-  Tensor alone(DType::kF32, {1, kColumns});
-  for (std::int64_t t = 0; t < kRows; ++t) {
-    ops::linear(one_ctx,
-                {{x.f32() + t * kDepth, DType::kF32, {1, kDepth}}, w.view(), alone.view()});
-    for (std::int64_t n = 0; n < kColumns; ++n) {
-      ASSERT_EQ(alone.f32()[n], all.f32()[t * kColumns + n]) << t << ", " << n;
+  for (const std::int64_t count : {1, 2, 3, 4, 5}) {
+    Tensor some(DType::kF32, {count, kColumns});
+    for (std::int64_t t = 0; t + count <= kRows; t += 2 * count) {
+      ops::linear(one_ctx,
+                  {{x.f32() + t * kDepth, DType::kF32, {count, kDepth}}, w.view(), some.view()});
+      for (std::int64_t i = 0; i < count * kColumns; ++i) {
+        ASSERT_EQ(some.f32()[i], all.f32()[t * kColumns + i]) << t << " of " << count;
+      }
+    }
+  }
+}
+
+INSTANTIATE_TEST_SUITE_P(Weights, LinearRows,
+                         testing::Combine(testing::ValuesIn(kKinds), testing::ValuesIn(kIsas)),
+                         [](const auto& param) {
+                           return std::string(name_of(std::get<0>(param.param))) + "_" +
+                                  std::get<1>(param.param).name;
+                         });
+
+TEST(Linear, PackedWeightsGiveTheSameBitsOnEveryInstructionSet) {
+  Random random(3);
+  ThreadPool threads(2);
+  Context ctx(threads);
+  for (const DType dtype : {DType::kQ8, DType::kQ4}) {
+    for (const std::int64_t rows : {1, 2, 3, 4, 7, 33, 70}) {
+      const std::int64_t depth = random.integer(1, 700);
+      const std::int64_t columns = random.integer(1, 150);
+      const Tensor x = random.normal_tensor({rows, depth});
+      const Tensor w = weights(ctx, random.normal_tensor({columns, depth}), dtype);
+      Tensor expected(DType::kF32, {rows, columns});
+      for (const NamedIsa& isa : kIsas) {
+        const cpu::IsaForTesting only(isa.isa);
+        Tensor y(DType::kF32, {rows, columns});
+        ops::linear(ctx, {x.view(), w.view(), y.view()});
+        if (isa.name == kIsas[0].name) expected = y;
+        for (std::int64_t i = 0; i < rows * columns; ++i) {
+          ASSERT_EQ(y.f32()[i], expected.f32()[i]) << isa.name << " T " << rows << " K " << depth;
+        }
+      }
+    }
+  }
+}
+
+// Beyond the ends of rows of weights lie bytes of anything: none may reach a result.
+TEST(Linear, ReadsNothingBeyondTheWeights) {
+  Random random(4);
+  ThreadPool threads(1);
+  Context ctx(threads);
+  constexpr std::int64_t kDepth = 37;
+  constexpr std::int64_t kColumns = 19;
+  const Tensor x = random.normal_tensor({9, kDepth});
+  const Tensor wide = random.normal_tensor({kColumns, kDepth});
+  for (const DType dtype : {DType::kF32, DType::kBF16, DType::kF16}) {
+    for (const NamedIsa& isa : kIsas) {
+      const cpu::IsaForTesting only(isa.isa);
+      Tensor guarded(dtype, {kColumns + 40, kDepth});
+      std::memset(guarded.view().data, 0xff, guarded.bytes());  // NaN
+      const ConstTensorView w{guarded.view().data, dtype, {kColumns, kDepth}};
+      convert(wide.view(), {guarded.view().data, dtype, {kColumns, kDepth}});
+      Tensor y(DType::kF32, {9, kColumns});
+      ops::linear(ctx, {x.view(), w, y.view()});
+      for (std::int64_t i = 0; i < 9 * kColumns; ++i) ASSERT_TRUE(std::isfinite(y.f32()[i]));
     }
   }
 }

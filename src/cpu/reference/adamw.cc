@@ -2,8 +2,6 @@
 
 #include <cmath>
 
-#include "core/float_convert.h"
-
 namespace deltafox::reference {
 
 void adamw(const AdamWArgs& args) {
@@ -19,9 +17,6 @@ void adamw(const AdamWArgs& args) {
     v = static_cast<float>(args.beta2 * v + (1 - args.beta2) * g * g);
     w = static_cast<float>(w * (1 - args.lr * args.weight_decay) -
                            step_size * m / (std::sqrt(v) / root + args.eps));
-    if (args.w_bf16.data != nullptr) {
-      static_cast<std::uint16_t*>(args.w_bf16.data)[i] = f32_to_bf16(w);
-    }
   }
 }
 

@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <cmath>
 
+#include "model/blocks/projection.h"
+#include "ops/activation.h"
 #include "ops/forgetting_attention.h"
 #include "ops/gate.h"
 #include "ops/kv_append.h"
@@ -79,7 +81,7 @@ AttentionMixer::AttentionMixer(const Config& config)
   if (config.use_output_norm) weights_.output_norm = Param::vector({query_dim}, Init::constant(1));
 }
 
-AttentionMixer::State AttentionMixer::new_state() const {
+AttentionMixer::State AttentionMixer::new_state(Device device, DType activation_dtype) const {
   const bool gated = config_.forget_gate != ForgetGate::kNone;
   State state{.k_shift = {},
               .v_shift = {},
@@ -88,10 +90,12 @@ AttentionMixer::State AttentionMixer::new_state() const {
                                 .gate_heads = gated ? config_.num_heads : 0,
                                 .key_norms = gated && config_.log_pruning_tolerance &&
                                              config_.qk_norm == QkNorm::kNone,
-                                .window = config_.window_size})};
+                                .window = config_.window_size,
+                                .device = device,
+                                .dtype = activation_dtype})};
   const Shape row{config_.num_kv_heads, config_.head_dim};
-  if (config_.use_k_shift) state.k_shift = Tensor(DType::kF32, row);
-  if (config_.use_v_shift) state.v_shift = Tensor(DType::kF32, row);
+  if (config_.use_k_shift) state.k_shift = Tensor(DType::kF32, row, device);
+  if (config_.use_v_shift) state.v_shift = Tensor(DType::kF32, row, device);
   return state;
 }
 
@@ -106,17 +110,22 @@ StateTensor AttentionMixer::State::pages(Tensor KvPage::*tensor) {
 TensorView AttentionMixer::shifted(Context& ctx, ScratchScope& scratch, const ConstTensorView& x,
                                    const Sequences& sequences, const Param& proj,
                                    const std::optional<Param>& shift_proj,
-                                   std::span<State* const> states,
-                                   Tensor State::*shift_state) const {
+                                   std::span<State* const> states, Tensor State::*shift_state,
+                                   Saved::Shifted* before) const {
   const std::int64_t tokens = x.shape[0];
   const Shape heads{tokens, config_.num_kv_heads, config_.head_dim};
-  const TensorView projected = scratch.tensor({tokens, proj.shape[0]});
+  const TensorView projected = scratch.activation({tokens, proj.shape[0]});
   ops::linear(ctx, {.x = x, .w = proj.value, .y = projected});
+  if (before != nullptr) before->projected = projected.reshaped(heads);
   if (!shift_proj) return projected.reshaped(heads);
   const TensorView alpha = scratch.tensor({tokens, config_.num_kv_heads});
   ops::linear(ctx, {.x = x, .w = shift_proj->value, .y = alpha});
+  if (before != nullptr) {
+    before->alpha_logits = copy_of(scratch, alpha);
+    before->alpha = alpha;
+  }
   ops::activation(ctx, {.activation = Activation::kSigmoid, .x = alpha});
-  const TensorView y = scratch.tensor(heads);
+  const TensorView y = scratch.activation(heads);
   const std::span<float*> pointers = scratch.array<float*>(sequences.count());
   for (std::size_t b = 0; b < states.size(); ++b) pointers[b] = (states[b]->*shift_state).f32();
   ops::token_shift(ctx, {.x = projected.reshaped(heads),
@@ -148,8 +157,8 @@ std::span<const float> AttentionMixer::score_bounds(ScratchScope& scratch) const
   const std::span<float> bounds = scratch.array<float>(config_.num_heads);
   for (std::int64_t h = 0; h < config_.num_heads; ++h) {
     bounds[static_cast<std::size_t>(h)] =
-        root * greatest(weights_.q_norm->value, h, config_.head_dim) *
-        greatest(weights_.k_norm->value, h / group, config_.head_dim);
+        root * greatest(weights_.q_norm->on_host(), h, config_.head_dim) *
+        greatest(weights_.k_norm->on_host(), h / group, config_.head_dim);
   }
   return bounds;
 }
@@ -185,29 +194,43 @@ void AttentionMixer::attend(Context& ctx, const TensorView& q, const TensorView&
 }
 
 void AttentionMixer::forward(Context& ctx, const ConstTensorView& x, const Sequences& sequences,
-                             std::span<State* const> states, const TensorView& hidden) const {
+                             std::span<State* const> states, const TensorView& hidden,
+                             Saved* saved) const {
   const std::int64_t tokens = x.shape[0];
   const std::int64_t heads = config_.num_heads;
   const std::int64_t width = heads * config_.head_dim;
-  ScratchScope scratch(ctx);
+  ScratchScope scratch(ctx, saved != nullptr);
+  Saved kept;
+  // What an op in place is about to overwrite.
+  const auto keep = [&](const TensorView& tensor) {
+    return saved != nullptr ? copy_of(scratch, tensor) : tensor;
+  };
 
-  const TensorView q = scratch.tensor({tokens, heads, config_.head_dim});  // [T, H, D]
+  const TensorView q = scratch.activation({tokens, heads, config_.head_dim});  // [T, H, D]
   ops::linear(ctx, {.x = x, .w = weights_.q_proj.value, .y = q.reshaped({tokens, width})});
-  const TensorView k = shifted(ctx, scratch, x, sequences, weights_.k_proj, weights_.k_shift_proj,
-                               states, &State::k_shift);  // [T, G, D]
-  const TensorView v = shifted(ctx, scratch, x, sequences, weights_.v_proj, weights_.v_shift_proj,
-                               states, &State::v_shift);  // [T, G, D]
+  const TensorView k =
+      shifted(ctx, scratch, x, sequences, weights_.k_proj, weights_.k_shift_proj, states,
+              &State::k_shift, saved != nullptr ? &kept.k_before : nullptr);  // [T, G, D]
+  const TensorView v =
+      shifted(ctx, scratch, x, sequences, weights_.v_proj, weights_.v_shift_proj, states,
+              &State::v_shift, saved != nullptr ? &kept.v_before : nullptr);  // [T, G, D]
+  if (weights_.q_norm) {
+    kept.q_unnormed = keep(q);
+    kept.k_before.unnormed = keep(k);
+  }
   norm_heads(ctx, weights_.q_norm, q);
   norm_heads(ctx, weights_.k_norm, k);
 
-  const TensorView o = scratch.tensor(q.shape);  // [T, H, D]
-  attend(ctx, q, k, v, log_gates(ctx, scratch, x), sequences, states, o);
+  const TensorView o = scratch.activation(q.shape);  // [T, H, D]
+  const TensorView gates = log_gates(ctx, scratch, x);
+  attend(ctx, q, k, v, gates, sequences, states, o);
 
   TensorView gate;  // [T, H·D]
   if (weights_.ogate_proj) {
-    gate = scratch.tensor({tokens, width});
+    gate = scratch.activation({tokens, width});
     ops::linear(ctx, {.x = x, .w = weights_.ogate_proj->value, .y = gate});
   }
+  kept.o = keep(o);
   const TensorView output = o.reshaped({tokens, width});
   if (weights_.output_norm) {
     const Shape rows{tokens * heads, config_.head_dim};
@@ -221,6 +244,168 @@ void AttentionMixer::forward(Context& ctx, const ConstTensorView& x, const Seque
     ops::gate(ctx, {.activation = config_.output_gate_activation, .gate = gate, .x = output});
   }
   ops::linear(ctx, {.x = output, .w = weights_.o_proj.value, .y = hidden, .accumulate = true});
+  if (saved == nullptr) return;
+  kept.q = q;
+  kept.k = k;
+  kept.v = v;
+  kept.log_gates = gates;
+  kept.gate = gate;
+  kept.output = output;
+  *saved = kept;
+}
+
+void AttentionMixer::output_backward(Context& ctx, const ConstTensorView& x, const Saved& saved,
+                                     const TensorView& dy, const TensorView& d_o,
+                                     const TensorView& dx, Gradients& gradients) const {
+  ScratchScope scratch(ctx);
+  const Shape flat = saved.output.shape;  // [T, H·D]
+  ops::linear_backward(ctx, {.dy = dy,
+                             .x = saved.output,
+                             .w = weights_.o_proj.value,
+                             .dx = d_o.reshaped(flat),
+                             .dw = gradients.of(weights_.o_proj)});
+  const TensorView dgate = weights_.ogate_proj ? scratch.tensor(flat) : TensorView{};
+  if (weights_.output_norm) {
+    const Shape rows{d_o.shape[0] * d_o.shape[1], d_o.shape[2]};
+    ops::rms_norm_backward(ctx,
+                           {.x = saved.o.reshaped(rows),
+                            .w = weights_.output_norm->value,
+                            .gate = weights_.ogate_proj ? saved.gate.reshaped(rows) : TensorView{},
+                            .gate_activation = config_.output_gate_activation,
+                            .eps = config_.norm_eps,
+                            .dy = d_o.reshaped(rows),
+                            .dx = d_o.reshaped(rows),
+                            .dw = gradients.of(weights_.output_norm),
+                            .dgate = weights_.ogate_proj ? dgate.reshaped(rows) : TensorView{}});
+  } else if (weights_.ogate_proj) {
+    ops::gate_backward(ctx, {.activation = config_.output_gate_activation,
+                             .gate = saved.gate,
+                             .x = saved.o.reshaped(flat),
+                             .dy = d_o.reshaped(flat),
+                             .dx = d_o.reshaped(flat),
+                             .dgate = dgate});
+  }
+  if (!weights_.ogate_proj) return;
+  ops::linear_backward(ctx, {.dy = dgate,
+                             .x = x,
+                             .w = weights_.ogate_proj->value,
+                             .dx = dx,
+                             .accumulate_dx = true,
+                             .dw = gradients.of(weights_.ogate_proj)});
+}
+
+void AttentionMixer::attend_backward(Context& ctx, const Sequences& sequences, const Saved& saved,
+                                     const TensorView& d_o, const TensorView& dq,
+                                     const TensorView& dk, const TensorView& dv,
+                                     const TensorView& dgates, Gradients& gradients) const {
+  ScratchScope scratch(ctx);
+  ops::forgetting_attention_backward(ctx, {.q = saved.q,
+                                           .k = saved.k,
+                                           .v = saved.v,
+                                           .log_gates = saved.log_gates,
+                                           .sequences = sequences,
+                                           .window = config_.window_size,
+                                           .log_pruning_tolerance = config_.log_pruning_tolerance,
+                                           .score_bounds = score_bounds(scratch),
+                                           .o = saved.o,
+                                           .d_o = d_o,
+                                           .dq = dq,
+                                           .dk = dk,
+                                           .dv = dv,
+                                           .dlog_gates = dgates});
+  if (config_.use_rope) {
+    const std::span<std::int64_t> positions = scratch.array<std::int64_t>(sequences.count());
+    std::fill(positions.begin(), positions.end(), 0);
+    ops::rope_backward(ctx, {.dq = dq,
+                             .dk = dk,
+                             .sequences = sequences,
+                             .positions = positions,
+                             .base = config_.rope_base});
+  }
+  const auto through_norm = [&](const std::optional<Param>& weight, const TensorView& unnormed,
+                                const TensorView& d) {
+    if (!weight) return;
+    const Shape rows{d.shape[0] * d.shape[1], d.shape[2]};
+    ops::rms_norm_backward(ctx, {.x = unnormed.reshaped(rows),
+                                 .w = weight->value,
+                                 .eps = kQkNormEps,
+                                 .dy = d.reshaped(rows),
+                                 .dx = d.reshaped(rows),
+                                 .dw = gradients.of(weight)});
+  };
+  through_norm(weights_.q_norm, saved.q_unnormed, dq);
+  through_norm(weights_.k_norm, saved.k_before.unnormed, dk);
+}
+
+void AttentionMixer::shifted_backward(Context& ctx, const ConstTensorView& x,
+                                      const Sequences& sequences, const Param& proj,
+                                      const std::optional<Param>& shift_proj,
+                                      const Saved::Shifted& before, const TensorView& d,
+                                      const TensorView& dx, Gradients& gradients) const {
+  ScratchScope scratch(ctx);
+  TensorView dprojected = d;  // [T, G, D]
+  if (shift_proj) {
+    dprojected = scratch.tensor(d.shape);
+    const TensorView dalpha = scratch.tensor(before.alpha.shape);  // [T, G]
+    ops::token_shift_backward(ctx, {.x = before.projected,
+                                    .alpha = before.alpha,
+                                    .sequences = sequences,
+                                    .dy = d,
+                                    .dx = dprojected,
+                                    .dalpha = dalpha});
+    ops::activation_backward(
+        ctx,
+        {.activation = Activation::kSigmoid, .x = before.alpha_logits, .dy = dalpha, .dx = dalpha});
+    ops::linear_backward(ctx, {.dy = dalpha,
+                               .x = x,
+                               .w = shift_proj->value,
+                               .dx = dx,
+                               .accumulate_dx = true,
+                               .dw = gradients.of(shift_proj)});
+  }
+  ops::linear_backward(ctx, {.dy = dprojected.reshaped({x.shape[0], proj.shape[0]}),
+                             .x = x,
+                             .w = proj.value,
+                             .dx = dx,
+                             .accumulate_dx = true,
+                             .dw = gradients.of(proj)});
+}
+
+void AttentionMixer::backward(Context& ctx, const ConstTensorView& x, const Sequences& sequences,
+                              const Saved& saved, const TensorView& dy, const TensorView& dx,
+                              Gradients& gradients) const {
+  ScratchScope scratch(ctx);
+  const TensorView d_o = scratch.tensor(saved.o.shape);  // [T, H, D]
+  const TensorView dq = scratch.tensor(saved.q.shape);   // [T, H, D]
+  const TensorView dk = scratch.tensor(saved.k.shape);   // [T, G, D]
+  const TensorView dv = scratch.tensor(saved.v.shape);   // [T, G, D]
+  const TensorView dgates =
+      weights_.fgate_bias ? scratch.tensor(saved.log_gates.shape) : TensorView{};  // [T, H]
+  std::fill(dx.f32(), dx.f32() + dx.shape.size(), 0.0F);
+  output_backward(ctx, x, saved, dy, d_o, dx, gradients);
+  attend_backward(ctx, sequences, saved, d_o, dq, dk, dv, dgates, gradients);
+  ops::linear_backward(ctx, {.dy = dq.reshaped(saved.output.shape),
+                             .x = x,
+                             .w = weights_.q_proj.value,
+                             .dx = dx,
+                             .accumulate_dx = true,
+                             .dw = gradients.of(weights_.q_proj)});
+  shifted_backward(ctx, x, sequences, weights_.k_proj, weights_.k_shift_proj, saved.k_before, dk,
+                   dx, gradients);
+  shifted_backward(ctx, x, sequences, weights_.v_proj, weights_.v_shift_proj, saved.v_before, dv,
+                   dx, gradients);
+  if (!weights_.fgate_bias) return;
+  ops::log_sigmoid_backward(ctx, {.y = saved.log_gates,
+                                  .dy = dgates,
+                                  .dx = weights_.fgate_proj ? dgates : TensorView{},
+                                  .dbias = gradients.of(weights_.fgate_bias)});
+  if (!weights_.fgate_proj) return;
+  ops::linear_backward(ctx, {.dy = dgates,
+                             .x = x,
+                             .w = weights_.fgate_proj->value,
+                             .dx = dx,
+                             .accumulate_dx = true,
+                             .dw = gradients.of(weights_.fgate_proj)});
 }
 
 }  // namespace deltafox

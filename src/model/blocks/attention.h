@@ -14,6 +14,7 @@
 
 #include "core/context.h"
 #include "core/sequences.h"
+#include "model/gradients.h"
 #include "model/param.h"
 #include "model/state_tensor.h"
 #include "ops/activation.h"
@@ -77,6 +78,7 @@ class AttentionMixer {
       visitor("values", pages(&KvPage::values));
       visitor("gates", pages(&KvPage::gates));
       visitor("key_norms", pages(&KvPage::key_norms));
+      visitor("pages", pages(&KvPage::block));  // on a GPU instead of those
     }
     // Of a new state: makes room for what a state holds that has read so many tokens.
     void grow_to(std::int64_t position) { cache.grow_to(position); }
@@ -86,13 +88,36 @@ class AttentionMixer {
     StateTensor pages(Tensor KvPage::*tensor);
   };
 
+  // What backward needs of a forward, in the context's scratch memory.
+  struct Saved {
+    struct Shifted {
+      TensorView projected;            // [T, G, D] before the shift
+      TensorView alpha_logits, alpha;  // [T, G], with a shift
+      TensorView unnormed;             // [T, G, D] before the norm
+    };
+    TensorView q_unnormed;       // [T, H, D] before the norm
+    TensorView q;                // [T, H, D]
+    Shifted k_before, v_before;  // of k and v
+    TensorView k, v;             // [T, G, D]
+    TensorView log_gates;        // [T, H]
+    TensorView o;                // [T, H, D] before norm and gate
+    TensorView gate;             // [T, H·D], with ogate_proj
+    TensorView output;           // [T, H·D] before o_proj
+  };
+
   explicit AttentionMixer(const Config& config);
 
-  State new_state() const;
+  State new_state(Device device = Device::kCpu, DType activation_dtype = DType::kF32) const;
 
   // hidden [T, C] += mixer(x [T, C]), continuing each sequence from its state.
   void forward(Context& ctx, const ConstTensorView& x, const Sequences& sequences,
-               std::span<State* const> states, const TensorView& hidden) const;
+               std::span<State* const> states, const TensorView& hidden,
+               Saved* saved = nullptr) const;
+
+  // Of whole sequences: dx [T, C] =, given dy [T, C], the gradient of what forward added.
+  void backward(Context& ctx, const ConstTensorView& x, const Sequences& sequences,
+                const Saved& saved, const TensorView& dy, const TensorView& dx,
+                Gradients& gradients) const;
 
   template <typename Visitor>
   void visit_params(const std::string& prefix, Visitor&& visit) {
@@ -117,11 +142,24 @@ class AttentionMixer {
   }
 
  private:
-  // Keys or values [T, G, D].
+  // Keys or values [T, G, D]; `before` receives what backward needs.
   TensorView shifted(Context& ctx, ScratchScope& scratch, const ConstTensorView& x,
                      const Sequences& sequences, const Param& proj,
                      const std::optional<Param>& shift_proj, std::span<State* const> states,
-                     Tensor State::*shift_state) const;
+                     Tensor State::*shift_state, Saved::Shifted* before) const;
+  // dx [T, C] +=, given the gradient d [T, G, D] of keys or values.
+  void shifted_backward(Context& ctx, const ConstTensorView& x, const Sequences& sequences,
+                        const Param& proj, const std::optional<Param>& shift_proj,
+                        const Saved::Shifted& before, const TensorView& d, const TensorView& dx,
+                        Gradients& gradients) const;
+  // Norm, gate and projection of the output: d_o [T, H, D] = and dx [T, C] =, given dy [T, C].
+  void output_backward(Context& ctx, const ConstTensorView& x, const Saved& saved,
+                       const TensorView& dy, const TensorView& d_o, const TensorView& dx,
+                       Gradients& gradients) const;
+  // dq, dk, dv behind the projections and shifts, and dgates [T, H], given d_o.
+  void attend_backward(Context& ctx, const Sequences& sequences, const Saved& saved,
+                       const TensorView& d_o, const TensorView& dq, const TensorView& dk,
+                       const TensorView& dv, const TensorView& dgates, Gradients& gradients) const;
   // log f [T, H]; no data without gates.
   TensorView log_gates(Context& ctx, ScratchScope& scratch, const ConstTensorView& x) const;
   // The bounds of |q·k| / √D that the norms' weights give, [H]; empty without them.

@@ -29,42 +29,48 @@ Hgrn2Mixer::Hgrn2Mixer(const Config& config)
   }
 }
 
-Hgrn2Mixer::State Hgrn2Mixer::new_state() const {
+Hgrn2Mixer::State Hgrn2Mixer::new_state(Device device, DType /*activation_dtype*/) const {
   State state;
   if (config_.use_short_conv) {
-    state.q_conv = Tensor(DType::kF32, {weights_.q_proj.shape[0], config_.conv_size});
-    state.f_conv = Tensor(DType::kF32, {weights_.f_proj.shape[0], config_.conv_size});
-    state.i_conv = Tensor(DType::kF32, {config_.hidden_size, config_.conv_size});
+    state.q_conv = Tensor(DType::kF32, {weights_.q_proj.shape[0], config_.conv_size}, device);
+    state.f_conv = Tensor(DType::kF32, {weights_.f_proj.shape[0], config_.conv_size}, device);
+    state.i_conv = Tensor(DType::kF32, {config_.hidden_size, config_.conv_size}, device);
   }
-  state.recurrent = Tensor(DType::kF32, {config_.num_heads, config_.expand_ratio,
-                                         config_.hidden_size / config_.num_heads});
+  state.recurrent = Tensor(
+      DType::kF32,
+      {config_.num_heads, config_.expand_ratio, config_.hidden_size / config_.num_heads}, device);
   return state;
 }
 
 void Hgrn2Mixer::forward(Context& ctx, const ConstTensorView& x, const Sequences& sequences,
-                         std::span<State* const> states, const TensorView& hidden) const {
+                         std::span<State* const> states, const TensorView& hidden,
+                         Saved* saved) const {
   const std::int64_t tokens = x.shape[0];
   const Shape keys{tokens, config_.num_heads, config_.expand_ratio};
   const Shape values{tokens, config_.num_heads, config_.hidden_size / config_.num_heads};
-  ScratchScope scratch(ctx);
+  ScratchScope scratch(ctx, saved != nullptr);
+  Saved kept;
   const auto projected = [&](const Param& proj, const std::optional<Param>& conv,
-                             Tensor State::*conv_state, Activation activation) {
+                             Tensor State::*conv_state, Activation activation, TensorView& before,
+                             DType dtype) {
     return project_and_convolve(ctx, scratch, x, proj, conv, sequences,
-                                state_pointers(scratch, states, conv_state), activation);
+                                state_pointers(scratch, states, conv_state), activation,
+                                saved != nullptr ? &before : nullptr, dtype);
   };
-  const TensorView q =
-      projected(weights_.q_proj, weights_.q_conv1d, &State::q_conv, Activation::kSilu)
-          .reshaped(keys);  // [T, H, K]
-  const TensorView g =
-      projected(weights_.f_proj, weights_.f_conv1d, &State::f_conv, Activation::kIdentity)
-          .reshaped(keys);  // [T, H, K]
-  const TensorView v =
-      projected(weights_.i_proj, weights_.i_conv1d, &State::i_conv, Activation::kIdentity)
-          .reshaped(values);                  // [T, H, V]
-  const TensorView k = scratch.tensor(keys);  // [T, H, K]
+  const DType kept_in = ctx.activation_dtype();
+  const TensorView q = projected(weights_.q_proj, weights_.q_conv1d, &State::q_conv,
+                                 Activation::kSilu, kept.q_projected, kept_in)
+                           .reshaped(keys);  // [T, H, K]
+  const TensorView g = projected(weights_.f_proj, weights_.f_conv1d, &State::f_conv,
+                                 Activation::kIdentity, kept.f_projected, DType::kF32)
+                           .reshaped(keys);  // [T, H, K]
+  const TensorView v = projected(weights_.i_proj, weights_.i_conv1d, &State::i_conv,
+                                 Activation::kIdentity, kept.i_projected, kept_in)
+                           .reshaped(values);  // [T, H, V]
+  const TensorView k = scratch.tensor(keys);   // [T, H, K]
   ops::forget_gate(ctx, {.x = g, .k = k});
 
-  const TensorView o = scratch.tensor(values);  // [T, H, V]
+  const TensorView o = scratch.activation(values);  // [T, H, V]
   ops::gla(ctx, {.q = q,
                  .k = k,
                  .g = g,
@@ -73,9 +79,64 @@ void Hgrn2Mixer::forward(Context& ctx, const ConstTensorView& x, const Sequences
                  .states = state_pointers(scratch, states, &State::recurrent),
                  .o = o});
   const TensorView rows = o.reshaped(hidden.shape);  // [T, C]
+  const TensorView output = saved != nullptr ? scratch.activation(rows.shape) : rows;
   ops::rms_norm(ctx,
-                {.x = rows, .w = value_of(weights_.g_norm), .y = rows, .eps = config_.norm_eps});
-  ops::linear(ctx, {.x = rows, .w = weights_.o_proj.value, .y = hidden, .accumulate = true});
+                {.x = rows, .w = value_of(weights_.g_norm), .y = output, .eps = config_.norm_eps});
+  ops::linear(ctx, {.x = output, .w = weights_.o_proj.value, .y = hidden, .accumulate = true});
+  if (saved == nullptr) return;
+  kept.q = q;
+  kept.g = g;
+  kept.k = k;
+  kept.v = v;
+  kept.o = rows;
+  kept.output = output;
+  *saved = kept;
+}
+
+void Hgrn2Mixer::backward(Context& ctx, const ConstTensorView& x, const Sequences& sequences,
+                          const Saved& saved, const TensorView& dy, const TensorView& dx,
+                          Gradients& gradients) const {
+  ScratchScope scratch(ctx);
+  const TensorView d_o = scratch.tensor(saved.o.shape);  // [T, C]
+  ops::linear_backward(ctx, {.dy = dy,
+                             .x = saved.output,
+                             .w = weights_.o_proj.value,
+                             .dx = d_o,
+                             .dw = gradients.of(weights_.o_proj)});
+  ops::rms_norm_backward(ctx, {.x = saved.o,
+                               .w = value_of(weights_.g_norm),
+                               .eps = config_.norm_eps,
+                               .dy = d_o,
+                               .dx = d_o,
+                               .dw = gradients.of(weights_.g_norm)});
+  const TensorView dq = scratch.tensor(saved.q.shape);  // [T, H, K]
+  const TensorView dk = scratch.tensor(saved.k.shape);  // [T, H, K]
+  const TensorView dg = scratch.tensor(saved.g.shape);  // [T, H, K]
+  const TensorView dv = scratch.tensor(saved.v.shape);  // [T, H, V]
+  ops::gla_backward(ctx, {.q = saved.q,
+                          .k = saved.k,
+                          .g = saved.g,
+                          .v = saved.v,
+                          .sequences = sequences,
+                          .d_o = d_o.reshaped(saved.v.shape),
+                          .dq = dq,
+                          .dk = dk,
+                          .dg = dg,
+                          .dv = dv});
+  ops::forget_gate_backward(ctx, {.g = saved.g, .k = saved.k, .dg = dg, .dk = dk, .dx = dg});
+  bool accumulate = false;
+  const auto through_projection = [&](const TensorView& projected, const Param& proj,
+                                      const std::optional<Param>& conv, Activation activation,
+                                      const TensorView& d) {
+    project_and_convolve_backward(ctx, x, projected, proj, conv, sequences, activation,
+                                  d.reshaped(projected.shape), dx, accumulate, gradients);
+    accumulate = true;
+  };
+  through_projection(saved.q_projected, weights_.q_proj, weights_.q_conv1d, Activation::kSilu, dq);
+  through_projection(saved.f_projected, weights_.f_proj, weights_.f_conv1d, Activation::kIdentity,
+                     dg);
+  through_projection(saved.i_projected, weights_.i_proj, weights_.i_conv1d, Activation::kIdentity,
+                     dv);
 }
 
 }  // namespace deltafox

@@ -12,6 +12,7 @@
 
 #include "core/context.h"
 #include "core/sequences.h"
+#include "model/gradients.h"
 #include "model/param.h"
 
 namespace deltafox {
@@ -48,13 +49,29 @@ class Hgrn2Mixer {
     }
   };
 
+  // What backward needs of a forward, in the context's scratch memory.
+  struct Saved {
+    TensorView q_projected, f_projected;  // [T, H·K] before the convolutions
+    TensorView i_projected;               // [T, C]
+    TensorView q, g, k;                   // [T, H, K]
+    TensorView v;                         // [T, H, V]
+    TensorView o;                         // [T, C] before the norm
+    TensorView output;                    // [T, C] before o_proj
+  };
+
   explicit Hgrn2Mixer(const Config& config);
 
-  State new_state() const;
+  State new_state(Device device = Device::kCpu, DType activation_dtype = DType::kF32) const;
 
   // hidden [T, C] += mixer(x [T, C]), continuing each sequence from its state.
   void forward(Context& ctx, const ConstTensorView& x, const Sequences& sequences,
-               std::span<State* const> states, const TensorView& hidden) const;
+               std::span<State* const> states, const TensorView& hidden,
+               Saved* saved = nullptr) const;
+
+  // Of whole sequences: dx [T, C] =, given dy [T, C], the gradient of what forward added.
+  void backward(Context& ctx, const ConstTensorView& x, const Sequences& sequences,
+                const Saved& saved, const TensorView& dy, const TensorView& dx,
+                Gradients& gradients) const;
 
   template <typename Visitor>
   void visit_params(const std::string& prefix, Visitor&& visit) {

@@ -36,16 +36,17 @@ MambaMixer::MambaMixer(const Config& config)
   }
 }
 
-MambaMixer::State MambaMixer::new_state() const {
-  return {.conv = Tensor(DType::kF32, {config_.inner_size, config_.conv_size}),
-          .ssm = Tensor(DType::kF32, {config_.state_size, config_.inner_size})};
+MambaMixer::State MambaMixer::new_state(Device device, DType /*activation_dtype*/) const {
+  return {.conv = Tensor(DType::kF32, {config_.inner_size, config_.conv_size}, device),
+          .ssm = Tensor(DType::kF32, {config_.state_size, config_.inner_size}, device)};
 }
 
 void MambaMixer::forward(Context& ctx, const ConstTensorView& x, const Sequences& sequences,
-                         std::span<State* const> states, const TensorView& hidden) const {
+                         std::span<State* const> states, const TensorView& hidden,
+                         Saved* saved) const {
   const std::int64_t inner = config_.inner_size;
   const std::int64_t size = config_.state_size;
-  ScratchScope scratch(ctx);
+  ScratchScope scratch(ctx, saved != nullptr);
   const auto half = [&](std::int64_t begin) {
     return project(
         ctx, scratch, x, rows_of(weights_.in_proj.value, begin, inner),
@@ -59,12 +60,13 @@ void MambaMixer::forward(Context& ctx, const ConstTensorView& x, const Sequences
   const auto selected = [&](std::int64_t begin, std::int64_t count) {
     return project(ctx, scratch, mixed, rows_of(weights_.x_proj.value, begin, count));
   };
-  const TensorView low_rank = selected(0, config_.dt_rank);                       // [T, R]
-  const TensorView b = selected(config_.dt_rank, size);                           // [T, N]
-  const TensorView c = selected(config_.dt_rank + size, size);                    // [T, N]
-  const TensorView dt = project(ctx, scratch, low_rank, weights_.dt_proj.value);  // [T, E]
+  const TensorView low_rank = selected(0, config_.dt_rank);     // [T, R]
+  const TensorView b = selected(config_.dt_rank, size);         // [T, N]
+  const TensorView c = selected(config_.dt_rank + size, size);  // [T, N]
+  const TensorView dt =
+      project(ctx, scratch, low_rank, weights_.dt_proj.value, {}, DType::kF32);  // [T, E]
 
-  const TensorView y = scratch.tensor(mixed.shape);  // [T, E]
+  const TensorView y = scratch.activation(mixed.shape);  // [T, E]
   ops::selective_scan(ctx, {.x = mixed,
                             .dt = dt,
                             .dt_bias = weights_.dt_bias.value,
@@ -81,6 +83,84 @@ void MambaMixer::forward(Context& ctx, const ConstTensorView& x, const Sequences
                     .y = hidden,
                     .accumulate = true,
                     .bias = value_of(weights_.out_bias)});
+  if (saved == nullptr) return;
+  *saved = {.input = input,
+            .z = z,
+            .mixed = mixed,
+            .low_rank = low_rank,
+            .b = b,
+            .c = c,
+            .dt = dt,
+            .y = y};
+}
+
+void MambaMixer::backward(Context& ctx, const ConstTensorView& x, const Sequences& sequences,
+                          const Saved& saved, const TensorView& dy, const TensorView& dx,
+                          Gradients& gradients) const {
+  ScratchScope scratch(ctx);
+  const TensorView d_y = scratch.tensor(saved.y.shape);  // [T, E]
+  ops::linear_backward(ctx, {.dy = dy,
+                             .x = saved.y,
+                             .w = weights_.out_proj.value,
+                             .dx = d_y,
+                             .dw = gradients.of(weights_.out_proj),
+                             .dbias = gradients.of(weights_.out_bias)});
+  const TensorView dmixed = scratch.tensor(saved.mixed.shape);  // [T, E]
+  const TensorView ddt = scratch.tensor(saved.dt.shape);        // [T, E]
+  const TensorView db = scratch.tensor(saved.b.shape);          // [T, N]
+  const TensorView dc = scratch.tensor(saved.c.shape);          // [T, N]
+  const TensorView dz = scratch.tensor(saved.z.shape);          // [T, E]
+  ops::selective_scan_backward(ctx, {.x = saved.mixed,
+                                     .dt = saved.dt,
+                                     .dt_bias = weights_.dt_bias.value,
+                                     .a_log = weights_.a_log.value,
+                                     .b = saved.b,
+                                     .c = saved.c,
+                                     .d = weights_.d.value,
+                                     .gate = saved.z,
+                                     .sequences = sequences,
+                                     .dy = d_y,
+                                     .dx = dmixed,
+                                     .ddt = ddt,
+                                     .d_dt_bias = gradients.of(weights_.dt_bias),
+                                     .d_a_log = gradients.of(weights_.a_log),
+                                     .db = db,
+                                     .dc = dc,
+                                     .dd = gradients.of(weights_.d),
+                                     .dgate = dz});
+  const TensorView dlow_rank = scratch.tensor(saved.low_rank.shape);  // [T, R]
+  ops::linear_backward(ctx, {.dy = ddt,
+                             .x = saved.low_rank,
+                             .w = weights_.dt_proj.value,
+                             .dx = dlow_rank,
+                             .dw = gradients.of(weights_.dt_proj)});
+  const auto through_selection = [&](std::int64_t begin, const TensorView& d) {
+    ops::linear_backward(ctx, {.dy = d,
+                               .x = saved.mixed,
+                               .w = rows_of(weights_.x_proj.value, begin, d.shape[1]),
+                               .dx = dmixed,
+                               .accumulate_dx = true,
+                               .dw = rows_of(gradients.of(weights_.x_proj), begin, d.shape[1])});
+  };
+  through_selection(0, dlow_rank);
+  through_selection(config_.dt_rank, db);
+  through_selection(config_.dt_rank + config_.state_size, dc);
+  const TensorView dinput = scratch.tensor(saved.input.shape);  // [T, E]
+  convolve_backward(ctx, saved.input, weights_.conv1d, weights_.conv1d_bias, sequences,
+                    Activation::kSilu, dmixed, dinput, gradients);
+  const auto through_half = [&](std::int64_t begin, const TensorView& d) {
+    const TensorView dbias = gradients.of(weights_.in_bias);
+    ops::linear_backward(
+        ctx, {.dy = d,
+              .x = x,
+              .w = rows_of(weights_.in_proj.value, begin, d.shape[1]),
+              .dx = dx,
+              .accumulate_dx = begin > 0,
+              .dw = rows_of(gradients.of(weights_.in_proj), begin, d.shape[1]),
+              .dbias = weights_.in_bias ? rows_of(dbias, begin, d.shape[1]) : TensorView{}});
+  };
+  through_half(0, dinput);
+  through_half(config_.inner_size, dz);
 }
 
 }  // namespace deltafox

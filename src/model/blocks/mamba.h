@@ -11,6 +11,7 @@
 
 #include "core/context.h"
 #include "core/sequences.h"
+#include "model/gradients.h"
 #include "model/param.h"
 
 namespace deltafox {
@@ -53,13 +54,30 @@ class MambaMixer {
     }
   };
 
+  // What backward needs of a forward, in the context's scratch memory.
+  struct Saved {
+    TensorView input;     // [T, E] before the convolution
+    TensorView z;         // [T, E]
+    TensorView mixed;     // [T, E]
+    TensorView low_rank;  // [T, R]
+    TensorView b, c;      // [T, N]
+    TensorView dt;        // [T, E]
+    TensorView y;         // [T, E] before out_proj
+  };
+
   explicit MambaMixer(const Config& config);
 
-  State new_state() const;
+  State new_state(Device device = Device::kCpu, DType activation_dtype = DType::kF32) const;
 
   // hidden [T, C] += mixer(x [T, C]), continuing each sequence from its state.
   void forward(Context& ctx, const ConstTensorView& x, const Sequences& sequences,
-               std::span<State* const> states, const TensorView& hidden) const;
+               std::span<State* const> states, const TensorView& hidden,
+               Saved* saved = nullptr) const;
+
+  // Of whole sequences: dx [T, C] =, given dy [T, C], the gradient of what forward added.
+  void backward(Context& ctx, const ConstTensorView& x, const Sequences& sequences,
+                const Saved& saved, const TensorView& dy, const TensorView& dx,
+                Gradients& gradients) const;
 
   template <typename Visitor>
   void visit_params(const std::string& prefix, Visitor&& visit) {

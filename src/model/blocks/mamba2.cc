@@ -35,29 +35,34 @@ Mamba2Mixer::Mamba2Mixer(const Config& config)
   }
 }
 
-Mamba2Mixer::State Mamba2Mixer::new_state() const {
-  return {.conv = Tensor(DType::kF32, {config_.conv_channels(), config_.conv_size}),
-          .ssm = Tensor(DType::kF32, {config_.num_heads, config_.state_size, config_.head_dim})};
+Mamba2Mixer::State Mamba2Mixer::new_state(Device device, DType /*activation_dtype*/) const {
+  return {.conv = Tensor(DType::kF32, {config_.conv_channels(), config_.conv_size}, device),
+          .ssm = Tensor(DType::kF32, {config_.num_heads, config_.state_size, config_.head_dim},
+                        device)};
 }
 
 void Mamba2Mixer::forward(Context& ctx, const ConstTensorView& x, const Sequences& sequences,
-                          std::span<State* const> states, const TensorView& hidden) const {
+                          std::span<State* const> states, const TensorView& hidden,
+                          Saved* saved) const {
   const std::int64_t tokens = x.shape[0];
   const std::int64_t inner = config_.inner();
-  ScratchScope scratch(ctx);
-  const auto part = [&](std::int64_t begin, std::int64_t count) {
+  ScratchScope scratch(ctx, saved != nullptr);
+  const auto part = [&](std::int64_t begin, std::int64_t count, DType dtype) {
     return project(
         ctx, scratch, x, rows_of(weights_.in_proj.value, begin, count),
-        weights_.in_bias ? rows_of(weights_.in_bias->value, begin, count) : ConstTensorView{});
+        weights_.in_bias ? rows_of(weights_.in_bias->value, begin, count) : ConstTensorView{},
+        dtype);
   };
-  const TensorView z = part(0, inner);                             // [T, H·P]
-  const TensorView inputs = part(inner, config_.conv_channels());  // [T, H·P + 2·G·N]
-  const TensorView dt = part(inner + config_.conv_channels(), config_.num_heads);  // [T, H]
+  const TensorView z = part(0, inner, ctx.activation_dtype());  // [T, H·P]
+  const TensorView inputs =
+      part(inner, config_.conv_channels(), ctx.activation_dtype());  // [T, H·P + 2·G·N]
+  const TensorView dt =
+      part(inner + config_.conv_channels(), config_.num_heads, DType::kF32);  // [T, H]
   const TensorView xbc =
       convolve(ctx, scratch, inputs, weights_.conv1d, value_of(weights_.conv1d_bias), sequences,
                state_pointers(scratch, states, &State::conv), config_.conv_activation);
 
-  const TensorView y = scratch.tensor({tokens, config_.num_heads, config_.head_dim});
+  const TensorView y = scratch.activation({tokens, config_.num_heads, config_.head_dim});
   ops::ssd(ctx, {.xbc = xbc,
                  .dt = dt,
                  .dt_bias = weights_.dt_bias.value,
@@ -70,18 +75,83 @@ void Mamba2Mixer::forward(Context& ctx, const ConstTensorView& x, const Sequence
                  .states = state_pointers(scratch, states, &State::ssm),
                  .y = y});
   const Shape groups{tokens * config_.num_groups, inner / config_.num_groups};
+  const TensorView output = saved != nullptr ? scratch.activation(y.shape) : y;
   ops::rms_norm(ctx, {.x = y.reshaped(groups),
                       .w = weights_.norm.value,
                       .gate = z.reshaped(groups),
                       .gate_activation = Activation::kSilu,
                       .gate_first = true,
-                      .y = y.reshaped(groups),
+                      .y = output.reshaped(groups),
                       .eps = config_.norm_eps});
-  ops::linear(ctx, {.x = y.reshaped({tokens, inner}),
+  const TensorView output_rows = output.reshaped({tokens, inner});
+  ops::linear(ctx, {.x = output_rows,
                     .w = weights_.out_proj.value,
                     .y = hidden,
                     .accumulate = true,
                     .bias = value_of(weights_.out_bias)});
+  if (saved == nullptr) return;
+  *saved = {.z = z, .inputs = inputs, .xbc = xbc, .dt = dt, .y = y, .output = output_rows};
+}
+
+void Mamba2Mixer::backward(Context& ctx, const ConstTensorView& x, const Sequences& sequences,
+                           const Saved& saved, const TensorView& dy, const TensorView& dx,
+                           Gradients& gradients) const {
+  const std::int64_t inner = config_.inner();
+  ScratchScope scratch(ctx);
+  const TensorView d_y = scratch.tensor(saved.y.shape);  // [T, H, P]
+  ops::linear_backward(ctx, {.dy = dy,
+                             .x = saved.output,
+                             .w = weights_.out_proj.value,
+                             .dx = d_y.reshaped(saved.output.shape),
+                             .dw = gradients.of(weights_.out_proj),
+                             .dbias = gradients.of(weights_.out_bias)});
+  const Shape groups{x.shape[0] * config_.num_groups, inner / config_.num_groups};
+  const TensorView dz = scratch.tensor(saved.z.shape);  // [T, H·P]
+  ops::rms_norm_backward(ctx, {.x = saved.y.reshaped(groups),
+                               .w = weights_.norm.value,
+                               .gate = saved.z.reshaped(groups),
+                               .gate_activation = Activation::kSilu,
+                               .gate_first = true,
+                               .eps = config_.norm_eps,
+                               .dy = d_y.reshaped(groups),
+                               .dx = d_y.reshaped(groups),
+                               .dw = gradients.of(weights_.norm),
+                               .dgate = dz.reshaped(groups)});
+  const TensorView dxbc = scratch.tensor(saved.xbc.shape);  // [T, H·P + 2·G·N]
+  const TensorView ddt = scratch.tensor(saved.dt.shape);    // [T, H]
+  ops::ssd_backward(ctx, {.xbc = saved.xbc,
+                          .dt = saved.dt,
+                          .dt_bias = weights_.dt_bias.value,
+                          .a_log = weights_.a_log.value,
+                          .d = weights_.d.value,
+                          .dt_min = config_.dt_min,
+                          .dt_max = config_.dt_max,
+                          .num_groups = config_.num_groups,
+                          .sequences = sequences,
+                          .dy = d_y,
+                          .dxbc = dxbc,
+                          .ddt = ddt,
+                          .d_dt_bias = gradients.of(weights_.dt_bias),
+                          .d_a_log = gradients.of(weights_.a_log),
+                          .dd = gradients.of(weights_.d)});
+  const TensorView dinputs = scratch.tensor(saved.inputs.shape);  // [T, H·P + 2·G·N]
+  convolve_backward(ctx, saved.inputs, weights_.conv1d, weights_.conv1d_bias, sequences,
+                    config_.conv_activation, dxbc, dinputs, gradients);
+  const auto through_rows = [&](std::int64_t begin, const TensorView& d) {
+    const std::int64_t count = d.shape[1];
+    const TensorView dbias = gradients.of(weights_.in_bias);
+    ops::linear_backward(ctx,
+                         {.dy = d,
+                          .x = x,
+                          .w = rows_of(weights_.in_proj.value, begin, count),
+                          .dx = dx,
+                          .accumulate_dx = begin > 0,
+                          .dw = rows_of(gradients.of(weights_.in_proj), begin, count),
+                          .dbias = weights_.in_bias ? rows_of(dbias, begin, count) : TensorView{}});
+  };
+  through_rows(0, dz);
+  through_rows(inner, dinputs);
+  through_rows(inner + config_.conv_channels(), ddt);
 }
 
 }  // namespace deltafox

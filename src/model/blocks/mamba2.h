@@ -11,6 +11,7 @@
 
 #include "core/context.h"
 #include "core/sequences.h"
+#include "model/gradients.h"
 #include "model/param.h"
 #include "ops/activation.h"
 
@@ -58,13 +59,29 @@ class Mamba2Mixer {
     }
   };
 
+  // What backward needs of a forward, in the context's scratch memory.
+  struct Saved {
+    TensorView z;       // [T, H·P]
+    TensorView inputs;  // [T, H·P + 2·G·N] before the convolution
+    TensorView xbc;     // [T, H·P + 2·G·N]
+    TensorView dt;      // [T, H]
+    TensorView y;       // [T, H, P] before the norm
+    TensorView output;  // [T, H·P] before out_proj
+  };
+
   explicit Mamba2Mixer(const Config& config);
 
-  State new_state() const;
+  State new_state(Device device = Device::kCpu, DType activation_dtype = DType::kF32) const;
 
   // hidden [T, C] += mixer(x [T, C]), continuing each sequence from its state.
   void forward(Context& ctx, const ConstTensorView& x, const Sequences& sequences,
-               std::span<State* const> states, const TensorView& hidden) const;
+               std::span<State* const> states, const TensorView& hidden,
+               Saved* saved = nullptr) const;
+
+  // Of whole sequences: dx [T, C] =, given dy [T, C], the gradient of what forward added.
+  void backward(Context& ctx, const ConstTensorView& x, const Sequences& sequences,
+                const Saved& saved, const TensorView& dy, const TensorView& dx,
+                Gradients& gradients) const;
 
   template <typename Visitor>
   void visit_params(const std::string& prefix, Visitor&& visit) {

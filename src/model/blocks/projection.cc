@@ -35,6 +35,11 @@ ConstTensorView rows_of(const ConstTensorView& tensor, std::int64_t begin, std::
           vector ? Shape{count} : Shape{count, columns}};
 }
 
+TensorView rows_of(const TensorView& tensor, std::int64_t begin, std::int64_t count) {
+  const ConstTensorView rows = rows_of(ConstTensorView(tensor), begin, count);
+  return {const_cast<void*>(rows.data), rows.dtype, rows.shape};
+}
+
 TensorView copy_of(ScratchScope& scratch, const ConstTensorView& from) {
   const TensorView to = scratch.tensor(from.shape);
   std::memcpy(to.data, from.data, static_cast<std::size_t>(from.shape.size()) * sizeof(float));
@@ -42,8 +47,10 @@ TensorView copy_of(ScratchScope& scratch, const ConstTensorView& from) {
 }
 
 TensorView project(Context& ctx, ScratchScope& scratch, const ConstTensorView& x,
-                   const ConstTensorView& w, const ConstTensorView& bias) {
-  const TensorView y = scratch.tensor({x.shape[0], w.shape[0]});
+                   const ConstTensorView& w, const ConstTensorView& bias,
+                   std::optional<DType> dtype) {
+  const TensorView y =
+      scratch.tensor({x.shape[0], w.shape[0]}, dtype.value_or(ctx.activation_dtype()));
   ops::linear(ctx, {.x = x, .w = w, .y = y, .bias = bias});
   return y;
 }
@@ -51,7 +58,7 @@ TensorView project(Context& ctx, ScratchScope& scratch, const ConstTensorView& x
 TensorView convolve(Context& ctx, ScratchScope& scratch, const ConstTensorView& x,
                     const Param& conv, const ConstTensorView& bias, const Sequences& sequences,
                     std::span<float* const> states, Activation activation) {
-  const TensorView y = scratch.tensor(x.shape);
+  const TensorView y = scratch.tensor(x.shape, x.dtype);
   ops::short_conv(ctx, {.x = x,
                         .w = conv.value.reshaped({conv.shape[0], conv.shape[2]}),
                         .bias = bias,
@@ -65,8 +72,9 @@ TensorView convolve(Context& ctx, ScratchScope& scratch, const ConstTensorView& 
 TensorView project_and_convolve(Context& ctx, ScratchScope& scratch, const ConstTensorView& x,
                                 const Param& proj, const std::optional<Param>& conv,
                                 const Sequences& sequences, std::span<float* const> states,
-                                Activation activation, TensorView* projected) {
-  const TensorView y = project(ctx, scratch, x, proj.value);
+                                Activation activation, TensorView* projected,
+                                std::optional<DType> dtype) {
+  const TensorView y = project(ctx, scratch, x, proj.value, {}, dtype);
   if (projected != nullptr) *projected = y;
   if (conv) return convolve(ctx, scratch, y, *conv, {}, sequences, states, activation);
   if (activation != Activation::kIdentity) {
