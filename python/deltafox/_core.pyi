@@ -34,7 +34,7 @@ class ModelInfo:
 
 class Model:
     def __init__(
-        self, path_or_id: str, dtype: Optional[str], threads: int, revision: str
+        self, path_or_id: str, dtype: Optional[str], device: str, threads: int, revision: str
     ) -> None: ...
     @property
     def info(self) -> ModelInfo: ...

@@ -85,8 +85,9 @@ class AutoModelForCausalLM:
         """A CausalLM of a checkpoint directory, or of a hub id, downloaded where the cache lacks it.
 
         dtype: how the weight matrices are kept: as stored (None or "auto"), float32, bfloat16,
-        float16, int8 or int4, as a name or as torch's or NumPy's. device: "cpu". threads: 0 means one for each
-        core. What the cache holds is used as it is; `deltafox.pull` asks the hub for news.
+        float16, int8 or int4, as a name or as torch's or NumPy's. device: "cpu" (also for "auto") or
+        "cuda". threads: 0 means one for each core. What the cache holds is used as it is;
+        `deltafox.pull` asks the hub for news.
         """
         if ignored.keys() - _IGNORED:
             raise TypeError(f"from_pretrained: unknown option '{min(ignored.keys() - _IGNORED)}'")
@@ -115,7 +116,7 @@ class CausalLM:
         self.generation_config = GenerationConfig.from_pretrained(directory)
 
     def _load(self, directory, dtype, device, threads):
-        self._core = _core.Model(directory, dtype, threads, "main")
+        self._core = _core.Model(directory, dtype, device, threads, "main")
         self._dtype, self._device, self._threads = dtype, device, threads
         self.info = self._core.info
         self._tokenizer = None
@@ -328,7 +329,11 @@ class CausalLM:
         return Cache._load(self._core, path)
 
     def _parameters(self):
-        return [Parameter(weight) for weight in _core.weights(self._core)]
+        core = self._core
+        if self._device != "cpu":
+            # From the checkpoint, in the same dtype: weights in a GPU's memory cannot be looked at.
+            core = _core.Model(self.info.directory, self._dtype, "cpu", self._threads, "main")
+        return [Parameter(weight) for weight in _core.weights(core)]
 
     def named_parameters(self):
         """(name, Parameter) for every trained weight, in the model's order."""
@@ -396,6 +401,4 @@ def _dtype_code(value):
 
 def _device_name(value):
     name = "cpu" if value is None or value == "auto" else str(value)
-    if name != "cpu":
-        raise Error(f"device: this build of deltafox computes on the CPU only, got '{name}'")
-    return name
+    return name.removesuffix(":0")  # there is no other GPU to choose

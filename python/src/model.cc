@@ -42,9 +42,16 @@ DType dtype_named(const std::string& name) {
   return *found;
 }
 
-Model load(const std::string& path_or_id, const std::optional<std::string>& dtype, int threads,
-           const std::string& revision) {
-  LoadOptions options{.threads = threads, .revision = revision};
+Device device_named(const std::string& name) {
+  for (const Device device : {Device::kCpu, Device::kCuda}) {
+    if (name_of(device) == name) return device;
+  }
+  throw Error("device: must be cpu or cuda, got '" + name + "'");
+}
+
+Model load(const std::string& path_or_id, const std::optional<std::string>& dtype,
+           const std::string& device, int threads, const std::string& revision) {
+  LoadOptions options{.threads = threads, .device = device_named(device), .revision = revision};
   if (dtype) options.dtype = dtype_named(*dtype);
   const py::gil_scoped_release release;
   return Model::load(path_or_id, options);
@@ -161,7 +168,8 @@ void bind_model(py::module_& module) {
 
   using py::arg;
   py::class_<Model>(module, "Model")
-      .def(py::init(&load), arg("path_or_id"), arg("dtype"), arg("threads"), arg("revision"))
+      .def(py::init(&load), arg("path_or_id"), arg("dtype"), arg("device"), arg("threads"),
+           arg("revision"))
       .def_property_readonly("info", &Model::info, py::return_value_policy::reference_internal)
       .def("new_state",
            [](const Model& self) { return std::make_unique<SharedState>(self.new_state()); })

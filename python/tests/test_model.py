@@ -182,6 +182,17 @@ def test_dtypes():
         model.to(dtype="float64")
 
 
+def test_a_device_that_this_build_has_not_is_refused():
+    model = deltafox.AutoModelForCausalLM.from_pretrained(TINY)
+    for move in (model.cuda, lambda: model.to("cuda:0")):
+        with pytest.raises(deltafox.Error, match="CUDA"):
+            move()
+    with pytest.raises(deltafox.Error, match="device: must be cpu or cuda, got 'tpu'"):
+        model.to("tpu")
+    assert model.device == "cpu" and model.cpu() is model
+    assert model(PROMPT).logits.shape == (1, 8, 1024)
+
+
 def test_arrays_of_other_kinds(golden_model):
     expected = golden_model(PROMPT).logits
 
