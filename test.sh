@@ -86,11 +86,37 @@ run_tests() {
 }
 
 check_format() {
-  find apps bench examples include src tests \( -name '*.cc' -o -name '*.h' \) -print0 |
+  find apps bench examples include python src tests \
+    \( -name '*.cc' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' \) -print0 |
     xargs -0 clang-format-14 --dry-run -Werror
 }
 
 check_includes() { tools/check_includes.py --self-test && tools/check_includes.py; }
+
+# The Python package, against the library that was just built, with Debian's NumPy; and, where a package
+# index can be reached, as a wheel in a fresh environment.
+test_python() {
+  local environment=build/python-tools
+  cmake --preset cpu -D DELTAFOX_PYTHON=ON -D Python_EXECUTABLE=/usr/bin/python3 >build/configure.log &&
+    cmake --build build/cpu --parallel "$jobs" --target deltafox_python &&
+    PYTHONPATH=build/cpu/python /usr/bin/python3 -m pytest -q -rs -p no:cacheprovider || return 1
+  left_out+=('Python tests that need torch, transformers or lm_eval')
+  if [[ ! -e $environment/ready ]]; then
+    /usr/bin/python3 -m venv "$environment" &&
+      "$environment"/bin/pip -q --retries 0 install scikit-build-core pybind11 &&
+      touch "$environment"/ready || {
+      left_out+=('the Python wheel: no package index')
+      return 0
+    }
+  fi
+  # The compiler's name and the flags of the build above, whose objects ccache then finds.
+  CXX=c++ "$environment"/bin/pip -q wheel --no-deps --no-build-isolation --wheel-dir build/wheels \
+    --config-settings=cmake.define.DELTAFOX_WERROR=ON . || return 1
+  rm -rf build/python-fresh
+  /usr/bin/python3 -m venv build/python-fresh &&
+    build/python-fresh/bin/pip -q install build/wheels/deltafox-*.whl &&
+    build/python-fresh/bin/python python/tests/fresh.py models/tiny
+}
 
 # fuzz NAME: new inputs stay in build/; the seeds are only read.
 fuzz() {
@@ -152,10 +178,23 @@ fi
 
 check 'build of cpu' build cpu
 run_tests cpu
+check 'Python package' test_python
 if [[ $mode == --quick ]]; then
   left_out+=('checks of the sources, sanitizers, fuzzing (--quick)')
   finish
   exit $((failed > 0))
+fi
+
+# The CUDA back end compiles without a GPU; its tests are left out there.
+if PATH=$PATH:/usr/local/cuda/bin command -v nvcc >/dev/null; then
+  check 'build of cuda' build cuda --target deltafox_cli gpu_tests
+  if [[ -e /dev/nvidia0 ]]; then
+    check 'tests of cuda' build/cuda/tests/gpu_tests --gtest_brief=1
+  else
+    left_out+=('tests of cuda: no GPU')
+  fi
+else
+  left_out+=('the CUDA back end: no toolkit')
 fi
 
 check 'format' check_format

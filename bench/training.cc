@@ -1,6 +1,6 @@
-// One forward and backward pass of a model of the paper with random weights in float32, and the
-// peak of this machine's float32 arithmetic. Prints JSON: seconds (median of the runs), tokens/s,
-// FLOP/s counting 6 for each parameter but the embedding's and token, and their share of the peak.
+// One forward and backward pass of a model of the paper with random weights in float32, beside the
+// peak of this machine's float32 arithmetic. Prints JSON: seconds, tokens/s, FLOP/s counting 6 for
+// each token and parameter but the embedding's, and their share of the peak; medians of the runs.
 //
 //   bench_training [MODEL [TOKENS [RUNS [THREADS [recompute]]]]]
 #include <fmt/format.h>
@@ -15,10 +15,7 @@
 #include "io/json.h"
 #include "model/gradients.h"
 #include "model/registry.h"
-
-#if defined(__x86_64__)
-#include <immintrin.h>
-#endif
+#include "ops/peak_rate.h"
 
 namespace deltafox {
 namespace {
@@ -27,40 +24,20 @@ double seconds_since(std::chrono::steady_clock::time_point begin) {
   return std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
 }
 
-#if defined(__x86_64__)
-// FLOPs of a loop of independent multiply-adds that touches no memory.
-__attribute__((target("avx512f"))) double multiply_adds() {
-  constexpr std::int64_t kSteps = 2'000'000;
-  __m512 sums[16] = {};
-  const __m512 factor = _mm512_set1_ps(0.999F);
-  for (std::int64_t i = 0; i < kSteps; ++i) {
-    for (__m512& sum : sums) {
-      sum = _mm512_fmadd_ps(sum, factor, factor);
-      asm volatile("" : "+v"(sum));
-    }
-  }
-  return kSteps * 16 * 16 * 2.0;
-}
-
-// FLOP/s of all threads together, the best of three; 0 without AVX-512.
+// FLOP/s in float32 of all threads together, the best of a few passes.
 double measure_peak(ThreadPool& threads) {
   double best = 0;
-  for (int run = 0; __builtin_cpu_supports("avx512f") && run < 3; ++run) {
-    std::vector<double> flops(static_cast<std::size_t>(threads.size()));
-    const auto begin = std::chrono::steady_clock::now();
-    threads.parallel_for(threads.size(), [&](std::int64_t i) {
-      flops[static_cast<std::size_t>(i)] = multiply_adds();
-    });
-    const double all = flops[0] * threads.size();
-    best = std::max(best, all / seconds_since(begin));
+  for (const cpu::PeakRate& peak : cpu::measure_peak_rates(threads, 3)) {
+    if (peak.dtype != "float32") continue;
+    for (const double rate : peak.rates) best = std::max(best, rate);
   }
   return best;
 }
-#else
-double measure_peak(ThreadPool&) {
-  return 0;
+
+double median(std::vector<double> values) {
+  std::sort(values.begin(), values.end());
+  return values[values.size() / 2];
 }
-#endif
 
 // Weights that keep activations of order one.
 std::vector<Tensor> random_weights(CausalLM& model) {
@@ -78,7 +55,6 @@ std::vector<Tensor> random_weights(CausalLM& model) {
 void run(const std::string& name, std::int64_t tokens, int runs, int num_threads, bool recompute) {
   ThreadPool threads(num_threads);
   Context ctx(threads);
-  const double peak = measure_peak(threads);
   CausalLM model = build_model(io::JsonObject::parse(preset_config(name), name));
   const std::vector<Tensor> weights = random_weights(model);
   Gradients gradients(model);
@@ -94,16 +70,22 @@ void run(const std::string& name, std::int64_t tokens, int runs, int num_threads
   }
   const std::vector<std::int64_t> cu_seqlens{0, tokens};
   std::vector<float> loss(ids.size());
+  const double flops = 6.0 * static_cast<double>(parameters) * static_cast<double>(tokens);
+  constexpr int kWarmUps = 2;  // scratch memory grows in the first, and is one piece from then on
   std::vector<double> seconds;
-  for (int r = 0; r <= runs; ++r) {  // the first is a warm-up
+  std::vector<double> peaks;
+  std::vector<double> shares;
+  for (int r = 0; r < kWarmUps + runs; ++r) {
+    // Machines change their pace: a peak beside each run.
+    const double peak = r >= kWarmUps ? measure_peak(threads) : 0;
     const auto begin = std::chrono::steady_clock::now();
     model.forward_backward(ctx, ids, Sequences(cu_seqlens), ids, 1 / static_cast<float>(tokens),
                            loss, gradients, {.recompute = recompute});
-    if (r > 0) seconds.push_back(seconds_since(begin));
+    if (r < kWarmUps) continue;
+    seconds.push_back(seconds_since(begin));
+    peaks.push_back(peak);
+    shares.push_back(peak > 0 ? flops / seconds.back() / peak : 0);
   }
-  std::sort(seconds.begin(), seconds.end());
-  const double median = seconds[seconds.size() / 2];
-  const double flops = 6.0 * static_cast<double>(parameters) * static_cast<double>(tokens) / median;
   const nlohmann::ordered_json report{
       {"model", name},
       {"parameters_but_embedding", parameters},
@@ -111,12 +93,13 @@ void run(const std::string& name, std::int64_t tokens, int runs, int num_threads
       {"threads", threads.size()},
       {"recompute", recompute},
       {"runs", runs},
-      {"seconds", median},
-      {"seconds_best", seconds.front()},
-      {"tokens_per_second", static_cast<double>(tokens) / median},
-      {"gflops", flops / 1e9},
-      {"peak_gflops", peak / 1e9},
-      {"share_of_peak", peak > 0 ? flops / peak : 0},
+      {"seconds", median(seconds)},
+      {"seconds_of_each", seconds},
+      {"tokens_per_second", static_cast<double>(tokens) / median(seconds)},
+      {"flops_per_second", flops / median(seconds)},
+      {"peak_of_each", peaks},
+      {"share_of_peak", median(shares)},
+      {"share_of_each", shares},
       {"scratch_bytes", ctx.scratch().capacity()},
   };
   fmt::print("{}\n", report.dump(2));

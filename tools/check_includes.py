@@ -31,6 +31,7 @@ BELOW = {
     "cuda": ["core", "ops"],
 }
 PUBLIC = {
+    "device": "core",
     "dtype": "core",
     "error": "core",
     "hub": "io",

@@ -30,7 +30,12 @@ test_packages=(
   libclang-rt-14-dev
   libgmock-dev
   libgtest-dev
+  pybind11-dev
   python3
+  python3-dev
+  python3-numpy
+  python3-pytest
+  python3-venv
 )
 
 # install_missing PACKAGE...: asks apt only for what is not installed, so that without anything

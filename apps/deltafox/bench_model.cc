@@ -61,8 +61,8 @@ struct Measured {
 // One case's sequences, on random ids: what they are makes no difference to the speed.
 class Sequences {
  public:
-  Sequences(const Model& model, const Case& of)
-      : model_(model), of_(of), ids_(static_cast<std::size_t>(of.batch * (of.prompt + 1))) {
+  Sequences(const Model& model, const Case& of, Device device)
+      : model_(model), of_(of), device_(device), ids_(static_cast<std::size_t>(of.batch * (of.prompt + 1))) {
     const auto vocab = static_cast<std::uint32_t>(model.info().vocab_size);
     std::mt19937 random(0);
     for (std::int32_t& id : ids_) id = static_cast<std::int32_t>(random() % vocab);
@@ -82,6 +82,9 @@ class Sequences {
   }
   void step(std::int64_t steps) {
     const auto batch = static_cast<std::size_t>(of_.batch);
+    if (device_ == Device::kCuda) {
+      return model_.greedy(std::span(ids_).first(batch), pointers_, steps, {});
+    }
     for (std::int64_t t = 0; t < steps; ++t) {
       model_.step(std::span(ids_).first(batch), pointers_, logits_);
     }
@@ -106,6 +109,7 @@ class Sequences {
  private:
   const Model& model_;
   Case of_;
+  Device device_;  // on a GPU a step chooses its tokens there
   std::vector<std::int32_t> ids_;
   std::vector<float> logits_;
   std::vector<State> states_;
@@ -116,7 +120,7 @@ Measured measure(const Model& model, const Case& of, const BenchModelCommand& op
                  const ReadBandwidth& memory, ThreadPool& pool) {
   constexpr std::int64_t kWarmUp = 1024;  // longer prompts are read in such pieces
   Measured result{.of = of, .prefill = {}, .decode = {}, .bandwidth = {}, .ops = {}};
-  Sequences sequences(model, of);
+  Sequences sequences(model, of, options.model_options.device());
   sequences.forget();
   if (of.prompt > 0) sequences.read(std::min(of.prompt, kWarmUp));
   if (options.generated > 0) sequences.step(1);

@@ -65,6 +65,9 @@ void ModelOptions::add(CLI::App& command) {
           "float16, int8 or int4")
       ->type_name("NAME")
       ->capture_default_str();
+  command.add_option("--device", device_, "Where to compute: cpu or cuda")
+      ->type_name("NAME")
+      ->capture_default_str();
   command.add_option("--threads", threads_, "Threads; 0: one for each core")
       ->type_name("N")
       ->capture_default_str();
@@ -75,8 +78,15 @@ std::optional<DType> ModelOptions::dtype() const {
   return dtype_named(dtype_);
 }
 
+Device ModelOptions::device() const {
+  for (const Device device : {Device::kCpu, Device::kCuda}) {
+    if (device_ == name_of(device)) return device;
+  }
+  fail("--device: must be cpu or cuda, got '{}'", io::printable(device_));
+}
+
 Model ModelOptions::load(const std::string& directory) const {
-  return Model::load(directory, {.dtype = dtype(), .threads = threads_});
+  return Model::load(directory, {.dtype = dtype(), .threads = threads_, .device = device()});
 }
 
 bool has_tokenizer(const std::string& directory) {

@@ -30,7 +30,7 @@ class CheckpointOptions {
   std::string revision_ = "main";
 };
 
-// Those, and --dtype and --threads: how a model is loaded.
+// Those, and --dtype, --device and --threads: how a model is loaded.
 class ModelOptions {
  public:
   void add(CLI::App& command);
@@ -38,12 +38,14 @@ class ModelOptions {
   std::string directory() const { return checkpoint_.directory(); }
   int threads() const { return threads_; }
   std::optional<DType> dtype() const;
+  Device device() const;
   Model load(const std::string& directory) const;
 
  private:
   CheckpointOptions checkpoint_;
   std::string dtype_ = "auto";
   int threads_ = 0;
+  std::string device_ = "cpu";
 };
 
 // float32, bfloat16, float16, as PyTorch calls them; int8 and int4, the packed forms.

@@ -14,6 +14,7 @@
 #include <string>
 #include <vector>
 
+#include "deltafox/device.h"
 #include "deltafox/dtype.h"
 
 namespace deltafox {
@@ -24,6 +25,9 @@ struct LoadOptions {
   // but the products with matrices of fewer bits are float32.
   std::optional<DType> dtype = {};
   int threads = 0;  // 0: one for each core this process may use
+  // On a GPU matrices and activations are bfloat16 where they are stored so or `dtype` says so,
+  // else float32; the residual stream, gates, states and statistics are float32.
+  Device device = Device::kCpu;
   std::string revision = "main";
 };
 
@@ -76,8 +80,8 @@ struct AttentionStats {
   std::int64_t skipped_blocks = 0;  // of them, by adaptive computation pruning
 };
 
-// A weight as the model keeps it: row-major, or packed (is_packed(dtype)). The data live as long as a
-// copy of the model does.
+// A weight as the model keeps it: row-major, or packed (is_packed(dtype)). The data live as long as
+// a copy of the model does.
 struct Weight {
   std::string name;  // as in the checkpoint
   DType dtype = DType::kF32;
@@ -143,6 +147,13 @@ class Model {
   // One token for each of B sequences: the same as forward with B sequences of length one.
   void step(std::span<const std::int32_t> input_ids, std::span<State* const> states,
             std::span<float> logits) const;
+
+  // Receives the ids [B] that the sequences chose in step 0, 1, ...
+  using IdsSink = std::function<void(std::int64_t step, std::span<const std::int32_t> ids)>;
+  // `steps` times a step and the likeliest token (the first of equals) of each sequence, which the
+  // next step reads. On a GPU the logits stay there, and nothing waits for the host.
+  void greedy(std::span<const std::int32_t> input_ids, std::span<State* const> states,
+              std::int64_t steps, const IdsSink& on_ids) const;
 
   // As forward, with the logits of every token handed to `sink` in pieces, so that no [T,N] buffer
   // is needed.

@@ -22,6 +22,7 @@ from .hub import pull
 from .model import AutoModelForCausalLM, CausalLM, CausalLMOutput
 from .parameter import Parameter
 from .tokenizer import AutoTokenizer, BatchEncoding, Tokenizer
+from .training import TrainResult, train
 
 Error.__module__ = "deltafox"
 
@@ -39,8 +40,10 @@ __all__ = [
     "GenerationConfig",
     "Parameter",
     "Tokenizer",
+    "TrainResult",
     "pull",
     "set_seed",
+    "train",
 ]
 
 

@@ -220,17 +220,41 @@ class CausalLM:
 
     forward = __call__
 
-    def _loss(self, packed, labels, states):
+    def loss_and_grad(self, input_ids, labels, attention_mask=None, recompute=False):
+        """The loss [B, T] of each token, and the gradients of its mean: {name: float32 array}.
+
+        The mean is over the labels that are not negative; arguments are as in a call. The model must
+        be loaded with dtype="float32". recompute: takes a fraction of the memory and a third more
+        work. Nothing is changed: a step of an optimiser is the caller's.
+        """
+        packed = Packed(to_ids(input_ids, "input_ids"), attention_mask)
+        labels = self._labels(packed, labels)
+        losses = np.zeros(packed.ids.size, np.float32)
+        gradients = _core.loss_and_gradients(
+            self._core, packed.ids, packed.cu_seqlens, packed.pack(labels), losses, recompute
+        )
+        convert = like(input_ids)
+        loss = convert(self._padded(packed, losses))
+        return loss, {name: convert(gradient) for name, gradient in gradients.items()}
+
+    def _labels(self, packed, labels):
         labels = to_ids(labels, "labels")
         if labels.shape != packed.shape:
             raise Error(f"labels: must be of shape {list(packed.shape)}, got {list(labels.shape)}")
-        losses = np.zeros(packed.ids.size, np.float32)
-        self._core.loss(packed.ids, packed.cu_seqlens, packed.pack(labels), states, losses)
+        return labels
+
+    def _padded(self, packed, losses):
         if packed.mask is None:
             return losses.reshape(packed.shape)
         padded = np.zeros(packed.shape, np.float32)
         padded[packed.mask] = losses
         return padded
+
+    def _loss(self, packed, labels, states):
+        labels = self._labels(packed, labels)
+        losses = np.zeros(packed.ids.size, np.float32)
+        self._core.loss(packed.ids, packed.cu_seqlens, packed.pack(labels), states, losses)
+        return self._padded(packed, losses)
 
     def _logits(self, packed, states, keep, with_hidden):
         batch, columns = packed.shape

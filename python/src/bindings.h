@@ -60,6 +60,7 @@ void bind_model(py::module_& module);
 void bind_weights(py::module_& module);
 void bind_tokenizer(py::module_& module);
 void bind_generation(py::module_& module);
+void bind_training(py::module_& module);
 void bind_hub(py::module_& module);
 
 }  // namespace deltafox::python

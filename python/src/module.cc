@@ -57,4 +57,5 @@ PYBIND11_MODULE(_core, module) {
   bind_model(module);
   bind_weights(module);
   bind_generation(module);
+  bind_training(module);
 }

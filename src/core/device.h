@@ -3,8 +3,11 @@
 #pragma once
 
 #include <cstddef>
+#include <functional>
 #include <memory>
+#include <span>
 
+#include "core/thread_pool.h"
 #include "deltafox/device.h"
 
 namespace deltafox::cuda {
@@ -28,5 +31,24 @@ void copy(void* to, const void* from, std::size_t bytes);
 // The same as a part of a stream's work, not waited for. The host's side must be kept until
 // synchronize().
 void copy(Stream& stream, void* to, const void* from, std::size_t bytes);
+
+// Host memory to be copied to the device's.
+struct Piece {
+  void* to;
+  const void* from;
+  std::size_t bytes;
+};
+// Copies much at the speed of the bus, through pinned memory that the pool's threads fill.
+void upload(ThreadPool& threads, std::span<const Piece> pieces);
+
+// Work that was recorded once and is run with one call. The addresses that it uses are part of it.
+class Graph;
+// Records `work` without running it. It must have run before with the same shapes, so that scratch
+// memory and uploads are there.
+std::shared_ptr<Graph> record(Stream& stream, const std::function<void()>& work);
+void run(Stream& stream, Graph& graph);
+
+// Memory of the host that kernels write to, zeroed.
+std::shared_ptr<void> allocate_shared(std::size_t bytes);
 
 }  // namespace deltafox::cuda

@@ -15,7 +15,9 @@ __device__ inline void copy_async(void* to, const void* from) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(to)), "l"(from)
                : "memory");
 }
-__device__ inline void copies_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+__device__ inline void copies_commit() {
+  asm volatile("cp.async.commit_group;" ::: "memory");
+}
 template <int kPending>
 __device__ inline void copies_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
@@ -52,7 +54,8 @@ struct Shared {
   static constexpr int kHeadBytes = kDim * kPageTokens * 2;
   alignas(16) std::byte keys[2][kHeadBytes];
   alignas(16) std::byte values[2][kHeadBytes];
-  alignas(16) float decays[2][kPageTokens];  // Σ log f from behind a key up to the tile's first query
+  alignas(
+      16) float decays[2][kPageTokens];  // Σ log f from behind a key up to the tile's first query
 };
 
 // One thread block's tile and head.
@@ -75,10 +78,10 @@ class Block {
     load_queries();
     for (int r = 0; r < 2; ++r) {
       const int row = row_ + 8 * r;
-      begin_[r] = row < tile_.count
-                      ? params_.begins[static_cast<std::int64_t>(head_) * params_.tokens +
-                                       tile_.row + row]
-                      : 0;
+      begin_[r] =
+          row < tile_.count
+              ? params_.begins[static_cast<std::int64_t>(head_) * params_.tokens + tile_.row + row]
+              : 0;
     }
     const int first = range_.first / kPageTokens;
     const int last = (tile_.position + tile_.count - 1) / kPageTokens;
@@ -172,8 +175,8 @@ class Block {
   __device__ void weigh(float (&s)[kPageTokens / 2], int p, int stage) {
     const float exponent = params_.scale * 1.4426950408889634F;
     const int first_key = p * kPageTokens + lane_ % 4 * 2;
-    const bool masked = (p + 1) * kPageTokens - 1 > tile_.position ||
-                        p * kPageTokens < range_.all_begun;
+    const bool masked =
+        (p + 1) * kPageTokens - 1 > tile_.position || p * kPageTokens < range_.all_begun;
 #pragma unroll
     for (int i = 0; i < kPageTokens / 2; ++i) {
       const int column = i / 4 * 8 + i % 2;
@@ -222,8 +225,9 @@ class Block {
       sum += __shfl_xor_sync(~0U, sum, 2);
       const int row = row_ + 8 * r;
       if (row >= tile_.count) continue;
-      __nv_bfloat16* to = static_cast<__nv_bfloat16*>(params_.o) +
-                          (static_cast<std::int64_t>(tile_.row + row) * params_.heads + head_) * dim;
+      __nv_bfloat16* to =
+          static_cast<__nv_bfloat16*>(params_.o) +
+          (static_cast<std::int64_t>(tile_.row + row) * params_.heads + head_) * dim;
 #pragma unroll
       for (int n = 0; n < kDim / 8; ++n) {
         const int d = n * 8 + lane_ % 4 * 2;

@@ -5,12 +5,15 @@
 // (c_ref − c_j)·√D, c the gates' running sums and c_ref that before the tile's first query: what is
 // missing, c_i − c_ref, is the same for all keys of a query and cancels in the softmax. Then, while
 // the tensor cores already add up the weighted values of the keys before, the exponentials.
+#include <climits>
+
 #include "cuda/attention_kernels.cuh"
 #include "cuda/sm90.cuh"
 
-namespace deltafox::cuda {
+// Compiled for older architectures too, where the kernel is empty and all that it uses unused.
+#pragma nv_diag_suppress 177
 
-#if defined(__CUDA_ARCH_FEAT_SM90_ALL) || !defined(__CUDA_ARCH__)
+namespace deltafox::cuda {
 
 namespace {
 
@@ -166,8 +169,7 @@ class Producer {
     params_.tile_of(turn, tile_index, head);
     const AttentionTile tile = params_.tiles[tile_index];
     const KvSequence sequence = params_.sequences[tile.sequence];
-    const KeyTurns turns =
-        turns_of_tile<kDim>(tile, ranges_of<kDim>(params_, tile_index, head));
+    const KeyTurns turns = turns_of_tile<kDim>(tile, ranges_of<kDim>(params_, tile_index, head));
     const int g = params_.kv_head(head);
     const std::int64_t key_offset = params_.layout.keys(g);
     const std::int64_t value_offset = params_.layout.values(g);
@@ -199,8 +201,8 @@ class Producer {
         return ((reference_high - high) + (reference_low - low)) * to_scores;
       };
       *reinterpret_cast<float4*>(&shared_.decays[s][lane_ * 4]) = {
-          decay(now.high.x, now.low.x), decay(now.high.y, now.low.y),
-          decay(now.high.z, now.low.z), decay(now.high.w, now.low.w)};
+          decay(now.high.x, now.low.x), decay(now.high.y, now.low.y), decay(now.high.z, now.low.z),
+          decay(now.high.w, now.low.w)};
       __syncwarp();
       if (lane_ == 0) {
         barrier_arrive_expect(&shared_.keys_full[s], 2 * C::kHeadBytes);
@@ -251,7 +253,10 @@ class Consumer {
         group_(group),
         thread_(static_cast<int>(threadIdx.x) % 128),
         lane_(static_cast<int>(threadIdx.x) % 32),
-        exponent_(params.scale * 1.4426950408889634F) {}
+        exponent_(params.scale * 1.4426950408889634F),
+        queries_(shared.queries[group], C::kRowSwizzle, 8 * C::kRowBytes, 16),
+        keys_(shared.keys[0], Swizzle::k128, 1024, C::kHeadBytes),
+        values_(shared.values[0], C::kRowSwizzle, 8 * C::kRowBytes, kPageTokens * C::kRowBytes) {}
 
   __device__ void run() {
     const int turns = params_.tile_count * params_.heads;
@@ -308,7 +313,7 @@ class Consumer {
     const float* decays = shared_.decays[stage] + lane_ % 4 * 2;
 #pragma unroll
     for (int n = 0; n < kKeys / 8; ++n) {
-      const float2 decay = *reinterpret_cast<const float2*>(decays + n * 8);
+      const float2 decay = load_shared(reinterpret_cast<const float2*>(decays + n * 8));
       s[n * 4] = decay.x;
       s[n * 4 + 1] = decay.y;
       s[n * 4 + 2] = decay.x;
@@ -316,14 +321,10 @@ class Consumer {
     }
     pin(s);
     wgmma_fence();
-    const std::uint32_t queries = shared_address(shared_.queries[group_]);
-    const std::uint32_t keys = shared_address(shared_.keys[stage]);
 #pragma unroll
     for (int k = 0; k < kDim / 16; ++k) {
-      const std::uint32_t panel = k / 4 * (kQueryGroup * 128);
-      wgmma_shared(s,
-                   descriptor(queries + panel + k % 4 * 32, C::kRowSwizzle, 8 * C::kRowBytes, 16),
-                   descriptor(keys + k * 2048, Swizzle::k128, 1024, C::kHeadBytes));
+      wgmma_shared(s, queries_.at(k / 4 * (kQueryGroup * 128) + k % 4 * 32),
+                   keys_.at(stage * 2 * C::kHeadBytes + k * 2048));
     }
     wgmma_commit();
   }
@@ -331,15 +332,13 @@ class Consumer {
   // o += weights · values; asynchronous.
   __device__ void multiply_values(float (&o)[kDim / 2], const std::uint32_t (&p)[kKeys / 4],
                                   int stage) {
-    const std::uint32_t values = shared_address(shared_.values[stage]);
     pin(o);
     wgmma_fence();
 #pragma unroll
     for (int k = 0; k < kKeys / 16; ++k) {
-      const std::uint32_t at = k / 4 * C::kHeadBytes + k % 4 * 16 * C::kRowBytes;
-      wgmma_registers(
-          o, p + k * 4,
-          descriptor(values + at, C::kRowSwizzle, 8 * C::kRowBytes, kPageTokens * C::kRowBytes));
+      wgmma_registers(o, p + k * 4,
+                      values_.at(stage * 2 * C::kHeadBytes + k / 4 * C::kHeadBytes +
+                                 k % 4 * 16 * C::kRowBytes));
     }
     wgmma_commit();
   }
@@ -408,9 +407,9 @@ class Consumer {
       const int row = first_row() + 8 * r;
       if (row >= tile.count) continue;
       const float scale = 1 / sum;
-      __nv_bfloat16* to =
-          static_cast<__nv_bfloat16*>(params_.o) +
-          (static_cast<std::int64_t>(tile.row + row) * params_.heads + head) * dim + lane_ % 4 * 2;
+      __nv_bfloat16* to = static_cast<__nv_bfloat16*>(params_.o) +
+                          (static_cast<std::int64_t>(tile.row + row) * params_.heads + head) * dim +
+                          lane_ % 4 * 2;
 #pragma unroll
       for (int n = 0; n < kDim / 8; ++n) {
         const float x = o[n * 4 + 2 * r] * scale;
@@ -426,7 +425,11 @@ class Consumer {
     }
   }
 
+  // Waits all the same, so that no warpgroup is ahead by a round of the stages.
   __device__ void skip() {
+    barrier_wait(&shared_.keys_full[cursor_.stage], cursor_.parity);
+    barrier_wait(&shared_.values_full[cursor_.stage], cursor_.parity);
+    __syncwarp();
     release(&shared_.keys_empty[cursor_.stage]);
     release(&shared_.values_empty[cursor_.stage]);
     cursor_.advance();
@@ -450,10 +453,10 @@ class Consumer {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       const int row = first_row() + 8 * r;
-      begin_[r] = row < tile.count
-                      ? params_.begins[static_cast<std::int64_t>(head) * params_.tokens +
-                                       tile.row + row]
-                      : 0;
+      begin_[r] =
+          row < tile.count
+              ? params_.begins[static_cast<std::int64_t>(head) * params_.tokens + tile.row + row]
+              : 0;
       max_[r] = kMinusInfinity;
       sum_[r] = 0;
     }
@@ -510,6 +513,9 @@ class Consumer {
   int thread_;
   int lane_;
   float exponent_;  // of two, of a score of 1
+  Descriptor queries_;
+  Descriptor keys_;    // of the first stage
+  Descriptor values_;  // of the first stage
   Cursor<C::kStages> cursor_;
   int position_ = 0;  // of the first of the two rows
   int begin_[2] = {};
@@ -519,8 +525,9 @@ class Consumer {
 };
 
 template <int kDim>
-__global__ __launch_bounds__(Config<kDim>::kThreads, 1) void attend(
-    const __grid_constant__ AttentionParams params) {
+__global__ __launch_bounds__(Config<kDim>::kThreads,
+                             1) void attend(const __grid_constant__ AttentionParams params) {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)  // elsewhere it is never launched
   using C = Config<kDim>;
   extern __shared__ std::byte memory[];
   auto& shared = *reinterpret_cast<Shared<kDim>*>(
@@ -548,13 +555,8 @@ __global__ __launch_bounds__(Config<kDim>::kThreads, 1) void attend(
     grow_registers<C::kRegisters>();
     Consumer<kDim>(params, shared, warpgroup).run();
   }
-}
-
-}  // namespace
-
 #endif
-
-namespace {
+}
 
 template <int kDim>
 void launch(const AttentionParams& params, int multiprocessors, cudaStream_t stream) {

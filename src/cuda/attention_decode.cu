@@ -1,7 +1,7 @@
 // Forgetting attention of one token a sequence. The keys are split at multiples of kSplitKeys of
 // their position, whatever the batch, so a query gets the same bits beside any neighbours. A thread
-// block takes one split of one head, a warp one page of it: it reads the page's keys and values once,
-// 16 bytes a lane. The last block of a head to finish adds the splits up, oldest first.
+// block takes one split of one head, a warp one page of it: it reads the page's keys and values
+// once, 16 bytes a lane. The last block of a head to finish adds the splits up, oldest first.
 #include "cuda/attention_kernels.cuh"
 
 namespace deltafox::cuda {
@@ -46,101 +46,154 @@ struct Shared {
   bool last;
 };
 
-// A page's part of the softmax: the greatest score, the sum of weights relative to it, and in
-// shared.o the weighted sum of values.
-template <typename T, int kDim>
-__device__ void attend_page(const AttentionParams& params, const KvSequence& sequence, int p,
-                            int head, int position, int begin, Shared<kDim>& shared) {
-  constexpr int kSize = Chunk<T>::kSize;
-  const int lane = static_cast<int>(threadIdx.x) % 32;
-  const int warp = static_cast<int>(threadIdx.x) / 32;
-  const std::byte* page = sequence.page(p);
-  const std::byte* keys = page + params.layout.keys(params.kv_head(head));
-  const std::byte* values = page + params.layout.values(params.kv_head(head));
-
-  // Scores: a lane adds up every kLanes-th dimension of kSize keys.
-  float s[kSize] = {};
-  constexpr int kKeyChunks = kPageTokens / kSize;
-  constexpr int kKeyLanes = 32 / kKeyChunks;
-  const int c = lane % kKeyChunks;
-  {
-    uint4 chunks[kDim / kKeyLanes];
-#pragma unroll
-    for (int i = 0; i < kDim / kKeyLanes; ++i) {
-      const int d = i * kKeyLanes + lane / kKeyChunks;
-      chunks[i] = __ldcs(reinterpret_cast<const uint4*>(keys + key_chunk<T>(d, c)));
-    }
-#pragma unroll
-    for (int i = 0; i < kDim / kKeyLanes; ++i) {
-      float k[kSize];
-      Chunk<T>::widen(chunks[i], k);
-      const float q = shared.query[i * kKeyLanes + lane / kKeyChunks];
-#pragma unroll
-      for (int j = 0; j < kSize; ++j) s[j] += q * k[j];
-    }
-  }
-  float max = kMinusInfinity;
-#pragma unroll
-  for (int j = 0; j < kSize; ++j) {
-#pragma unroll
-    for (int step = kKeyChunks; step < 32; step *= 2) s[j] += __shfl_xor_sync(~0U, s[j], step);
-    const int token = c * kSize + j;
-    const int key = p * kPageTokens + token;
-    if (key > position || key < begin) {
-      s[j] = kMinusInfinity;
-    } else if (params.layout.gate_heads > 0) {
-      s[j] += decay_between(sequence.page(position / kPageTokens), page, params.layout, head,
-                            position % kPageTokens, token);
-    }
-    max = fmaxf(max, s[j]);
-  }
-#pragma unroll
-  for (int step = 1; step < kKeyChunks; step *= 2) {
-    max = fmaxf(max, __shfl_xor_sync(~0U, max, step));
-  }
-  float sum = 0;
-#pragma unroll
-  for (int j = 0; j < kSize; ++j) {
-    const float weight = max == kMinusInfinity ? 0.0F : expf(s[j] - max);
-    sum += weight;
-    if (lane < kKeyChunks) shared.weights[warp][c * kSize + j] = weight;
-  }
-#pragma unroll
-  for (int step = 1; step < kKeyChunks; step *= 2) sum += __shfl_xor_sync(~0U, sum, step);
-  __syncwarp();
-
-  // Values: a lane adds up every kLanes-th token of kSize dimensions.
-  constexpr int kValueChunks = kDim / kSize;
-  constexpr int kValueLanes = 32 / kValueChunks;
-  const int vc = lane % kValueChunks;
-  float o[kSize] = {};
-  {
-    uint4 chunks[kPageTokens / kValueLanes];
-#pragma unroll
-    for (int i = 0; i < kPageTokens / kValueLanes; ++i) {
-      const int t = i * kValueLanes + lane / kValueChunks;
-      chunks[i] = __ldcs(reinterpret_cast<const uint4*>(values + value_chunk<T, kDim>(t, vc)));
-    }
-#pragma unroll
-    for (int i = 0; i < kPageTokens / kValueLanes; ++i) {
-      float v[kSize];
-      Chunk<T>::widen(chunks[i], v);
-      const float weight = shared.weights[warp][i * kValueLanes + lane / kValueChunks];
-#pragma unroll
-      for (int j = 0; j < kSize; ++j) o[j] += weight * v[j];
-    }
-  }
-#pragma unroll
-  for (int j = 0; j < kSize; ++j) {
-#pragma unroll
-    for (int step = kValueChunks; step < 32; step *= 2) o[j] += __shfl_xor_sync(~0U, o[j], step);
-    if (lane < kValueChunks) shared.o[warp][vc * kSize + j] = o[j];
-  }
-  if (lane == 0) {
-    shared.max[warp] = max;
-    shared.sum[warp] = sum;
-  }
+// A load that the compiler leaves where it stands, of memory that is read once.
+__device__ inline uint4 load_chunk(const std::byte* from) {
+  uint4 chunk;
+  asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(chunk.x), "=r"(chunk.y), "=r"(chunk.z), "=r"(chunk.w)
+               : "l"(from));
+  return chunk;
 }
+
+// A page's part of the softmax: the greatest score, the sum of weights relative to it, and in
+// shared.o the weighted sum of values. Chunks are loaded in batches of kBatch a lane, each before
+// the one before it is used, the first of the values before the scores are known.
+template <typename T, int kDim>
+class Page {
+ public:
+  __device__ Page(const AttentionParams& params, const KvSequence& sequence, int p, int head)
+      : page_(sequence.page(p)),
+        keys_(page_ + params.layout.keys(params.kv_head(head))),
+        values_(page_ + params.layout.values(params.kv_head(head))) {}
+
+  __device__ void attend(const AttentionParams& params, const KvSequence& sequence, int p, int head,
+                         int position, int begin, Shared<kDim>& shared) {
+    uint4 chunks[2][kBatch];
+    load_keys(chunks[0], 0);
+    float decays[kSize] = {};
+    if (params.layout.gate_heads > 0) {
+      const std::byte* own = sequence.page(position / kPageTokens);
+#pragma unroll
+      for (int j = 0; j < kSize; ++j) {
+        decays[j] = decay_between(own, page_, params.layout, head, position % kPageTokens,
+                                  lane_ % kKeyChunks * kSize + j);
+      }
+    }
+    float s[kSize] = {};
+#pragma unroll
+    for (int batch = 0; batch < kKeyBatches; ++batch) {
+      if (batch + 1 < kKeyBatches) {
+        load_keys(chunks[(batch + 1) % 2], batch + 1);
+      } else {
+        load_values(chunks[(batch + 1) % 2], 0);
+      }
+#pragma unroll
+      for (int i = 0; i < kBatch; ++i) {
+        float k[kSize];
+        Chunk<T>::widen(chunks[batch % 2][i], k);
+        const float q = shared.query[key_dim(batch * kBatch + i)];
+#pragma unroll
+        for (int j = 0; j < kSize; ++j) s[j] += q * k[j];
+      }
+    }
+    weigh(s, decays, p, position, begin, shared);
+
+    float o[kSize] = {};
+#pragma unroll
+    for (int batch = 0; batch < kValueBatches; ++batch) {
+      const int now = (kKeyBatches + batch) % 2;
+      if (batch + 1 < kValueBatches) load_values(chunks[1 - now], batch + 1);
+#pragma unroll
+      for (int i = 0; i < kBatch; ++i) {
+        float v[kSize];
+        Chunk<T>::widen(chunks[now][i], v);
+        const float weight = shared.weights[warp_][value_token(batch * kBatch + i)];
+#pragma unroll
+        for (int j = 0; j < kSize; ++j) o[j] += weight * v[j];
+      }
+    }
+#pragma unroll
+    for (int j = 0; j < kSize; ++j) {
+#pragma unroll
+      for (int step = kValueChunks; step < 32; step *= 2) {
+        o[j] += __shfl_xor_sync(~0U, o[j], step);
+      }
+      if (lane_ < kValueChunks) shared.o[warp_][lane_ * kSize + j] = o[j];
+    }
+  }
+
+ private:
+  static constexpr int kSize = Chunk<T>::kSize;
+  // A lane adds up every kKeyLanes-th dimension of kSize keys, then every kValueLanes-th token of
+  // kSize dimensions.
+  static constexpr int kKeyChunks = kPageTokens / kSize;
+  static constexpr int kKeyLanes = 32 / kKeyChunks;
+  static constexpr int kValueChunks = kDim / kSize;
+  static constexpr int kValueLanes = 32 / kValueChunks;
+  static constexpr int kChunks = kDim / kKeyLanes;  // of a lane; of values as many
+  static_assert(kChunks == kPageTokens / kValueLanes);
+  static constexpr int kBatch = kChunks < 16 ? kChunks : 16;
+  static constexpr int kKeyBatches = kChunks / kBatch;
+  static constexpr int kValueBatches = kKeyBatches;
+
+  __device__ int key_dim(int i) const {
+    return i * kKeyLanes + lane_ / kKeyChunks;
+  }
+  __device__ int value_token(int i) const {
+    return i * kValueLanes + lane_ / kValueChunks;
+  }
+  __device__ void load_keys(uint4 (&to)[kBatch], int batch) const {
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) {
+      to[i] = load_chunk(keys_ + key_chunk<T>(key_dim(batch * kBatch + i), lane_ % kKeyChunks));
+    }
+  }
+  __device__ void load_values(uint4 (&to)[kBatch], int batch) const {
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) {
+      to[i] = load_chunk(
+          values_ + value_chunk<T, kDim>(value_token(batch * kBatch + i), lane_ % kValueChunks));
+    }
+  }
+
+  __device__ void weigh(float (&s)[kSize], const float (&decays)[kSize], int p, int position,
+                        int begin, Shared<kDim>& shared) const {
+    const int c = lane_ % kKeyChunks;
+    float max = kMinusInfinity;
+#pragma unroll
+    for (int j = 0; j < kSize; ++j) {
+#pragma unroll
+      for (int step = kKeyChunks; step < 32; step *= 2) s[j] += __shfl_xor_sync(~0U, s[j], step);
+      const int key = p * kPageTokens + c * kSize + j;
+      s[j] = key > position || key < begin ? kMinusInfinity : s[j] + decays[j];
+      max = fmaxf(max, s[j]);
+    }
+#pragma unroll
+    for (int step = 1; step < kKeyChunks; step *= 2) {
+      max = fmaxf(max, __shfl_xor_sync(~0U, max, step));
+    }
+    float sum = 0;
+#pragma unroll
+    for (int j = 0; j < kSize; ++j) {
+      const float weight = expf(s[j] - max);
+      sum += weight;
+      if (lane_ < kKeyChunks) shared.weights[warp_][c * kSize + j] = weight;
+    }
+#pragma unroll
+    for (int step = 1; step < kKeyChunks; step *= 2) sum += __shfl_xor_sync(~0U, sum, step);
+    if (lane_ == 0) {
+      shared.max[warp_] = max;
+      shared.sum[warp_] = sum;
+    }
+    __syncwarp();
+  }
+
+  const std::byte* page_;
+  const std::byte* keys_;
+  const std::byte* values_;
+  int lane_ = static_cast<int>(threadIdx.x) % 32;
+  int warp_ = static_cast<int>(threadIdx.x) / 32;
+};
 
 // Whether the gates alone make the page's keys nothing to the query.
 template <typename T>
@@ -154,8 +207,8 @@ __device__ bool pruned(const AttentionParams& params, const KvSequence& sequence
 }
 
 template <typename T, int kDim>
-__global__ __launch_bounds__(kWarps * 32) void decode(
-    const __grid_constant__ AttentionParams params) {
+__global__ __launch_bounds__(kWarps *
+                             32) void decode(const __grid_constant__ AttentionParams params) {
   __shared__ Shared<kDim> shared;
   const int index = static_cast<int>(blockIdx.z);
   const int head = static_cast<int>(blockIdx.y);
@@ -180,7 +233,8 @@ __global__ __launch_bounds__(kWarps * 32) void decode(
   const int p = (first_split + split) * kWarps + warp;
   const bool seen = p * kPageTokens <= position && (p + 1) * kPageTokens > begin;
   if (seen && !pruned<T>(params, sequence, p, head, position)) {
-    attend_page<T, kDim>(params, sequence, p, head, position, begin, shared);
+    Page<T, kDim>(params, sequence, p, head)
+        .attend(params, sequence, p, head, position, begin, shared);
   } else if (thread % 32 == 0) {
     shared.max[warp] = kMinusInfinity;
   }

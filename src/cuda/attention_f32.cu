@@ -34,7 +34,7 @@ __global__ __launch_bounds__(kThreads) void attend(const __grid_constant__ Atten
   auto& shared = *reinterpret_cast<Shared<kDim>*>(memory);
   constexpr int kColumns = kDim / 16;  // of the output, strided by 16
   const int thread = static_cast<int>(threadIdx.x);
-  const int row = thread / 16 * 4;     // the first of this thread's four
+  const int row = thread / 16 * 4;  // the first of this thread's four
   const int column = thread % 16;
   int tile_index = 0;
   int head = 0;
@@ -62,10 +62,10 @@ __global__ __launch_bounds__(kThreads) void attend(const __grid_constant__ Atten
   float o[4][kColumns];
 #pragma unroll
   for (int r = 0; r < 4; ++r) {
-    begin[r] = row + r < tile.count
-                   ? params.begins[static_cast<std::int64_t>(head) * params.tokens + tile.row +
-                                   row + r]
-                   : 0;
+    begin[r] =
+        row + r < tile.count
+            ? params.begins[static_cast<std::int64_t>(head) * params.tokens + tile.row + row + r]
+            : 0;
     max[r] = kMinusInfinity;
     sum[r] = 0;
 #pragma unroll

@@ -1,17 +1,18 @@
 // What the attention kernels share. See ops/forgetting_attention.h for the equations.
 //
-// forgetting_attention() of several tokens runs in two steps. The plan finds for each query and head
-// the first key that it reads (window, pruning), and for each 64 queries the first and the greatest
-// of these. Then one thread block (of sm_80 and of float32) or one turn of a persistent thread block
-// (sm_90) attends for a tile of successive queries of one head, from the newest keys to the oldest,
-// so that the running maximum settles at once. A query of one token has kernels of its own, which
-// split the keys (attention_decode.cu). A query masks exactly what it does not see or skips, and
-// tiles lie where the sequence's own call puts them: neighbours change nothing.
+// forgetting_attention() of several tokens runs in two steps. The plan finds for each query and
+// head the first key that it reads (window, pruning), and for each 64 queries the first and the
+// greatest of these. Then one thread block (of sm_80 and of float32) or one turn of a persistent
+// thread block (sm_90) attends for a tile of successive queries of one head, from the newest keys
+// to the oldest, so that the running maximum settles at once. A query of one token has kernels of
+// its own, which split the keys (attention_decode.cu). A query masks exactly what it does not see
+// or skips, and tiles lie where the sequence's own call puts them: neighbours change nothing.
 #pragma once
 
 #include <cuda_bf16.h>
 #include <cuda_runtime.h>
 
+#include <cmath>
 #include <cstdint>
 
 #include "cuda/kv_pages.cuh"
@@ -34,8 +35,8 @@ struct GroupRange {
 };
 
 struct AttentionParams {
-  const void* q;  // [T, H, D]
-  void* o;        // [T, H, D]
+  const void* q;                // [T, H, D]
+  void* o;                      // [T, H, D]
   const KvSequence* sequences;  // [B], in device memory
   KvPageLayout layout;
   std::int32_t heads;   // H
@@ -118,9 +119,8 @@ __device__ inline float pruning_threshold(const AttentionParams& params, const K
       const float x = static_cast<float>(q[d]) * params.scale;
       squares += x * x;
     }
-    const auto* norms =
-        reinterpret_cast<const float*>(sequence.page(position / kPageTokens) +
-                                       params.layout.norms(params.kv_head(head)));
+    const auto* norms = reinterpret_cast<const float*>(sequence.page(position / kPageTokens) +
+                                                       params.layout.norms(params.kv_head(head)));
     bound = sqrtf(squares) * norms[position % kPageTokens];
   }
   return params.log_tolerance - 2 * bound - logf(static_cast<float>(position + 1));

@@ -41,8 +41,7 @@ __global__ void plan(AttentionParams params) {
     const int position = tile.position + r;
     int begin = params.window > 0 ? max(0, position + 1 - params.window) : 0;
     if (params.layout.gate_heads > 0 && params.log_tolerance > -INFINITY) {
-      const int page =
-          first_kept_page<T>(params, sequence, tile.row + r, head, position, begin);
+      const int page = first_kept_page<T>(params, sequence, tile.row + r, head, position, begin);
       begin = max(begin, page * kPageTokens);
     }
     params.begins[static_cast<std::int64_t>(head) * params.tokens + tile.row + r] = begin;

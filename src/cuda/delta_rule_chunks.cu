@@ -15,7 +15,7 @@
 #include <algorithm>
 #include <cmath>
 
-#include "cuda/check.cuh"
+#include "cuda/check.h"
 #include "cuda/delta_rule_kernels.h"
 #include "cuda/tensor_core.cuh"
 
@@ -23,8 +23,15 @@ namespace deltafox::cuda {
 namespace {
 
 constexpr int kChunk = kTileRows;
-constexpr int kValues = 128;       // value columns of a block
-constexpr int kThreads = 3 * 128;  // two groups for the state, one that prepares
+constexpr int kValues = 128;  // value columns of a block
+constexpr int kStateThreads = 2 * 128;
+
+// Groups that prepare chunks, in turns: preparing one takes longer than advancing one state over
+// it, and less than advancing both M and N.
+template <class Products, bool kMaps>
+constexpr int kPreparingGroups = Products::kGroup && !kMaps ? 2 : 1;
+template <class Products, bool kMaps>
+constexpr int kThreads = kStateThreads + 128 * kPreparingGroups<Products, kMaps>;
 constexpr int kInverseStride = 20;
 constexpr int kInverseBlock = 16 * kInverseStride;  // floats of a 16×16 block, padded
 
@@ -36,7 +43,7 @@ struct ChunkParams {
   SequenceBatch batch;
 };
 
-template <int kKeys, bool kMaps>
+template <class Products, int kKeys, bool kMaps>
 struct Layout {
   static constexpr int kKeyTile = kKeys / 64 * kTileBlockBytes;
   static constexpr int kValueTile = kValues / 64 * kTileBlockBytes;
@@ -45,11 +52,12 @@ struct Layout {
   static constexpr int kT = kV + kValueTile;
   static constexpr int kQ = kT + kTileBlockBytes;
   static constexpr int kA = kQ + kKeyTile;
-  static constexpr int kStage = kMaps ? kQ : kA + kTileBlockBytes;
+  static constexpr int kBeta = kMaps ? kQ : kA + kTileBlockBytes;  // [64] float32
+  static constexpr int kStage = kBeta + 1024;
   // behind the stages
-  static constexpr int kInverse = 0;                               // 10 blocks
-  static constexpr int kBeta = kInverse + 10 * kInverseBlock * 4;  // [2, 64]
-  static constexpr int kBarriers = kBeta + 2 * kChunk * 4;         // full and empty of each stage
+  static constexpr int kInverse = 0;  // 10 blocks
+  static constexpr int kBarriers = kInverse + kPreparingGroups<Products, kMaps> * 10 *
+                                                  kInverseBlock * 4;  // full, empty of each stage
   static constexpr int kFixed = kBarriers + 128;
 
   static int bytes(int stages) { return 1024 + stages * kStage + kFixed; }
@@ -61,6 +69,26 @@ __device__ int read_thread() {
   asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
   return thread;
 }
+
+// The same for a value that the whole block shares.
+__device__ int read_again(int value) {
+  asm volatile("" : "+r"(value));
+  return value;
+}
+
+// A place among the buffers, and how often they have been used before.
+struct Ring {
+  int stage;
+  int round;
+
+  __device__ void advance(int chunks, int stages) {
+    stage += chunks;
+    while (stage >= stages) {
+      stage -= stages;
+      ++round;
+    }
+  }
+};
 
 struct Segment {
   const BatchEntry* entry;
@@ -105,105 +133,133 @@ __device__ std::size_t map_floats(int keys) {
 
 // ---- The group that prepares ------------------------------------------------------------------
 
-template <int kKeys, bool kMaps>
+template <class Products, int kKeys, bool kMaps>
 struct Loader {
   const ChunkParams& p;
   const Segment& segment;
-  int head;
-  int first_value;
+  int block_head;
+  int block_first_value;
   std::uint32_t stages_base;
 
+  template <int kPieces>
   __device__ static void load_tile(std::uint32_t tile, const bf16* rows, int stride, int columns,
-                                   int kPieces, int valid_rows, int thread) {
+                                   int valid_rows, int thread) {
+    constexpr int kRowStep = 128 / kPieces;  // a multiple of 8: the permutation stays the same
     const int piece = thread % kPieces;
-    const int row_step = 128 / kPieces;
-    const bool in_columns = piece * 8 < columns;
-    const bf16* source = rows + static_cast<std::ptrdiff_t>(thread / kPieces) * stride + piece * 8;
-#pragma unroll 4
-    for (int row = thread / kPieces; row < kChunk; row += row_step) {
-      const bool valid = in_columns && row < valid_rows;
-      copy_piece_async(tile + piece_offset(row, piece), valid ? source : rows, valid);
-      source += static_cast<std::ptrdiff_t>(row_step) * stride;
+    const int first = thread / kPieces;
+    const bf16* source = rows + static_cast<std::ptrdiff_t>(first) * stride + piece * 8;
+    const std::ptrdiff_t step = static_cast<std::ptrdiff_t>(kRowStep) * stride;
+    tile += piece_offset(first, piece);
+    if (valid_rows == kChunk && columns >= 8 * kPieces) {
+#pragma unroll
+      for (int i = 0; i < kChunk / kRowStep; ++i) {
+        copy_piece_async(tile + i * kRowStep * 128, source, true);
+        source += step;
+      }
+      return;
+    }
+    for (int i = 0; i < kChunk / kRowStep; ++i) {
+      const bool valid = piece * 8 < columns && first + i * kRowStep < valid_rows;
+      copy_piece_async(tile + i * kRowStep * 128, valid ? source : rows, valid);
+      source += step;
     }
   }
 
-  // Starts the copies of one chunk; returns β of row threadIdx.x % 128 of it.
-  __device__ float load(int chunk, int stage) const {
-    using L = Layout<kKeys, kMaps>;
+  // Starts the copies of one chunk.
+  __device__ void load(int chunk, int stage) const {
+    using L = Layout<Products, kKeys, kMaps>;
     const int thread = read_thread() % 128;
+    const int head = read_again(block_head);
+    const int first_value = read_again(block_first_value);
     const DeltaRuleProblem& problem = p.problem;
     const int valid_rows = min(kChunk, segment.rows - chunk * kChunk);
     const auto row = static_cast<std::ptrdiff_t>(segment.begin + chunk * kChunk);
-    const int key_stride = problem.heads * problem.key_dim;
-    const int value_stride = problem.heads * problem.value_dim;
+    const int heads = read_again(problem.heads);
+    const int key_stride = heads * problem.key_dim;
+    const int value_stride = heads * problem.value_dim;
     const std::uint32_t base = stages_base + stage * L::kStage;
     const std::ptrdiff_t key_offset = row * key_stride + head * problem.key_dim;
-    load_tile(base + L::kK, static_cast<const bf16*>(problem.k) + key_offset, key_stride,
-              problem.key_dim, kKeys / 8, valid_rows, thread);
+    load_tile<kKeys / 8>(base + L::kK, static_cast<const bf16*>(problem.k) + key_offset, key_stride,
+                         problem.key_dim, valid_rows, thread);
     if (!kMaps) {
-      load_tile(base + L::kQ, static_cast<const bf16*>(problem.q) + key_offset, key_stride,
-                problem.key_dim, kKeys / 8, valid_rows, thread);
+      load_tile<kKeys / 8>(base + L::kQ, static_cast<const bf16*>(problem.q) + key_offset,
+                           key_stride, problem.key_dim, valid_rows, thread);
     }
-    load_tile(base + L::kV,
-              static_cast<const bf16*>(problem.v) + row * value_stride + head * problem.value_dim +
-                  first_value,
-              value_stride, problem.value_dim - first_value, kValues / 8, valid_rows, thread);
-    if (thread >= valid_rows) return 0;
-    if (problem.beta == nullptr) return 1;
-    const std::ptrdiff_t at = (row + thread) * problem.heads + head;
-    return problem.beta_bf16 ? __bfloat162float(static_cast<const bf16*>(problem.beta)[at])
-                             : static_cast<const float*>(problem.beta)[at];
+    load_tile<kValues / 8>(base + L::kV,
+                           static_cast<const bf16*>(problem.v) + row * value_stride +
+                               head * problem.value_dim + first_value,
+                           value_stride, problem.value_dim - first_value, valid_rows, thread);
+    if (thread < kChunk) {
+      const std::uint32_t to = base + L::kBeta + 4 * thread;
+      const auto* beta = static_cast<const float*>(problem.beta);
+      if (beta == nullptr) {
+        asm volatile("st.shared.f32 [%0], %1;" ::"r"(to), "f"(1.0F) : "memory");
+      } else {
+        const bool valid = thread < valid_rows;
+        copy_word_async(to, valid ? beta + (row + thread) * heads + head : beta, valid);
+      }
+    }
   }
 };
 
 // Block (i, m) of the lower triangle, m ≤ i.
-__device__ float* inverse_block(float* blocks, int i, int m) {
+template <typename Float>
+__device__ Float* inverse_block(Float* blocks, int i, int m) {
   return blocks + (i * (i + 1) / 2 + m) * kInverseBlock;
 }
 
-// Replaces the 16×16 unit lower triangular block by its inverse: lane c solves for column c.
+// Replaces the transpose of a 16×16 unit lower triangular block by the negated inverse of the
+// block: a lane solves for one column, and takes what it has found out of all rows below at once.
 __device__ void invert_diagonal(float* block, int column) {
   float x[16];
 #pragma unroll
-  for (int r = 0; r < 16; ++r) {
-    float sum = r == column ? 1.0F : 0.0F;
+  for (int r = 0; r < 16; ++r) x[r] = r == column ? 1.0F : 0.0F;
 #pragma unroll
-    for (int m = 0; m < r; m += 4) {
-      const float4 row = *reinterpret_cast<const float4*>(block + r * kInverseStride + m);
-      sum -= row.x * x[m];
-      if (m + 1 < r) sum -= row.y * x[m + 1];
-      if (m + 2 < r) sum -= row.z * x[m + 2];
-      if (m + 3 < r) sum -= row.w * x[m + 3];
+  for (int m = 0; m < 15; ++m) {
+#pragma unroll
+    for (int r = (m + 1) / 4 * 4; r < 16; r += 4) {
+      const float4 l = *reinterpret_cast<const float4*>(block + m * kInverseStride + r);
+      if (r > m) x[r] -= l.x * x[m];
+      if (r + 1 > m) x[r + 1] -= l.y * x[m];
+      if (r + 2 > m) x[r + 2] -= l.z * x[m];
+      x[r + 3] -= l.w * x[m];
     }
-    x[r] = sum;
   }
   __syncwarp();
 #pragma unroll
-  for (int r = 0; r < 16; ++r) block[r * kInverseStride + column] = x[r];
+  for (int r = 0; r < 16; ++r) block[r * kInverseStride + column] = to_tf32(-x[r]);
 }
 
-// d += x · blockᵀ for 16×16 matrices; x is an accumulator of two 16×8 tiles. Slots l%4 and
+// d += x · blockᵀ for 16×16 matrices in TF32; x is an accumulator of two 16×8 tiles. Slots l%4 and
 // l%4 + 4 of the depth stand for columns 2(l%4) and 2(l%4) + 1, in both operands, so that an
 // accumulator is an operand as it is.
 __device__ void times_block_transposed(float (&d)[2][4], const float (&x)[2][4], int lane,
                                        const float* block) {
 #pragma unroll
   for (int k = 0; k < 2; ++k) {
-    const std::uint32_t a[4] = {to_tf32(x[k][0]), to_tf32(x[k][2]), to_tf32(x[k][1]),
-                                to_tf32(x[k][3])};
+    const float a[4] = {x[k][0], x[k][2], x[k][1], x[k][3]};
 #pragma unroll
     for (int n = 0; n < 2; ++n) {
       const float2 b = *reinterpret_cast<const float2*>(
           block + (8 * n + lane / 4) * kInverseStride + 8 * k + 2 * (lane % 4));
-      mma_tf32(d[n], a, to_tf32(b.x), to_tf32(b.y));
+      mma_tf32(d[n], a, b.x, b.y);
     }
   }
 }
 
-// Column j (warp j's) of the inverse, transposed, from the blocks below the diagonal and the
-// inverses on it: X_j = D_jᵀ, X_i = −(Σ_{j≤m<i} X_m L_imᵀ) D_iᵀ. Writes −inverse·diag(β) to `tile`.
-__device__ void finish_inverse(float* blocks, const float* beta, unsigned char* tile, int lane,
-                               int column) {
+__device__ void round_to_tf32(float (&x)[2][4]) {
+#pragma unroll
+  for (int n = 0; n < 2; ++n) {
+#pragma unroll
+    for (float& e : x[n]) e = to_tf32(e);
+  }
+}
+
+// Column j (warp j's) of the negated inverse, transposed, from the blocks L below the diagonal and
+// the negated inverses D on it: X_j = D_jᵀ, X_i = (Σ_{j≤m<i} X_m L_imᵀ) D_iᵀ. `tile` receives
+// −(inverse · diag(β))ᵀ.
+__device__ void finish_inverse(const float* blocks, const float* beta, unsigned char* tile,
+                               int lane, int column) {
   float x[4][2][4];
   const float* diagonal = inverse_block(blocks, column, column);
 #pragma unroll
@@ -214,39 +270,30 @@ __device__ void finish_inverse(float* blocks, const float* beta, unsigned char* 
           diagonal[(8 * n + 2 * (lane % 4) + i % 2) * kInverseStride + lane / 4 + i / 2 * 8];
     }
   }
-#pragma unroll
-  for (int d = 1; d < 4; ++d) {
-    if (column + d < 4) {
-      float y[2][4] = {};
-#pragma unroll
-      for (int e = 0; e < d; ++e) {
-        times_block_transposed(y, x[e], lane, inverse_block(blocks, column + d, column + e));
-      }
-#pragma unroll
-      for (int n = 0; n < 2; ++n) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          y[n][i] = -y[n][i];
-          x[d][n][i] = 0;
-        }
-      }
-      times_block_transposed(x[d], y, lane, inverse_block(blocks, column + d, column + d));
-    }
-  }
   const float beta_low = beta[16 * column + lane / 4];
   const float beta_high = beta[16 * column + lane / 4 + 8];
 #pragma unroll
   for (int d = 0; d < 4; ++d) {
     if (column + d < 4) {
+      if (d > 0) {
+        float y[2][4] = {};
+#pragma unroll
+        for (int e = 0; e < d; ++e) {
+          times_block_transposed(y, x[e], lane, inverse_block(blocks, column + d, column + e));
+        }
+        round_to_tf32(y);
+#pragma unroll
+        for (int n = 0; n < 2; ++n) x[d][n][0] = x[d][n][1] = x[d][n][2] = x[d][n][3] = 0;
+        times_block_transposed(x[d], y, lane, inverse_block(blocks, column + d, column + d));
+        round_to_tf32(x[d]);
+      }
 #pragma unroll
       for (int n = 0; n < 2; ++n) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          const int row = 16 * (column + d) + 8 * n + 2 * (lane % 4) + i % 2;
-          const int piece = 2 * column + i / 2;
-          *reinterpret_cast<bf16*>(tile + piece_offset(row, piece) + lane / 4 * 2) =
-              __float2bfloat16(-x[d][n][i] * (i / 2 == 0 ? beta_low : beta_high));
-        }
+        unsigned char* to =
+            tile + piece_offset(16 * column + lane / 4, 2 * (column + d) + n) + lane % 4 * 4;
+        *reinterpret_cast<std::uint32_t*>(to) = pack(x[d][n][0] * beta_low, x[d][n][1] * beta_low);
+        *reinterpret_cast<std::uint32_t*>(to + 8 * 128) =
+            pack(x[d][n][2] * beta_high, x[d][n][3] * beta_high);
       }
     }
   }
@@ -255,44 +302,48 @@ __device__ void finish_inverse(float* blocks, const float* beta, unsigned char* 
 template <class Products, int kKeys, bool kMaps>
 __device__ void prepare_chunks(const ChunkParams& p, const Segment& segment, int head,
                                int first_value, unsigned char* stages, unsigned char* fixed) {
-  using L = Layout<kKeys, kMaps>;
+  using L = Layout<Products, kKeys, kMaps>;
   const std::uint32_t barriers = shared_address(fixed + L::kBarriers);
-  auto* blocks = reinterpret_cast<float*>(fixed + L::kInverse);
-  const Loader<kKeys, kMaps> loader{p, segment, head, first_value, shared_address(stages)};
-  const int ahead = p.stages > 1 ? 1 : 0;
+  constexpr int kGroups = kPreparingGroups<Products, kMaps>;
+  const int group = uniform((threadIdx.x - kStateThreads) / 128);
+  float* blocks = reinterpret_cast<float*>(fixed + L::kInverse) + group * 10 * kInverseBlock;
+  const Loader<Products, kKeys, kMaps> loader{p, segment, head, first_value,
+                                              shared_address(stages)};
+  // How far ahead of the chunk being prepared copies are started. Two groups start the next one's
+  // when they are done with one, since its buffer is not free before.
+  const int ahead = kGroups * (p.stages > kGroups ? 1 : 0);
 
-  float beta_next = 0;
-  if (ahead > 0) {
-    beta_next = loader.load(0, 0);
+  Ring load_ring{group % p.stages, group / p.stages};
+  const auto load = [&](int chunk) {
+    if (chunk < segment.chunks) {
+      if (load_ring.round > 0) {
+        barrier_wait(barriers + (2 * load_ring.stage + 1) * 8, (load_ring.round - 1) & 1);
+      }
+      loader.load(chunk, load_ring.stage);
+    }
+    load_ring.advance(kGroups, p.stages);
     commit_copies();
-  }
-  for (int c = 0; c < segment.chunks; ++c) {
+  };
+  Ring ring = load_ring;
+  if (ahead > 0) load(group);
+  for (int c = group; c < segment.chunks; c += kGroups) {
     const int thread = read_thread() % 128;
     const int lane = thread % 32;
-    const int warp = thread / 32;
-    const int stage = c % p.stages;
-    float beta_now = beta_next;
-    const int next = c + ahead;
-    if (next < segment.chunks) {
-      if (next >= p.stages) {
-        barrier_wait(barriers + (2 * (next % p.stages) + 1) * 8, (next / p.stages - 1) & 1);
-      }
-      beta_next = loader.load(next, next % p.stages);
-      if (ahead == 0) beta_now = beta_next;
-    }
-    commit_copies();
-    float* beta = reinterpret_cast<float*>(fixed + L::kBeta) + (c % 2) * kChunk;
-    if (thread < kChunk) beta[thread] = beta_now;
-    if (ahead > 0) {
+    const int warp = uniform(thread / 32);
+    const int stage = ring.stage;
+    ring.advance(kGroups, p.stages);
+    if (kGroups == 1 || ahead == 0) load(c + ahead);
+    if (kGroups == 1 && ahead > 0) {
       wait_copies<1>();
     } else {
       wait_copies<0>();
     }
     Products::publish();
-    group_sync(1);
+    group_sync(1 + group);
 
     unsigned char* base = stages + stage * L::kStage;
     const std::uint32_t k = shared_address(base + L::kK);
+    const float* beta = reinterpret_cast<const float*>(base + L::kBeta);
     const int row = 16 * warp + lane / 4;
     {
       float g[8][4];
@@ -306,23 +357,34 @@ __device__ void prepare_chunks(const ChunkParams& p, const Segment& segment, int
 #pragma unroll
       for (int j = 0; j < 8; ++j) {
         if (j < 2 * warp + 2) {
+          // The product is symmetric, which gives the diagonal block transposed for nothing.
+          const bool diagonal = j >= 2 * warp;
+          float2 low = make_float2(beta_low, beta_low);
+          float2 high = make_float2(beta_high, beta_high);
+          if (diagonal) {
+            low = *reinterpret_cast<const float2*>(beta + 8 * j + 2 * (lane % 4));
+            high = low;
+          }
+          low = make_float2(low.x * g[j][0], low.y * g[j][1]);
+          high = make_float2(high.x * g[j][2], high.y * g[j][3]);
+          if (!diagonal) {
+            low = make_float2(to_tf32(low.x), to_tf32(low.y));
+            high = make_float2(to_tf32(high.x), to_tf32(high.y));
+          }
           float* to = inverse_block(blocks, warp, j / 2) + lane / 4 * kInverseStride + j % 2 * 8 +
                       2 * (lane % 4);
-          *reinterpret_cast<float2*>(to) = make_float2(beta_low * g[j][0], beta_low * g[j][1]);
-          *reinterpret_cast<float2*>(to + 8 * kInverseStride) =
-              make_float2(beta_high * g[j][2], beta_high * g[j][3]);
+          *reinterpret_cast<float2*>(to) = low;
+          *reinterpret_cast<float2*>(to + 8 * kInverseStride) = high;
         }
       }
       __syncwarp();
     }
-    float a[8][4];
+    invert_diagonal(inverse_block(blocks, warp, warp), lane % 16);
     if (!kMaps) {
+      float a[8][4];
       Products::begin(a);
       Products::template tiles_transposed<kKeys / 16>(a, shared_address(base + L::kQ), k);
       Products::commit();
-    }
-    invert_diagonal(inverse_block(blocks, warp, warp), lane % 16);
-    if (!kMaps) {
       Products::template wait<0>();
       Products::end(a);
 #pragma unroll
@@ -337,10 +399,11 @@ __device__ void prepare_chunks(const ChunkParams& p, const Segment& segment, int
         }
       }
     }
-    group_sync(1);
+    group_sync(1 + group);
     finish_inverse(blocks, beta, base + L::kT, lane, warp);
     Products::publish();
     barrier_arrive(barriers + 2 * stage * 8);
+    if (kGroups > 1 && ahead > 0) load(c + ahead);
   }
 }
 
@@ -427,39 +490,46 @@ __device__ void load_values(float (&r)[8][4], std::uint32_t tile) {
 }
 
 // Oᵀ of this warp's columns through its own columns of the value tile to memory.
-__device__ void store_outputs(const float (&o)[8][4], std::uint32_t tile, int first_piece,
-                              float scale, bf16* out, int stride, int valid_rows,
-                              int valid_columns) {
-  const int lane = threadIdx.x % 32;
+__device__ void store_outputs(const float (&o)[8][4], std::uint32_t tile, const ChunkParams& p,
+                              const Segment& segment, int head, int first_value, int chunk) {
+  const int thread = read_thread();
+  const int lane = thread % 32;
+  const int warp = thread / 32;
 #pragma unroll
   for (int j = 0; j < 8; j += 2) {
-    const std::uint32_t m[4] = {pack(o[j][0] * scale, o[j][1] * scale),
-                                pack(o[j][2] * scale, o[j][3] * scale),
-                                pack(o[j + 1][0] * scale, o[j + 1][1] * scale),
-                                pack(o[j + 1][2] * scale, o[j + 1][3] * scale)};
+    const std::uint32_t m[4] = {pack(o[j][0] * p.scale, o[j][1] * p.scale),
+                                pack(o[j][2] * p.scale, o[j][3] * p.scale),
+                                pack(o[j + 1][0] * p.scale, o[j + 1][1] * p.scale),
+                                pack(o[j + 1][2] * p.scale, o[j + 1][3] * p.scale)};
     store_matrices_transposed(
-        tile + piece_offset(8 * (j + lane / 16) + lane % 8, first_piece + (lane / 8) % 2), m);
+        tile + piece_offset(lane / 16 * 8 + lane % 8, 2 * warp + (lane / 8) % 2) + j * 8 * 128, m);
   }
   __syncwarp();
-  const int piece = lane % 2;
+  const int values = read_again(p.problem.value_dim);
+  const int stride = read_again(p.problem.heads) * values;
+  const int column = first_value + 8 * (2 * warp + lane % 2);
+  const int first_row = chunk * kChunk + lane / 2;
+  bf16* out = static_cast<bf16*>(p.problem.o) +
+              static_cast<std::ptrdiff_t>(segment.begin + first_row) * stride + head * values +
+              column;
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
-    const int row = 16 * i + lane / 2;
     uint4 data;
     asm volatile("ld.shared.v4.u32 {%0,%1,%2,%3}, [%4];"
                  : "=r"(data.x), "=r"(data.y), "=r"(data.z), "=r"(data.w)
-                 : "r"(tile + piece_offset(row, first_piece + piece))
+                 : "r"(tile + piece_offset(lane / 2, 2 * warp + lane % 2) + i * 16 * 128)
                  : "memory");
-    if (row < valid_rows && 8 * piece < valid_columns) {
-      *reinterpret_cast<uint4*>(out + static_cast<std::ptrdiff_t>(row) * stride + 8 * piece) = data;
+    if (first_row + 16 * i < segment.rows && column < values) {
+      *reinterpret_cast<uint4*>(out) = data;
     }
+    out += 16 * static_cast<std::ptrdiff_t>(stride);
   }
 }
 
 template <class Products, int kKeys>
 __device__ void walk_outputs(const ChunkParams& p, const Segment& segment, int head,
                              int first_value, unsigned char* stages, unsigned char* fixed) {
-  using L = Layout<kKeys, false>;
+  using L = Layout<Products, kKeys, false>;
   const DeltaRuleProblem& problem = p.problem;
   const int lane = threadIdx.x % 32;
   const int warp = threadIdx.x / 32;  // of eight
@@ -476,51 +546,43 @@ __device__ void walk_outputs(const ChunkParams& p, const Segment& segment, int h
     const std::size_t slot = segment.entry->first_map + segment.index - 1;
     load_transposed(s, p.maps + (slot * problem.heads + head) * map_floats(kKeys), row);
   }
-  std::uint32_t sf[kKeys / 16][4];
-  to_operand(sf, s);
-
-  const int stride = problem.heads * problem.value_dim;
-  const int column = first_value + 16 * warp;
-  bf16* out = static_cast<bf16*>(problem.o) + static_cast<std::ptrdiff_t>(segment.begin) * stride +
-              head * problem.value_dim + column;
   int stage = 0;
   int parity = 0;
   for (int c = 0; c < segment.chunks; ++c) {
     const std::uint32_t base = shared_address(stages) + stage * L::kStage;
     barrier_wait(barriers + 2 * stage * 8, parity);
 
-    float r[8][4];
-    float o[8][4];
+    // S is rounded for the products once a chunk. The outputs wait until the registers of R are
+    // free; the other group's products fill the tensor cores meanwhile.
+    std::uint32_t sf[kKeys / 16][4];
     std::uint32_t f[4][4];
-    load_values(r, base + L::kV);
-    Products::begin(r);
-    Products::template times_transposed<false>(r, sf, base + L::kK);
-    Products::commit();
-    Products::template times_transposed<true>(o, sf, base + L::kQ);
-    Products::commit();
-    Products::template wait<1>();
-    Products::end(r);
-    to_operand(f, r);
-    Products::begin(r);
-    Products::template times_transposed<true>(r, f, base + L::kT);
-    Products::commit();
-    Products::template wait<0>();
-    Products::end(r);
-    Products::end(o);
-    to_operand(f, r);
+    to_operand(sf, s);
+    {
+      float r[8][4];
+      load_values(r, base + L::kV);
+      Products::begin(r);
+      Products::template times_transposed<false>(r, sf, base + L::kK);
+      Products::commit();
+      Products::template wait<0>();
+      Products::end(r);
+      to_operand(f, r);
+      Products::begin(r);
+      Products::template times<true>(r, f, base + L::kT);
+      Products::commit();
+      Products::template wait<0>();
+      Products::end(r);
+      to_operand(f, r);
+    }
+    float o[8][4];
     Products::begin(s);
     Products::template times<false>(s, f, base + L::kK);
-    Products::commit();
+    Products::template times_transposed<true>(o, sf, base + L::kQ);
     Products::template times_transposed<false>(o, f, base + L::kA);
     Products::commit();
-    Products::template wait<1>();
-    Products::end(s);
-    to_operand(sf, s);
     Products::template wait<0>();
+    Products::end(s);
     Products::end(o);
-    store_outputs(o, base + L::kV, 2 * warp, p.scale, out, stride, segment.rows - c * kChunk,
-                  problem.value_dim - column);
-    out += static_cast<std::ptrdiff_t>(kChunk) * stride;
+    store_outputs(o, base + L::kV, p, segment, head, first_value, c);
     __syncwarp();
     if (read_thread() % 32 == 0) barrier_arrive(barriers + (2 * stage + 1) * 8);
     if (++stage == p.stages) {
@@ -530,18 +592,18 @@ __device__ void walk_outputs(const ChunkParams& p, const Segment& segment, int h
   }
   if (segment.last) {
     store_state(s, segment.entry->state + state_offset, problem.key_dim, problem.value_dim,
-                first_value + row);
+                first_value + read_thread() / 32 * 16 + read_thread() % 32 / 4);
   }
 }
 
 // One chunk's change of 64 columns of [M | N].
 template <class Products, int kKeys, bool kHasValues>
 __device__ void advance_map(float (&s)[kKeys / 8][4], std::uint32_t base) {
-  using L = Layout<kKeys, true>;
+  using L = Layout<Products, kKeys, true>;
   float r[8][4];
   std::uint32_t f[4][4];
   if (kHasValues) load_values(r, base + L::kV);
-  // In parts, lest [M | N] and its rounded copy outgrow the registers.
+    // In parts, lest [M | N] and its rounded copy outgrow the registers.
 #pragma unroll
   for (int i = 0; i < kKeys / 64; ++i) {
     const auto& part = reinterpret_cast<const float(&)[8][4]>(s[8 * i]);
@@ -558,7 +620,7 @@ __device__ void advance_map(float (&s)[kKeys / 8][4], std::uint32_t base) {
   }
   to_operand(f, r);
   Products::begin(r);
-  Products::template times_transposed<true>(r, f, base + L::kT);
+  Products::template times<true>(r, f, base + L::kT);
   Products::commit();
   Products::template wait<0>();
   Products::end(r);
@@ -573,7 +635,7 @@ __device__ void advance_map(float (&s)[kKeys / 8][4], std::uint32_t base) {
 template <class Products, int kKeys>
 __device__ void walk_maps(const ChunkParams& p, const Segment& segment, int head,
                           unsigned char* stages, unsigned char* fixed) {
-  using L = Layout<kKeys, true>;
+  using L = Layout<Products, kKeys, true>;
   const DeltaRuleProblem& problem = p.problem;
   const int lane = threadIdx.x % 32;
   const int warp = threadIdx.x / 32;  // of eight
@@ -621,21 +683,12 @@ __device__ void walk_maps(const ChunkParams& p, const Segment& segment, int head
 
 // ---- Kernels ----------------------------------------------------------------------------------
 
-template <int kRegisters>
-__device__ void take_registers() {
-  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
-}
-template <int kRegisters>
-__device__ void give_registers() {
-  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
-}
-
 template <class Products, int kKeys, bool kMaps>
-__global__ void __launch_bounds__(kThreads, 1)
+__global__ void __launch_bounds__((kThreads<Products, kMaps>), 1)
     delta_rule_chunks(const __grid_constant__ ChunkParams p) {
   // Other targets compile this kernel too, and never launch it.
   if constexpr (!Products::kGroup || kHasGroupProducts) {
-    using L = Layout<kKeys, kMaps>;
+    using L = Layout<Products, kKeys, kMaps>;
     extern __shared__ unsigned char shared[];
     unsigned char* stages = shared + (1024 - shared_address(shared) % 1024) % 1024;
     unsigned char* fixed = stages + p.stages * L::kStage;
@@ -652,7 +705,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     }
     // What lies above the diagonal blocks is written here, once.
     for (int s = 0; s < p.stages; ++s) {
-      for (int i = threadIdx.x; i < kTileBlockBytes / 16; i += kThreads) {
+      for (int i = threadIdx.x; i < kTileBlockBytes / 16; i += (kThreads<Products, kMaps>)) {
         reinterpret_cast<uint4*>(stages + s * L::kStage + L::kT)[i] = make_uint4(0, 0, 0, 0);
         if (!kMaps) {
           reinterpret_cast<uint4*>(stages + s * L::kStage + L::kA)[i] = make_uint4(0, 0, 0, 0);
@@ -662,11 +715,11 @@ __global__ void __launch_bounds__(kThreads, 1)
     Products::publish();
     __syncthreads();
 
-    if (threadIdx.x >= 256) {
-      if constexpr (Products::kGroup) give_registers<88>();
+    if (threadIdx.x >= kStateThreads) {
+      if constexpr (Products::kGroup) give_registers<kMaps ? 88 : 80>();
       prepare_chunks<Products, kKeys, kMaps>(p, segment, head, first_value, stages, fixed);
     } else {
-      if constexpr (Products::kGroup) take_registers<208>();
+      if constexpr (Products::kGroup) take_registers<kMaps ? 208 : 176>();
       if constexpr (kMaps) {
         walk_maps<Products, kKeys>(p, segment, head, stages, fixed);
       } else {
@@ -683,140 +736,207 @@ __device__ void split(float x, float y, std::uint32_t& high, std::uint32_t& low)
   low = pack(x - back.x, y - back.y);
 }
 
-// S_{s+1}ᵀ = S_sᵀ M_sᵀ + N_sᵀ for the segments of one sequence and head, 16 value columns a block;
-// N is replaced by the state behind the segment. Operands are split into two bfloat16 halves each,
-// which leaves products of 16 bits: the state stays a float32 one.
-template <int kKeys>
-__global__ void __launch_bounds__(256) join_segments(const __grid_constant__ ChunkParams p) {
-  constexpr int kStride = kKeys + 4;
+// S_{s+1}ᵀ = S_sᵀ M_sᵀ + N_sᵀ for the segments of one sequence and head, kJoinRows value columns a
+// block; N is replaced by the state behind the segment. Operands are split into two bfloat16 halves
+// each, which leaves products of 16 bits: the state stays a float32 one.
+constexpr int kJoinRows = 32;
+constexpr int kJoinThreads = 256;
+
+template <int kKeys, int kMaps>  // so many maps in use or under way
+struct JoinLayout {
+  static constexpr int kMapStride = kKeys + 4;    // floats
+  static constexpr int kStateStride = kKeys + 8;  // bfloat16
+  static constexpr int kMapBytes = kKeys * kMapStride * 4;
+  static constexpr int kHalfBytes = kJoinRows * kStateStride * 2;
+  static constexpr int kBytes = kMaps * kMapBytes + 2 * kHalfBytes;
+};
+
+template <int kKeys, int kMaps>
+__global__ void __launch_bounds__(kJoinThreads)
+    join_segments(const __grid_constant__ ChunkParams p) {
+  using L = JoinLayout<kKeys, kMaps>;
   constexpr int kColumns = kKeys / 8;  // of a warp
+  constexpr int kTiles = kColumns / 8;
   extern __shared__ unsigned char shared[];
-  auto* tiles = reinterpret_cast<float*>(shared);  // [2, K', kStride]
-  float* state = tiles + 2 * kKeys * kStride;      // [16, kStride]
   const BatchEntry& entry = p.batch.entries[blockIdx.z];
   const int hops = entry.segments - 2;
   if (hops < 1) return;
   const int head = blockIdx.y;
-  const int first_row = 16 * blockIdx.x;
   const int lane = threadIdx.x % 32;
   const int warp = threadIdx.x / 32;
+  const int row = lane / 4;
+  const int column = warp * kColumns + 2 * (lane % 4);
   const auto map = [&](int segment) {
     const std::size_t slot = entry.first_map + segment;
     return p.maps + (slot * p.problem.heads + head) * map_floats(kKeys);
   };
-  const auto prefetch = [&](int hop) {
+  // Element (row, column) of tile (i, j) of Nᵀ, and of the state that replaces it.
+  const auto at = [&](int segment, int i, int j) {
+    return map(segment) + (kJoinRows * blockIdx.x + 16 * i + row) * kKeys + column + 8 * j;
+  };
+  const auto load_n = [&](float(&n)[2][kTiles][4], int segment) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+#pragma unroll
+      for (int j = 0; j < kTiles; ++j) {
+        const float2 low = *reinterpret_cast<const float2*>(at(segment, i, j));
+        const float2 high = *reinterpret_cast<const float2*>(at(segment, i, j) + 8 * kKeys);
+        n[i][j][0] = low.x;
+        n[i][j][1] = low.y;
+        n[i][j][2] = high.x;
+        n[i][j][3] = high.y;
+      }
+    }
+  };
+  const auto load_m = [&](int hop) {
     if (hop < hops) {
       const float* from = map(hop + 1) + kValues * kKeys;
-      float* to = tiles + (hop % 2) * kKeys * kStride;
-      for (int i = threadIdx.x; i < kKeys * kKeys / 4; i += 256) {
-        const int row = i / (kKeys / 4);
-        const int column = i % (kKeys / 4) * 4;
-        copy_piece_async(shared_address(to + row * kStride + column), from + 4 * i, true);
+      const std::uint32_t to = shared_address(shared + hop % kMaps * L::kMapBytes);
+      for (int i = threadIdx.x; i < kKeys * kKeys / 4; i += kJoinThreads) {
+        copy_piece_async(to + (i / (kKeys / 4) * L::kMapStride + i % (kKeys / 4) * 4) * 4,
+                         from + 4 * i, true);
       }
     }
     commit_copies();
   };
-  prefetch(0);
-  for (int i = threadIdx.x; i < 16 * kKeys; i += 256) {
-    state[i / kKeys * kStride + i % kKeys] = map(0)[first_row * kKeys + i];
-  }
-  for (int hop = 0; hop < hops; ++hop) {
-    prefetch(hop + 1);
-    float* n = map(hop + 1) + (first_row + lane / 4) * kKeys + warp * kColumns + 2 * (lane % 4);
-    float d[kColumns / 8][4];
+  unsigned char* high_half = shared + kMaps * L::kMapBytes;
+  unsigned char* low_half = high_half + L::kHalfBytes;
+  const auto store_halves = [&](const float(&s)[2][kTiles][4]) {
 #pragma unroll
-    for (int j = 0; j < kColumns / 8; ++j) {
-      const float2 low = *reinterpret_cast<const float2*>(n + 8 * j);
-      const float2 high = *reinterpret_cast<const float2*>(n + 8 * j + 8 * kKeys);
-      d[j][0] = low.x;
-      d[j][1] = low.y;
-      d[j][2] = high.x;
-      d[j][3] = high.y;
+    for (int i = 0; i < 2; ++i) {
+#pragma unroll
+      for (int j = 0; j < kTiles; ++j) {
+#pragma unroll
+        for (int k = 0; k < 2; ++k) {
+          const int to = ((16 * i + row + 8 * k) * L::kStateStride + column + 8 * j) * 2;
+          split(s[i][j][2 * k], s[i][j][2 * k + 1],
+                *reinterpret_cast<std::uint32_t*>(high_half + to),
+                *reinterpret_cast<std::uint32_t*>(low_half + to));
+        }
+      }
     }
-    wait_copies<1>();
+  };
+
+  float d[2][kTiles][4];
+  float n[2][kTiles][4];
+#pragma unroll
+  for (int hop = 0; hop < kMaps - 1; ++hop) load_m(hop);
+  load_n(d, 0);
+  store_halves(d);
+  load_n(n, 1);
+  for (int hop = 0; hop < hops; ++hop) {
+    load_m(hop + kMaps - 1);
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+#pragma unroll
+      for (int j = 0; j < kTiles; ++j) {
+#pragma unroll
+        for (int k = 0; k < 4; ++k) d[i][j][k] = n[i][j][k];
+      }
+    }
+    if (hop + 1 < hops) load_n(n, hop + 2);
+    wait_copies<kMaps - 1>();
     __syncthreads();
-    const float* m = tiles + (hop % 2) * kKeys * kStride;
-#pragma unroll
+    const auto* m = reinterpret_cast<const float*>(shared + hop % kMaps * L::kMapBytes);
+#pragma unroll 2
     for (int k = 0; k < kKeys / 16; ++k) {
-      std::uint32_t a[4];
-      std::uint32_t a_low[4];
+      std::uint32_t a[2][2][4];  // tile, half
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const float2 pair = *reinterpret_cast<const float2*>(
-            state + (lane / 4 + i % 2 * 8) * kStride + 16 * k + i / 2 * 8 + 2 * (lane % 4));
-        split(pair.x, pair.y, a[i], a_low[i]);
+      for (int i = 0; i < 2; ++i) {
+#pragma unroll
+        for (int r = 0; r < 4; ++r) {
+          const int from =
+              ((16 * i + row + r % 2 * 8) * L::kStateStride + 16 * k + r / 2 * 8 + 2 * (lane % 4)) *
+              2;
+          a[i][0][r] = *reinterpret_cast<const std::uint32_t*>(high_half + from);
+          a[i][1][r] = *reinterpret_cast<const std::uint32_t*>(low_half + from);
+        }
       }
 #pragma unroll
-      for (int j = 0; j < kColumns / 8; ++j) {
-        std::uint32_t b[2];
-        std::uint32_t b_low[2];
+      for (int j = 0; j < kTiles; ++j) {
+        std::uint32_t b[2][2];  // half
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+          const float* from =
+              m + (16 * k + 8 * r + 2 * (lane % 4)) * L::kMapStride + warp * kColumns + 8 * j + row;
+          split(from[0], from[L::kMapStride], b[0][r], b[1][r]);
+        }
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
-          const float* at =
-              m + (16 * k + 8 * i + 2 * (lane % 4)) * kStride + warp * kColumns + 8 * j + lane / 4;
-          split(at[0], at[kStride], b[i], b_low[i]);
+          mma_bf16(d[i][j], a[i][0], b[1][0], b[1][1]);
+          mma_bf16(d[i][j], a[i][1], b[0][0], b[0][1]);
+          mma_bf16(d[i][j], a[i][0], b[0][0], b[0][1]);
         }
-        mma_bf16(d[j], a, b_low[0], b_low[1]);
-        mma_bf16(d[j], a_low, b[0], b[1]);
-        mma_bf16(d[j], a, b[0], b[1]);
       }
     }
     __syncthreads();
+    store_halves(d);
 #pragma unroll
-    for (int j = 0; j < kColumns / 8; ++j) {
-      float* at = state + lane / 4 * kStride + warp * kColumns + 8 * j + 2 * (lane % 4);
-      *reinterpret_cast<float2*>(at) = make_float2(d[j][0], d[j][1]);
-      *reinterpret_cast<float2*>(at + 8 * kStride) = make_float2(d[j][2], d[j][3]);
-      *reinterpret_cast<float2*>(n + 8 * j) = make_float2(d[j][0], d[j][1]);
-      *reinterpret_cast<float2*>(n + 8 * j + 8 * kKeys) = make_float2(d[j][2], d[j][3]);
+    for (int i = 0; i < 2; ++i) {
+#pragma unroll
+      for (int j = 0; j < kTiles; ++j) {
+        float* to = at(hop + 1, i, j);
+        *reinterpret_cast<float2*>(to) = make_float2(d[i][j][0], d[i][j][1]);
+        *reinterpret_cast<float2*>(to + 8 * kKeys) = make_float2(d[i][j][2], d[i][j][3]);
+      }
     }
   }
 }
 
 struct Card {
-  int multiprocessors = 0;
   int shared_bytes = 0;
   bool group_products = false;
 };
 
 Card card() {
-  int device = 0;
-  int major = 0;
-  Card card;
-  check(cudaGetDevice(&device));
-  check(cudaDeviceGetAttribute(&card.multiprocessors, cudaDevAttrMultiProcessorCount, device));
-  check(
-      cudaDeviceGetAttribute(&card.shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
-  check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
-  card.group_products = major == 9;
-  return card;
+  const auto attribute = [](cudaDeviceAttr which) {
+    int device = 0;
+    int value = 0;
+    check(cudaGetDevice(&device), "cudaGetDevice");
+    check(cudaDeviceGetAttribute(&value, which, device), "cudaDeviceGetAttribute");
+    return value;
+  };
+  return {.shared_bytes = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin),
+          .group_products = attribute(cudaDevAttrComputeCapabilityMajor) == 9};
 }
 
 template <class Products, int kKeys, bool kMaps>
 void launch_walk(ChunkParams params, const Card& card, int most_stages, cudaStream_t stream) {
-  using L = Layout<kKeys, kMaps>;
+  using L = Layout<Products, kKeys, kMaps>;
   params.stages = most_stages;
   while (params.stages > 1 && L::bytes(params.stages) > card.shared_bytes) --params.stages;
   const int bytes = L::bytes(params.stages);
   const auto kernel = delta_rule_chunks<Products, kKeys, kMaps>;
-  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes),
+        "delta_rule");
   const int blocks = kMaps ? params.batch.maps : params.batch.blocks;
   const int value_blocks = (params.problem.value_dim + kValues - 1) / kValues;
-  kernel<<<dim3(params.problem.heads, blocks, kMaps ? 1 : value_blocks), kThreads, bytes, stream>>>(
-      params);
-  check(cudaGetLastError());
+  kernel<<<dim3(params.problem.heads, blocks, kMaps ? 1 : value_blocks),
+           (kThreads<Products, kMaps>), bytes, stream>>>(params);
+  check_launch("delta_rule");
+}
+
+template <int kKeys, int kMaps>
+void launch_join(const ChunkParams& params, cudaStream_t stream) {
+  constexpr int kBytes = JoinLayout<kKeys, kMaps>::kBytes;
+  const auto kernel = join_segments<kKeys, kMaps>;
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes),
+        "cudaFuncSetAttribute");
+  const int value_blocks = (params.problem.value_dim + kJoinRows - 1) / kJoinRows;
+  kernel<<<dim3(value_blocks, params.problem.heads, params.batch.count), kJoinThreads, kBytes,
+           stream>>>(params);
+  check_launch("join_segments");
 }
 
 template <class Products, int kKeys>
 void launch(const ChunkParams& params, const Card& card, cudaStream_t stream) {
   if (params.batch.maps > 0) {
     launch_walk<Products, kKeys, true>(params, card, 4, stream);
-    const int bytes = (2 * kKeys + 16) * (kKeys + 4) * 4;
-    const auto kernel = join_segments<kKeys>;
-    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
-    kernel<<<dim3((params.problem.value_dim + 15) / 16, params.problem.heads, params.batch.count),
-             256, bytes, stream>>>(params);
-    check(cudaGetLastError());
+    if (card.shared_bytes >= JoinLayout<kKeys, 3>::kBytes) {
+      launch_join<kKeys, 3>(params, stream);
+    } else {
+      launch_join<kKeys, 2>(params, stream);
+    }
   }
   launch_walk<Products, kKeys, false>(params, card, 3, stream);
 }
@@ -837,6 +957,7 @@ int delta_rule_segments(const DeltaRuleProblem& problem, int length, int multipr
   constexpr int kLeastChunks = 16;
   const int chunks = (length + kChunk - 1) / kChunk;
   if (problem.value_dim > kValues || chunks < 5 * kLeastChunks) return 1;
+  if (card().shared_bytes < JoinLayout<128, 2>::kBytes) return 1;
   return std::clamp(multiprocessors / problem.heads, 1, chunks / kLeastChunks);
 }
 

@@ -13,19 +13,19 @@ struct DeltaRuleProblem {
   const void* q = nullptr;     // [T, H, K]
   const void* k = nullptr;     // [T, H, K]
   const void* v = nullptr;     // [T, H, V]
-  const void* beta = nullptr;  // [T, H], or null for β = 1
+  const void* beta = nullptr;  // [T, H] float32, or null for β = 1
   void* o = nullptr;           // [T, H, V]
   bool is_bf16 = false;        // q, k, v, o: bfloat16 instead of float32
-  bool beta_bf16 = false;
   int heads = 0;
   int key_dim = 0;
   int value_dim = 0;
 };
 
 // The recurrence itself, row by row, in float32: any head sizes up to K = 256. The exact mode, and
-// the way of single tokens, where reading and writing the states is all the work.
+// the way of single tokens, where reading and writing the states is all the work: `single_rows`
+// says that every sequence has one row.
 void launch_delta_rule_recurrent(const DeltaRuleProblem& problem, const SequenceBatch& batch,
-                                 cudaStream_t stream);
+                                 bool single_rows, cudaStream_t stream);
 
 // Chunks of 64 rows on the tensor cores: bfloat16, K and V multiples of 8, K at most 128; a
 // sequence in several segments needs V at most 128 too.

@@ -1,11 +1,12 @@
 // The delta rule row by row, in float32 (ops/delta_rule.h): a block owns one head of a sequence and
-// 32 columns of its state, which stay in the registers of 128 threads: four columns and every
-// sixteenth row a thread. With r = Sᵀk the recalled values and the state before the update,
+// 32 columns of its state, which stay in the registers of 128 threads: four columns of
+// a sixteenth of the rows a thread. With r = Sᵀk the recalled values and the state before the
+// update,
 //   u = β (v − r),  o = (Sᵀq + u (k·q)) / √K,
 // so one pass over the state and one barrier a row suffice.
 #include <cmath>
 
-#include "cuda/check.cuh"
+#include "cuda/check.h"
 #include "cuda/delta_rule_kernels.h"
 #include "cuda/elements.cuh"
 
@@ -39,24 +40,18 @@ struct Row {
   __device__ void load(const DeltaRuleProblem& p, std::ptrdiff_t row, int head, int row_group,
                        int column, int columns) {
     const std::ptrdiff_t at = row * p.heads + head;
-    const T* qs = static_cast<const T*>(p.q) + at * p.key_dim;
-    const T* ks = static_cast<const T*>(p.k) + at * p.key_dim;
-#pragma unroll
-    for (int i = 0; i < kRows; ++i) {
-      const int r = i * kRowGroups + row_group;
-      q[i] = r < p.key_dim ? to_float(qs[r]) : 0;
-      k[i] = r < p.key_dim ? to_float(ks[r]) : 0;
-    }
+    const bool aligned = p.key_dim % 4 == 0;
+    load_part(q, static_cast<const T*>(p.q) + at * p.key_dim, row_group * kRows, p.key_dim,
+              aligned);
+    load_part(k, static_cast<const T*>(p.k) + at * p.key_dim, row_group * kRows, p.key_dim,
+              aligned);
     load_four(v, static_cast<const T*>(p.v) + at * p.value_dim + column, columns);
-    beta = 1;
-    if (p.beta != nullptr) {
-      beta = p.beta_bf16 ? to_float(static_cast<const bf16*>(p.beta)[at])
-                         : static_cast<const float*>(p.beta)[at];
-    }
+    beta = p.beta != nullptr ? static_cast<const float*>(p.beta)[at] : 1;
   }
 };
 
-template <typename T, int kRows>
+// kSingle: sequences of one row each.
+template <typename T, int kRows, bool kSingle>
 __global__ void __launch_bounds__(kThreads)
     delta_rule_recurrent(const __grid_constant__ RecurrentParams p) {
   __shared__ float4 recalled_parts[2][kWarps][kColumns / 4];
@@ -80,15 +75,15 @@ __global__ void __launch_bounds__(kThreads)
   float s[kRows][4];
 #pragma unroll
   for (int i = 0; i < kRows; ++i) {
-    const int r = i * kRowGroups + row_group;
+    const int r = row_group * kRows + i;
     load_four(s[i], state + static_cast<std::ptrdiff_t>(r) * values,
               r < problem.key_dim ? columns : 0);
   }
   Row<T, kRows> next;
   next.load(problem, entry.begin, head, row_group, column, columns);
-  for (int t = 0; t < entry.length; ++t) {
+  for (int t = 0; t < (kSingle ? 1 : entry.length); ++t) {
     const Row<T, kRows> row = next;
-    if (t + 1 < entry.length) {
+    if (!kSingle && t + 1 < entry.length) {
       next.load(problem, entry.begin + t + 1, head, row_group, column, columns);
     }
     float recalled[4] = {};
@@ -142,37 +137,39 @@ __global__ void __launch_bounds__(kThreads)
   }
 #pragma unroll
   for (int i = 0; i < kRows; ++i) {
-    const int r = i * kRowGroups + row_group;
+    const int r = row_group * kRows + i;
     if (r < problem.key_dim)
       store_four(state + static_cast<std::ptrdiff_t>(r) * values, s[i], columns);
   }
 }
 
-template <typename T>
+template <typename T, bool kSingle>
 void launch(const RecurrentParams& params, cudaStream_t stream) {
   const dim3 grid((params.problem.value_dim + kColumns - 1) / kColumns, params.problem.heads,
                   params.batch.count);
   const int keys = params.problem.key_dim;
-  if (keys <= 2 * kRowGroups) {
-    delta_rule_recurrent<T, 2><<<grid, kThreads, 0, stream>>>(params);
-  } else if (keys <= 4 * kRowGroups) {
-    delta_rule_recurrent<T, 4><<<grid, kThreads, 0, stream>>>(params);
+  if (keys <= 4 * kRowGroups) {
+    delta_rule_recurrent<T, 4, kSingle><<<grid, kThreads, 0, stream>>>(params);
   } else if (keys <= 8 * kRowGroups) {
-    delta_rule_recurrent<T, 8><<<grid, kThreads, 0, stream>>>(params);
+    delta_rule_recurrent<T, 8, kSingle><<<grid, kThreads, 0, stream>>>(params);
   } else {
-    delta_rule_recurrent<T, 16><<<grid, kThreads, 0, stream>>>(params);
+    delta_rule_recurrent<T, 16, kSingle><<<grid, kThreads, 0, stream>>>(params);
   }
-  check(cudaGetLastError());
+  check_launch("delta_rule_recurrent");
 }
 
 }  // namespace
 
 void launch_delta_rule_recurrent(const DeltaRuleProblem& problem, const SequenceBatch& batch,
-                                 cudaStream_t stream) {
+                                 bool single_rows, cudaStream_t stream) {
   const RecurrentParams params{.problem = problem,
                                .scale = 1 / std::sqrt(static_cast<float>(problem.key_dim)),
                                .batch = batch};
-  problem.is_bf16 ? launch<bf16>(params, stream) : launch<float>(params, stream);
+  if (problem.is_bf16) {
+    single_rows ? launch<bf16, true>(params, stream) : launch<bf16, false>(params, stream);
+  } else {
+    single_rows ? launch<float, true>(params, stream) : launch<float, false>(params, stream);
+  }
 }
 
 }  // namespace deltafox::cuda

@@ -72,6 +72,23 @@ __device__ inline void store_four(bf16* to, const float (&from)[4], int count) {
   }
 }
 
+// Elements [first, first + kCount) of a row of `size`, zeros behind its end; `aligned` rows are
+// read by the vector.
+template <int kCount, typename T>
+__device__ void load_part(float (&to)[kCount], const T* row, int first, int size, bool aligned) {
+  static_assert(kCount % 4 == 0);
+  if (aligned) {
+#pragma unroll
+    for (int i = 0; i < kCount; i += 4) {
+      load_four(reinterpret_cast<float(&)[4]>(to[i]), row + first + i,
+                first + i < size ? kVector : 0);
+    }
+    return;
+  }
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) to[i] = first + i < size ? to_float(row[first + i]) : 0;
+}
+
 __device__ inline void add_four(float (&to)[4], const float4& x) {
   to[0] += x.x, to[1] += x.y, to[2] += x.z, to[3] += x.w;
 }

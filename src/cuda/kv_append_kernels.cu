@@ -9,6 +9,8 @@ namespace deltafox::cuda {
 namespace {
 
 constexpr int kThreads = 256;
+// Of scans.
+constexpr int kScanThreads = 512;
 constexpr int kPerThread = 8;
 
 template <typename T, int kDim>
@@ -54,8 +56,8 @@ __global__ __launch_bounds__(kThreads) void append_rows(AppendParams params,
   __syncthreads();
   std::byte* to = page + params.layout.keys(g);
   for (int i = static_cast<int>(threadIdx.x); i < kPageTokens * kDim / kSize; i += kThreads) {
-    const int d = i % kDim;
-    const int c = i / kDim;
+    const int d = i / (kPageTokens / kSize);
+    const int c = i % (kPageTokens / kSize);
     alignas(16) T chunk[kSize];
     T* at = reinterpret_cast<T*>(to + key_chunk<T>(d, c));
     if (c * kSize >= first && (c + 1) * kSize <= end) {
@@ -96,9 +98,9 @@ __device__ inline float& float_at(std::byte* page, std::int64_t offset, int toke
 }
 
 // Blocks of gates come first, then those of norms.
-__global__ __launch_bounds__(kThreads) void scan_rows(AppendParams params) {
-  using Sums = cub::BlockScan<double, kThreads>;
-  using Maxima = cub::BlockScan<float, kThreads>;
+__global__ __launch_bounds__(kScanThreads) void scan_rows(AppendParams params) {
+  using Sums = cub::BlockScan<double, kScanThreads>;
+  using Maxima = cub::BlockScan<float, kScanThreads>;
   __shared__ union {
     typename Sums::TempStorage sums;
     typename Maxima::TempStorage maxima;
@@ -118,16 +120,16 @@ __global__ __launch_bounds__(kThreads) void scan_rows(AppendParams params) {
                    float_at(page(first - 1), layout.gates(h), (first - 1) % kPageTokens)) +
                float_at(page(first - 1), layout.low_gates(h), (first - 1) % kPageTokens);
     }
-    for (int start = 0; start < sequence.rows; start += kThreads * kPerThread) {
+    for (int start = 0; start < sequence.rows; start += kScanThreads * kPerThread) {
       double sums[kPerThread];
 #pragma unroll
       for (int i = 0; i < kPerThread; ++i) {
         const int r = start + thread * kPerThread + i;
-        sums[i] = r < sequence.rows
-                      ? params.log_gates[static_cast<std::int64_t>(sequence.row + r) *
-                                             layout.gate_heads +
-                                         h]
-                      : 0;
+        sums[i] =
+            r < sequence.rows
+                ? params.log_gates[static_cast<std::int64_t>(sequence.row + r) * layout.gate_heads +
+                                   h]
+                : 0;
       }
       double all = 0;
       Sums(storage.sums).InclusiveSum(sums, sums, all);
@@ -148,7 +150,7 @@ __global__ __launch_bounds__(kThreads) void scan_rows(AppendParams params) {
   const int g = static_cast<int>(blockIdx.x) - layout.gate_heads;
   float before =
       first > 0 ? float_at(page(first - 1), layout.norms(g), (first - 1) % kPageTokens) : 0;
-  for (int start = 0; start < sequence.rows; start += kThreads * kPerThread) {
+  for (int start = 0; start < sequence.rows; start += kScanThreads * kPerThread) {
     float norms[kPerThread];
 #pragma unroll
     for (int i = 0; i < kPerThread; ++i) {
@@ -179,8 +181,7 @@ __global__ __launch_bounds__(kThreads) void append_single(AppendParams params) {
   const int position = sequence.length - 1;
   const int t = position % kPageTokens;
   std::byte* page = sequence.page(position / kPageTokens);
-  const std::byte* previous =
-      position > 0 ? sequence.page((position - 1) / kPageTokens) : nullptr;
+  const std::byte* previous = position > 0 ? sequence.page((position - 1) / kPageTokens) : nullptr;
   const int before = (position - 1) % kPageTokens;
   const std::int64_t row = static_cast<std::int64_t>(sequence.row) * layout.kv_heads * layout.dim;
   const T* k = static_cast<const T*>(params.k) + row;
@@ -190,15 +191,15 @@ __global__ __launch_bounds__(kThreads) void append_single(AppendParams params) {
     const int g = i / layout.dim;
     const int d = i % layout.dim;
     reinterpret_cast<T*>(page + layout.keys(g) + key_chunk<T>(d, t / kSize))[t % kSize] = k[i];
-    reinterpret_cast<T*>(page + layout.values(g) +
-                         value_chunk<T, kDim>(t, d / kSize))[d % kSize] = v[i];
+    reinterpret_cast<T*>(page + layout.values(g) + value_chunk<T, kDim>(t, d / kSize))[d % kSize] =
+        v[i];
   }
   for (int h = thread; h < layout.gate_heads; h += kThreads) {
     double sum = 0;
     if (previous != nullptr) {
-      sum = static_cast<double>(
-                reinterpret_cast<const float*>(previous + layout.gates(h))[before]) +
-            reinterpret_cast<const float*>(previous + layout.low_gates(h))[before];
+      sum =
+          static_cast<double>(reinterpret_cast<const float*>(previous + layout.gates(h))[before]) +
+          reinterpret_cast<const float*>(previous + layout.low_gates(h))[before];
     }
     sum += params.log_gates[static_cast<std::int64_t>(sequence.row) * layout.gate_heads + h];
     const SplitSum split(sum);
@@ -212,10 +213,9 @@ __global__ __launch_bounds__(kThreads) void append_single(AppendParams params) {
       const auto x = static_cast<float>(k[g * layout.dim + d]);
       squares += x * x;
     }
-    const float greatest =
-        previous != nullptr
-            ? reinterpret_cast<const float*>(previous + layout.norms(g))[before]
-            : 0;
+    const float greatest = previous != nullptr
+                               ? reinterpret_cast<const float*>(previous + layout.norms(g))[before]
+                               : 0;
     float_at(page, layout.norms(g), t) = fmaxf(greatest, sqrtf(squares));
   }
 }
@@ -227,14 +227,13 @@ void launch(const AppendParams& params, const AppendTile* tiles, int tile_count,
     append_single<T, kDim><<<params.sequence_count, kThreads, 0, stream>>>(params);
     return;
   }
-  const dim3 grid(static_cast<unsigned>(tile_count),
-                  static_cast<unsigned>(params.layout.kv_heads));
+  const dim3 grid(static_cast<unsigned>(tile_count), static_cast<unsigned>(params.layout.kv_heads));
   append_rows<T, kDim><<<grid, kThreads, 0, stream>>>(params, tiles);
   const int scans =
       params.layout.gate_heads + (params.layout.has_norms ? params.layout.kv_heads : 0);
   if (scans == 0) return;
   const dim3 heads(static_cast<unsigned>(scans), static_cast<unsigned>(params.sequence_count));
-  scan_rows<<<heads, kThreads, 0, stream>>>(params);
+  scan_rows<<<heads, kScanThreads, 0, stream>>>(params);
 }
 
 template <typename T>

@@ -16,9 +16,9 @@ struct AppendTile {
 };
 
 struct AppendParams {
-  const void* k;           // [T, G, D]
-  const void* v;           // [T, G, D]
-  const float* log_gates;  // [T, H], or null
+  const void* k;                // [T, G, D]
+  const void* v;                // [T, G, D]
+  const float* log_gates;       // [T, H], or null
   const KvSequence* sequences;  // [B], in device memory
   std::int32_t sequence_count;
   KvPageLayout layout;

@@ -12,17 +12,31 @@ __device__ inline std::uint32_t shared_address(const void* pointer) {
 }
 
 // Swizzles of shared memory, as matrix descriptors name them.
-enum class Swizzle : std::uint64_t { k128 = 1, k64 = 2 };
+enum class Swizzle : std::uint32_t { k128 = 1, k64 = 2 };
 
-// Describes a matrix in shared memory. For an operand whose rows lie along the product's inner
-// dimension, `stride` is the distance of eight rows. For one whose rows lie across it, `stride` is
-// the distance of eight rows too, and `leading` that of panels of one swizzle's width.
-__device__ inline std::uint64_t descriptor(std::uint32_t address, Swizzle swizzle,
-                                           std::uint32_t stride, std::uint32_t leading) {
-  return static_cast<std::uint64_t>((address & 0x3ffff) >> 4) |
-         (static_cast<std::uint64_t>(leading >> 4) << 16) |
-         (static_cast<std::uint64_t>(stride >> 4) << 32) |
-         (static_cast<std::uint64_t>(swizzle) << 62);
+// Describes a matrix in shared memory. `stride` is the distance of eight rows. If the rows lie
+// across the product's inner dimension, `leading` is the distance of panels of one swizzle's width.
+// A matrix that begins some bytes further has a `low` that is greater by a sixteenth of them.
+struct Descriptor {
+  std::uint32_t low;
+  std::uint32_t high;
+
+  __device__ Descriptor(const void* matrix, Swizzle swizzle, std::uint32_t stride,
+                        std::uint32_t leading)
+      : low((shared_address(matrix) >> 4) | (leading >> 4 << 16)),
+        high((stride >> 4) | (static_cast<std::uint32_t>(swizzle) << 30)) {}
+  __device__ std::uint64_t at(int bytes) const {
+    return (static_cast<std::uint64_t>(high) << 32) |
+           (low + static_cast<std::uint32_t>(bytes >> 4));
+  }
+};
+
+__device__ inline float2 load_shared(const float2* from) {
+  float2 value;
+  asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];"
+               : "=f"(value.x), "=f"(value.y)
+               : "r"(shared_address(from)));
+  return value;
 }
 
 __device__ inline void wgmma_fence() {

@@ -6,6 +6,8 @@
 #include "cuda/stream.h"
 
 #include <algorithm>
+#include <array>
+#include <atomic>
 #include <cstring>
 #include <map>
 
@@ -225,8 +227,11 @@ const void* Stream::upload(std::span<const std::byte> bytes) {
   if (capturing_) fail("CUDA: an upload of {} bytes while a graph is captured", bytes.size());
   if (size > kUploadBytes) fail("CUDA: an upload of {} bytes exceeds {}", size, kUploadBytes);
   if (uploads_device_ == nullptr) {
-    check(cudaMalloc(&uploads_device_, kUploadBytes), "cudaMalloc");
-    check(cudaMallocHost(&uploads_host_, kUploadBytes), "cudaMallocHost");
+    void* memory = nullptr;
+    check(cudaMalloc(&memory, kUploadBytes), "cudaMalloc");
+    uploads_device_ = static_cast<std::byte*>(memory);
+    check(cudaMallocHost(&memory, kUploadBytes), "cudaMallocHost");
+    uploads_host_ = static_cast<std::byte*>(memory);
   }
   if (uploads_used_ + size > kUploadBytes) {
     synchronize();
@@ -246,6 +251,76 @@ void Stream::forget_uploads() {
   uploads_.clear();
   uploads_used_ = 0;
   ++uploads_generation_;
+}
+
+void upload(ThreadPool& threads, std::span<const Piece> pieces) {
+  constexpr std::size_t kStage = std::size_t{32} << 20;
+  constexpr std::size_t kPart = std::size_t{1} << 20;
+  Stream stream;
+  std::array<std::shared_ptr<void>, 2> stages{allocate_shared(kStage), allocate_shared(kStage)};
+  std::array<cudaEvent_t, 2> copied{};
+  for (cudaEvent_t& event : copied) {
+    check(cudaEventCreateWithFlags(&event, cudaEventDisableTiming), "cudaEventCreate");
+  }
+  std::size_t turn = 0;
+  for (const Piece& piece : pieces) {
+    for (std::size_t done = 0; done < piece.bytes; done += kStage, ++turn) {
+      const std::size_t bytes = std::min(kStage, piece.bytes - done);
+      auto* stage = static_cast<std::byte*>(stages[turn % 2].get());
+      const auto* from = static_cast<const std::byte*>(piece.from) + done;
+      check(cudaEventSynchronize(copied[turn % 2]), "cudaMemcpyAsync");
+      threads.parallel_for(
+          static_cast<std::int64_t>((bytes + kPart - 1) / kPart), [&](std::int64_t task) {
+            const std::size_t begin = static_cast<std::size_t>(task) * kPart;
+            std::memcpy(stage + begin, from + begin, std::min(kPart, bytes - begin));
+          });
+      check(cudaMemcpyAsync(static_cast<std::byte*>(piece.to) + done, stage, bytes,
+                            cudaMemcpyHostToDevice, stream.handle()),
+            "cudaMemcpyAsync");
+      check(cudaEventRecord(copied[turn % 2], stream.handle()), "cudaEventRecord");
+    }
+  }
+  stream.synchronize();
+  for (const cudaEvent_t event : copied) cudaEventDestroy(event);
+}
+
+class Graph {
+ public:
+  explicit Graph(cudaGraph_t graph) {
+    const cudaError_t status = cudaGraphInstantiate(&exec_, graph, 0);
+    cudaGraphDestroy(graph);
+    check(status, "cudaGraphInstantiate");
+  }
+  ~Graph() { cudaGraphExecDestroy(exec_); }
+  Graph(const Graph&) = delete;
+  Graph& operator=(const Graph&) = delete;
+  cudaGraphExec_t get() const { return exec_; }
+
+ private:
+  cudaGraphExec_t exec_ = nullptr;
+};
+
+std::shared_ptr<Graph> record(Stream& stream, const std::function<void()>& work) {
+  stream.synchronize();
+  stream.begin_capture();
+  try {
+    work();
+  } catch (...) {
+    if (cudaGraph_t graph = stream.end_capture(); graph != nullptr) cudaGraphDestroy(graph);
+    throw;
+  }
+  return std::make_shared<Graph>(stream.end_capture());
+}
+
+void run(Stream& stream, Graph& graph) {
+  check(cudaGraphLaunch(graph.get(), stream.handle()), "cudaGraphLaunch");
+}
+
+std::shared_ptr<void> allocate_shared(std::size_t bytes) {
+  void* memory = nullptr;
+  check(cudaMallocHost(&memory, bytes), "cudaMallocHost");
+  std::memset(memory, 0, bytes);
+  return {memory, [](void* pointer) { cudaFreeHost(pointer); }};
 }
 
 std::shared_ptr<Stream> make_stream() {

@@ -98,26 +98,35 @@ __device__ inline void mma_bf16(float (&d)[4], const std::uint32_t (&a)[4], std:
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
-__device__ inline std::uint32_t to_tf32(float x) {
-  std::uint32_t bits;
-  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(bits) : "f"(x));
-  return bits;
+// Rounded to TF32 when its last 13 bits, which products ignore, are cut off.
+__device__ inline float to_tf32(float x) {
+  return __uint_as_float(__float_as_uint(x) + 0x1000U);
 }
 
-// d += a b for a [16,8] and b [8,8] in TF32
-__device__ inline void mma_tf32(float (&d)[4], const std::uint32_t (&a)[4], std::uint32_t b0,
-                                std::uint32_t b1) {
+// A value that all lanes share, in a register that the warp shares.
+__device__ inline int uniform(int value) {
+  return __shfl_sync(0xffffffffU, value, 0);
+}
+
+// d += a b for a [16,8] and b [8,8], rounded to TF32
+__device__ inline void mma_tf32(float (&d)[4], const float (&a)[4], float b0, float b1) {
   asm volatile(
       "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 "
       "{%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+      : "r"(__float_as_uint(a[0])), "r"(__float_as_uint(a[1])), "r"(__float_as_uint(a[2])),
+        "r"(__float_as_uint(a[3])), "r"(__float_as_uint(b0)), "r"(__float_as_uint(b1)));
 }
 
 // Copies 16 bytes to shared memory, or zeros where there is nothing to read.
 __device__ inline void copy_piece_async(std::uint32_t to, const void* from, bool valid) {
   asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(to), "l"(from),
                "r"(valid ? 16 : 0)
+               : "memory");
+}
+__device__ inline void copy_word_async(std::uint32_t to, const void* from, bool valid) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(to), "l"(from),
+               "r"(valid ? 4 : 0)
                : "memory");
 }
 __device__ inline void commit_copies() {
@@ -156,6 +165,17 @@ __device__ inline void barrier_wait(std::uint32_t barrier, int parity) {
 // Among the 128 threads of one warp group.
 __device__ inline void group_sync(int id) {
   asm volatile("bar.sync %0, 128;" ::"r"(id) : "memory");
+}
+
+// Moves registers between warp groups that do different work (sm_90a). Their sum over all groups
+// must not exceed what the block was launched with.
+template <int kRegisters>
+__device__ inline void take_registers() {
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
+}
+template <int kRegisters>
+__device__ inline void give_registers() {
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
 }
 
 struct WarpProducts {

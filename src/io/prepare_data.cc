@@ -22,8 +22,6 @@ namespace {
 
 namespace fs = std::filesystem;
 
-// What is done again at most after an interruption.
-constexpr std::size_t kPartBytes = std::size_t{32} << 20;
 constexpr std::size_t kMaxSmallFile = std::size_t{256} << 20;
 constexpr std::array kTokenizerFiles{"vocab.json", "merges.txt", "tokenizer.json",
                                      "tokenizer_config.json", "special_tokens_map.json"};
@@ -188,7 +186,7 @@ std::vector<Preparation::Part> Preparation::parts() const {
   std::vector<Part> parts;
   const std::vector<TextCorpus::Chunk>& chunks = corpus_.chunks();
   for (std::size_t i = 0; i < chunks.size(); ++i) {
-    if (parts.empty() || parts.back().bytes >= kPartBytes) parts.push_back({i, i, 0});
+    if (parts.empty() || parts.back().bytes >= options_.part_bytes) parts.push_back({i, i, 0});
     parts.back().end = i + 1;
     parts.back().bytes += chunks[i].end - chunks[i].begin;
   }

@@ -5,6 +5,7 @@
 // a run that was interrupted goes on where it was.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 #include <functional>
 #include <string>
@@ -20,6 +21,7 @@ struct PrepareOptions {
   std::int32_t vocab_size = 0;      // the size of a vocabulary to learn from the texts
   double heldout_share = 0;         // of the documents, which ones being drawn by their places
   int threads = 0;
+  std::size_t part_bytes = std::size_t{32} << 20;  // of text: what an interruption loses at most
   // Bytes of text; may be empty.
   std::function<void(const std::string& label, std::int64_t done, std::int64_t total)> on_progress;
 };

@@ -1,8 +1,11 @@
 #include "model/causal_lm.h"
 
+#include <algorithm>
+
 #include "ops/embedding.h"
 #include "ops/linear.h"
 #include "ops/rms_norm.h"
+#include "ops/step.h"
 
 namespace deltafox {
 namespace {
@@ -37,7 +40,7 @@ void CausalLM::forward(Context& ctx, std::span<const std::int32_t> ids, const Se
                        std::span<SequenceState* const> states, const TensorView& hidden,
                        const LayerHook& hook) const {
   ScratchScope scratch(ctx);
-  const TensorView normed = scratch.tensor(hidden.shape);  // [T, C]
+  const TensorView normed = scratch.activation(hidden.shape);  // [T, C]
   // What a mixer or MLP reads: the normed stream, or with norm_first the stream itself.
   const auto input = [&](const std::optional<Param>& norm) -> ConstTensorView {
     if (!norm) return hidden;
@@ -45,6 +48,9 @@ void CausalLM::forward(Context& ctx, std::span<const std::int32_t> ids, const Se
     return normed;
   };
   ops::embedding(ctx, {.ids = ids, .table = embeddings_.value, .y = hidden});
+  if (!hook && sequences.tokens() == sequences.count() && has_step(ctx, sequences.count())) {
+    return step(ctx, states, hidden);
+  }
   for (std::size_t l = 0; l < layers_.size(); ++l) {
     if (hook) hook(static_cast<std::int64_t>(l), hidden);
     const Layer& layer = layers_[l];
@@ -57,6 +63,41 @@ void CausalLM::forward(Context& ctx, std::span<const std::int32_t> ids, const Se
   for (std::size_t b = 0; b < states.size(); ++b) {
     states[b]->position += sequences.length(static_cast<std::int64_t>(b));
   }
+}
+
+bool CausalLM::has_step(const Context& ctx, std::int64_t count) const {
+  if (ctx.device() == Device::kCpu || ctx.activation_dtype() != DType::kBF16 ||
+      count > kStepLinearRows) {
+    return false;
+  }
+  return std::all_of(layers_.begin(), layers_.end(), [](const Layer& layer) {
+    const auto* mixer = std::get_if<DeltaNetMixer>(&layer.mixer);
+    return mixer != nullptr && mixer->has_step() && layer.mixer_norm && layer.mlp &&
+           layer.mlp->has_step();
+  });
+}
+
+bool CausalLM::replayable() const {
+  return std::none_of(layers_.begin(), layers_.end(), [](const Layer& layer) {
+    return std::holds_alternative<AttentionMixer>(layer.mixer);
+  });
+}
+
+void CausalLM::step(Context& ctx, std::span<SequenceState* const> states,
+                    const TensorView& hidden) const {
+  ScratchScope scratch(ctx);
+  const std::span<DeltaNetMixer::State*> of_layer =
+      scratch.array<DeltaNetMixer::State*>(static_cast<std::int64_t>(states.size()));
+  for (std::size_t l = 0; l < layers_.size(); ++l) {
+    const Layer& layer = layers_[l];
+    for (std::size_t b = 0; b < states.size(); ++b) {
+      of_layer[b] = &std::get<DeltaNetMixer::State>(states[b]->layers[l]);
+    }
+    std::get<DeltaNetMixer>(layer.mixer)
+        .step(ctx, layer.mixer_norm->value, config_.norm_eps, of_layer, hidden);
+    layer.mlp->step(ctx, layer.mlp_norm->value, config_.norm_eps, hidden);
+  }
+  for (SequenceState* state : states) ++state->position;
 }
 
 void CausalLM::final_norm(Context& ctx, const ConstTensorView& x, const TensorView& y) const {
@@ -73,12 +114,14 @@ void CausalLM::split_gate_and_up() {
   }
 }
 
-SequenceState CausalLM::new_state() const {
+SequenceState CausalLM::new_state(Device device, DType activation_dtype) const {
   SequenceState state;
+  state.device = device;
   state.layers.reserve(layers_.size());
   for (const Layer& layer : layers_) {
-    state.layers.push_back(
-        std::visit([](const auto& mixer) -> MixerState { return mixer.new_state(); }, layer.mixer));
+    state.layers.push_back(std::visit(
+        [&](const auto& mixer) -> MixerState { return mixer.new_state(device, activation_dtype); },
+        layer.mixer));
   }
   return state;
 }

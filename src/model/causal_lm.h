@@ -37,7 +37,8 @@ struct Layer {
 // One sequence's memory, a mixer's state a layer.
 struct SequenceState {
   std::uint64_t model_id = 0;  // of the loaded model that made it
-  std::int64_t position = 0;   // tokens read
+  Device device = Device::kCpu;
+  std::int64_t position = 0;  // tokens read
   std::vector<MixerState> layers;
 };
 
@@ -81,6 +82,9 @@ class CausalLM {
                std::span<SequenceState* const> states, const TensorView& hidden,
                const LayerHook& hook = {}) const;
 
+  // Whether forward takes a fused way for one token of each of `count` sequences.
+  bool has_step(const Context& ctx, std::int64_t count) const;
+
   // y [R, C] = the final norm of x [R, C]
   void final_norm(Context& ctx, const ConstTensorView& x, const TensorView& y) const;
   // logits [R, N] of normed rows [R, C]
@@ -98,7 +102,10 @@ class CausalLM {
                         std::span<const std::int32_t> labels, float scale, std::span<float> loss,
                         Gradients& gradients, const BackwardOptions& options) const;
 
-  SequenceState new_state() const;
+  // Whether forward does the same launches for every token: no layer's memory grows.
+  bool replayable() const;
+
+  SequenceState new_state(Device device = Device::kCpu, DType activation_dtype = DType::kF32) const;
 
   // Before weights are bound: expects the MLPs' gate and up as matrices of their own.
   void split_gate_and_up();
@@ -127,6 +134,8 @@ class CausalLM {
 
  private:
   struct LayerSaved;
+
+  void step(Context& ctx, std::span<SequenceState* const> states, const TensorView& hidden) const;
 
   // hidden [T, C] through a layer, from new states. With `saved`, what backward needs stays in the
   // context's scratch memory.

@@ -37,11 +37,11 @@ void CausalLM::forward_layer(Context& ctx, const Layer& layer, const Sequences& 
   // Without `saved` the memory goes with this call.
   ScratchScope scratch(ctx, saved != nullptr);
   const auto input = [&](const std::optional<Param>& norm, const ConstTensorView& x) {
-    const TensorView y = norm ? scratch.tensor(x.shape) : copy_of(scratch, x);
+    const TensorView y = norm ? scratch.tensor(x.shape) : copy_of(ctx, scratch, x);
     if (norm) ops::rms_norm(ctx, {.x = x, .w = norm->value, .y = y, .eps = config_.norm_eps});
     return y;
   };
-  if (saved != nullptr) saved->before_mixer = copy_of(scratch, hidden);
+  if (saved != nullptr) saved->before_mixer = copy_of(ctx, scratch, hidden);
   const TensorView x = input(layer.mixer_norm, hidden);
   std::visit(
       [&]<typename M>(const M& mixer) {
@@ -59,7 +59,7 @@ void CausalLM::forward_layer(Context& ctx, const Layer& layer, const Sequences& 
       layer.mixer);
   if (saved != nullptr) saved->mixer_input = x;
   if (!layer.mlp) return;
-  if (saved != nullptr) saved->before_mlp = copy_of(scratch, hidden);
+  if (saved != nullptr) saved->before_mlp = copy_of(ctx, scratch, hidden);
   const TensorView mlp_x = input(layer.mlp_norm, hidden);
   layer.mlp->forward(ctx, mlp_x, hidden, saved != nullptr ? &saved->mlp : nullptr);
   if (saved != nullptr) saved->mlp_input = mlp_x;
@@ -147,7 +147,7 @@ void CausalLM::forward_backward(Context& ctx, std::span<const std::int32_t> ids,
   std::vector<TensorView> inputs;
   std::vector<LayerSaved> saved(options.recompute ? 0 : layers_.size());
   for (std::size_t l = 0; l < layers_.size(); ++l) {
-    if (options.recompute) inputs.push_back(copy_of(scratch, hidden));
+    if (options.recompute) inputs.push_back(copy_of(ctx, scratch, hidden));
     forward_layer(ctx, layers_[l], sequences, hidden, options.recompute ? nullptr : &saved[l]);
   }
   head_backward(ctx, hidden, labels, scale, loss, dhidden, gradients);

@@ -4,6 +4,7 @@
 #include <string>
 
 #include "core/context.h"
+#include "core/device.h"
 #include "core/error.h"
 #include "core/float_convert.h"
 #include "core/quantized.h"
@@ -128,6 +129,32 @@ std::vector<Tensor> bind_params(CausalLM& model, const io::Checkpoint& checkpoin
            checkpoint.file_of(name), name);
     }
   }
+  return buffers;
+}
+
+std::vector<Tensor> place_on_gpu(CausalLM& model, ThreadPool& threads) {
+  constexpr std::size_t kAlignment = 256;
+  const auto padded = [](const Param& param) {
+    const std::size_t bytes = bytes_of(param.value.dtype, param.shape);
+    return (bytes + kAlignment - 1) / kAlignment * kAlignment;
+  };
+  std::size_t total = 0;
+  model.visit_params([&](const std::string&, const Param& param) { total += padded(param); });
+  std::vector<Tensor> buffers;
+  buffers.emplace_back(DType::kU8, Shape{static_cast<std::int64_t>(total)}, Device::kCuda);
+  auto* to = static_cast<std::byte*>(buffers[0].view().data);
+  std::vector<cuda::Piece> pieces;
+  model.visit_params([&](const std::string&, Param& param) {
+    pieces.push_back({to, param.value.data, bytes_of(param.value.dtype, param.shape)});
+    if (!param.is_matrix) {
+      Tensor& host = buffers.emplace_back(DType::kF32, param.shape);
+      convert(param.value, host.view());
+      param.host = std::as_const(host).view();
+    }
+    param.value.data = to;
+    to += padded(param);
+  });
+  cuda::upload(threads, pieces);
   return buffers;
 }
 

@@ -28,4 +28,8 @@ Tensor kept_as(const ConstTensorView& from, DType dtype, const std::string& file
 std::vector<Tensor> bind_params(CausalLM& model, const io::Checkpoint& checkpoint,
                                 std::optional<DType> dtype, ThreadPool& threads);
 
+// Copies the bound parameters to a GPU, one after the other. What is returned must outlive the
+// model.
+std::vector<Tensor> place_on_gpu(CausalLM& model, ThreadPool& threads);
+
 }  // namespace deltafox

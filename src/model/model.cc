@@ -7,7 +7,9 @@
 #include <atomic>
 #include <filesystem>
 #include <mutex>
+#include <numeric>
 #include <set>
+#include <thread>
 
 #include "core/context.h"
 #include "core/error.h"
@@ -15,6 +17,7 @@
 #include "io/file.h"
 #include "io/json.h"
 #include "io/safetensors.h"
+#include "model/blocks/projection.h"
 #include "model/gradients.h"
 #include "model/loader.h"
 #include "model/quantize.h"
@@ -24,6 +27,7 @@
 #include "ops/delta_rule.h"
 #include "ops/gla.h"
 #include "ops/ssd.h"
+#include "ops/step.h"
 
 namespace deltafox {
 namespace {
@@ -32,6 +36,7 @@ namespace {
 // sequence pieces end at multiples of kPieceAlign tokens (the longest chunk of any mixer), so that
 // where they end changes nothing.
 constexpr std::int64_t kPieceTokens = 1024;
+constexpr std::int64_t kGpuPieceTokens = 16384;
 constexpr std::int64_t kPieceAlign = 64;
 static_assert(kPieceAlign % kDeltaRuleChunk == 0 && kPieceAlign % kGlaChunk == 0 &&
               kPieceAlign % kSsdChunk == 0);
@@ -39,6 +44,24 @@ static_assert(kPieceAlign % kDeltaRuleChunk == 0 && kPieceAlign % kGlaChunk == 0
 constexpr std::int64_t kLogitRows = 128;
 
 constexpr std::size_t kMaxConfigBytes = std::size_t{16} << 20;
+
+// The elements of an F32 tensor, copied to `host` if they lie on a GPU.
+const float* on_host(Context& ctx, const ConstTensorView& tensor, std::vector<float>& host) {
+  if (ctx.device() == Device::kCpu) return tensor.f32();
+  host.resize(static_cast<std::size_t>(tensor.shape.size()));
+  ctx.copy(host.data(), tensor.data, host.size() * sizeof(float));
+  ctx.synchronize();
+  return host.data();
+}
+
+// The ids where ops read them.
+std::span<const std::int32_t> on_device(Context& ctx, ScratchScope& scratch,
+                                        std::span<const std::int32_t> ids) {
+  if (ctx.device() == Device::kCpu) return ids;
+  const TensorView copy = scratch.tensor({static_cast<std::int64_t>(ids.size())}, DType::kI32);
+  ctx.copy(copy.data, ids.data(), ids.size_bytes());
+  return {static_cast<const std::int32_t*>(copy.data), ids.size()};
+}
 
 std::uint64_t next_model_id() {
   static std::atomic<std::uint64_t> next{1};
@@ -96,7 +119,8 @@ struct Model::Impl {
       std::call_once(model_.populated_, [&] { model_.populate(); });
       const std::scoped_lock lock(model_.contexts_mutex_);
       if (model_.contexts_.empty()) {
-        context_ = std::make_unique<Context>(model_.threads_);
+        context_ =
+            std::make_unique<Context>(model_.threads_, model_.device_, model_.activation_dtype_);
       } else {
         context_ = std::move(model_.contexts_.back());
         model_.contexts_.pop_back();
@@ -135,6 +159,9 @@ struct Model::Impl {
   void each_logits(Context& ctx, std::int64_t first_row, const TensorView& hidden, OnRows&& on_rows,
                    const HiddenSink& hidden_sink = {}) const;
 
+  void greedy_on_gpu(std::span<const std::int32_t> input_ids, std::span<State* const> states,
+                     std::int64_t steps, const IdsSink& on_ids);
+
   const std::string& hash();
 
   std::uint64_t id_ = next_model_id();
@@ -145,6 +172,8 @@ struct Model::Impl {
   CausalLM lm_;
   std::vector<Tensor> buffers_;
   ModelInfo info_;
+  Device device_;
+  DType activation_dtype_ = DType::kF32;
 
   std::mutex contexts_mutex_;
   std::vector<std::unique_ptr<Context>> contexts_;
@@ -155,6 +184,7 @@ struct Model::Impl {
 
  private:
   static io::JsonObject read_config(const std::string& directory, const std::string& text);
+  DType gpu_dtype(const LoadOptions& options) const;
   void fill_info(const std::string& directory);
   void populate();
   bool is_looked_up(const std::string& name) const;
@@ -166,8 +196,26 @@ Model::Impl::Impl(const std::string& directory, const LoadOptions& options)
       config_text_(io::read_text_file(directory + "/config.json", kMaxConfigBytes)),
       config_(read_config(directory, config_text_)),
       lm_(build_model(config_)),
-      buffers_(bind_params(lm_, checkpoint_, options.dtype, threads_)) {
+      device_(options.device) {
+  std::optional<DType> dtype = options.dtype;
+  if (device_ == Device::kCuda) {
+    activation_dtype_ = gpu_dtype(options);
+    dtype = activation_dtype_;
+  }
+  buffers_ = bind_params(lm_, checkpoint_, dtype, threads_);
+  if (device_ == Device::kCuda) {
+    buffers_ = place_on_gpu(lm_, threads_);
+  }
   fill_info(directory);
+}
+
+DType Model::Impl::gpu_dtype(const LoadOptions& options) const {
+  if (options.dtype == DType::kF32 || options.dtype == DType::kBF16) return *options.dtype;
+  if (options.dtype) fail("dtype: on a GPU weights are kept as float32 or bfloat16");
+  const std::string& name = lm_.config().names.embeddings;
+  const bool stored_bf16 =
+      checkpoint_.contains(name) && checkpoint_.view(name).dtype == DType::kBF16;
+  return stored_bf16 ? DType::kBF16 : DType::kF32;
 }
 
 // Before the model is built: a scheme that is not known explains tensors that are missing.
@@ -299,6 +347,7 @@ void Model::Impl::run(Context& ctx, const Batch& batch, std::span<SequenceState*
                       OnPiece&& on_piece, const HiddenSink& hidden_sink) const {
   const std::span<const std::int64_t> cu = batch.cu_seqlens;
   const std::int64_t total = cu.back();
+  const std::int64_t piece_tokens = ctx.device() == Device::kCpu ? kPieceTokens : kGpuPieceTokens;
   std::size_t first = 0;  // the first sequence of the piece
   for (std::int64_t begin = 0; begin < total;) {
     ScratchScope scratch(ctx);
@@ -308,7 +357,7 @@ void Model::Impl::run(Context& ctx, const Batch& batch, std::span<SequenceState*
     std::size_t count = 0;  // sequences in the piece
     piece[0] = 0;
     while (first + count < states.size()) {
-      const std::int64_t budget = kPieceTokens - (end - begin);
+      const std::int64_t budget = piece_tokens - (end - begin);
       const std::int64_t left = cu[first + count + 1] - end;
       const std::int64_t take = left <= budget ? left : budget / kPieceAlign * kPieceAlign;
       if (take == 0) break;
@@ -321,13 +370,14 @@ void Model::Impl::run(Context& ctx, const Batch& batch, std::span<SequenceState*
     CausalLM::LayerHook hook;
     if (hidden_sink) {
       hook = [&](std::int64_t layer, const ConstTensorView& rows) {
-        hidden_sink(layer, begin, end - begin, rows.f32());
+        std::vector<float> host;
+        hidden_sink(layer, begin, end - begin, on_host(ctx, rows, host));
       };
     }
-    lm_.forward(ctx,
-                batch.input_ids.subspan(static_cast<std::size_t>(begin),
-                                        static_cast<std::size_t>(end - begin)),
-                sequences, states.subspan(first, count), hidden, hook);
+    const auto ids = batch.input_ids.subspan(static_cast<std::size_t>(begin),
+                                             static_cast<std::size_t>(end - begin));
+    lm_.forward(ctx, on_device(ctx, scratch, ids), sequences, states.subspan(first, count), hidden,
+                hook);
     on_piece(begin, hidden);
     begin = end;
     while (first < states.size() && cu[first + 1] <= begin) ++first;
@@ -338,17 +388,86 @@ template <typename OnRows>
 void Model::Impl::each_logits(Context& ctx, std::int64_t first_row, const TensorView& hidden,
                               OnRows&& on_rows, const HiddenSink& hidden_sink) const {
   const std::int64_t rows = hidden.shape[0];
-  const std::int64_t width = hidden.shape[1];
   ScratchScope scratch(ctx);
-  const TensorView normed = scratch.tensor(hidden.shape);  // [n, C]
+  const TensorView normed = scratch.activation(hidden.shape);  // [n, C]
+  if (hidden_sink) {
+    const TensorView exact = scratch.tensor(hidden.shape);  // [n, C]
+    lm_.final_norm(ctx, hidden, exact);
+    std::vector<float> host;
+    hidden_sink(lm_.num_layers() + 1, first_row, rows, on_host(ctx, exact, host));
+  }
   lm_.final_norm(ctx, hidden, normed);
-  if (hidden_sink) hidden_sink(lm_.num_layers() + 1, first_row, rows, normed.f32());
   const TensorView logits = scratch.tensor({std::min(rows, kLogitRows), info_.vocab_size});
   for (std::int64_t r = 0; r < rows; r += kLogitRows) {
     const std::int64_t n = std::min(kLogitRows, rows - r);
     const TensorView part{logits.data, DType::kF32, {n, info_.vocab_size}};
-    lm_.head(ctx, {normed.f32() + r * width, DType::kF32, {n, width}}, part);
+    lm_.head(ctx, rows_of(normed, r, n), part);
     on_rows(first_row + r, part);
+  }
+}
+
+void Model::Impl::greedy_on_gpu(std::span<const std::int32_t> input_ids,
+                                std::span<State* const> states, std::int64_t steps,
+                                const IdsSink& on_ids) {
+  if (steps <= 0) return;
+  const auto count = static_cast<std::int64_t>(input_ids.size());
+  std::vector<std::int64_t> cu_seqlens(input_ids.size() + 1);
+  std::iota(cu_seqlens.begin(), cu_seqlens.end(), 0);
+  const std::vector<SequenceState*> sequences = check({input_ids, cu_seqlens}, states);
+  Lease lease(*this);
+  Context& ctx = *lease;
+  Tensor ids(DType::kI32, {count}, Device::kCuda);
+  Tensor counts(DType::kI32, {count}, Device::kCuda);
+  const auto memory = cuda::allocate_shared(static_cast<std::size_t>(steps * count) * 4);
+  auto* history = static_cast<std::int32_t*>(memory.get());  // [steps, B]
+  std::fill_n(history, steps * count, -1);
+  ctx.copy(ids.view().data, input_ids.data(), input_ids.size_bytes());
+  const auto work = [&] {
+    ScratchScope scratch(ctx);
+    const TensorView hidden = scratch.tensor({count, lm_.config().hidden_size});  // [B, C]
+    const TensorView normed = scratch.activation(hidden.shape);                   // [B, C]
+    const TensorView logits = scratch.tensor({count, info_.vocab_size});          // [B, N]
+    const std::span<const std::int32_t> current(static_cast<const std::int32_t*>(ids.view().data),
+                                                input_ids.size());
+    lm_.forward(ctx, current, Sequences(cu_seqlens), sequences, hidden);
+    lm_.final_norm(ctx, hidden, normed);
+    lm_.head(ctx, normed, logits);
+    ops::greedy_token(ctx, {.logits = logits,
+                            .ids = ids.view(),
+                            .counts = counts.view(),
+                            .history = history,
+                            .capacity = steps});
+  };
+  const auto deliver = [&](std::int64_t s) {
+    const volatile std::int32_t* chosen = history + s * count;
+    for (std::int64_t b = 0; b < count;) {
+      if (chosen[b] >= 0) {
+        ++b;
+      } else {
+        std::this_thread::yield();
+      }
+    }
+    if (on_ids) on_ids(s, {history + s * count, input_ids.size()});
+  };
+  // Two steps as they are, so that scratch memory is of a piece.
+  constexpr std::int64_t kWarmUp = 2;
+  constexpr std::int64_t kAhead = 4;  // steps that are under way
+  const std::int64_t warm_up = std::min(steps, lm_.replayable() ? kWarmUp : steps);
+  for (std::int64_t s = 0; s < warm_up; ++s) {
+    work();
+    ctx.synchronize();
+    deliver(s);
+  }
+  if (steps > warm_up) {
+    const auto graph = cuda::record(ctx.stream(), work);
+    for (std::int64_t s = warm_up; s < steps; ++s) {
+      cuda::run(ctx.stream(), *graph);
+      if (s - kAhead >= warm_up) deliver(s - kAhead);
+    }
+    ctx.synchronize();
+    for (std::int64_t s = std::max(warm_up, steps - kAhead); s < steps; ++s) deliver(s);
+    // Recording counted one of the steps.
+    for (SequenceState* sequence : sequences) sequence->position += steps - warm_up - 1;
   }
 }
 
@@ -392,6 +511,7 @@ const ModelInfo& Model::info() const {
 }
 
 std::vector<Weight> Model::weights() const {
+  if (impl_->device_ != Device::kCpu) fail("weights: of a model on the CPU only");
   std::vector<Weight> weights;
   impl_->lm_.visit_params([&](const std::string& name, const Param& param) {
     Weight& weight = weights.emplace_back();
@@ -411,7 +531,8 @@ AttentionStats Model::attention_stats() const {
 }
 
 State Model::new_state() const {
-  State state(std::make_unique<State::Impl>(State::Impl{impl_->lm_.new_state()}));
+  State state(std::make_unique<State::Impl>(
+      State::Impl{impl_->lm_.new_state(impl_->device_, impl_->activation_dtype_)}));
   state.impl().sequence.model_id = impl_->id_;
   return state;
 }
@@ -450,13 +571,24 @@ void Model::forward(const Batch& batch, std::span<State* const> states,
     for (; ended < count && batch.cu_seqlens[static_cast<std::size_t>(ended) + 1] <= end; ++ended) {
       const std::int64_t row =
           batch.cu_seqlens[static_cast<std::size_t>(ended) + 1] - 1 - first_row;
-      std::copy_n(hidden.f32() + row * width, width, last.f32() + ended * width);
+      // Rows that follow one another in both are copied at once.
+      const std::int64_t begin = ended;
+      while (ended + 1 < count && row + (ended + 1 - begin) < hidden.shape[0] &&
+             batch.cu_seqlens[static_cast<std::size_t>(ended) + 2] - 1 - first_row ==
+                 row + (ended + 1 - begin)) {
+        ++ended;
+      }
+      ctx.copy(last.f32() + begin * width, hidden.f32() + row * width,
+               static_cast<std::size_t>((ended + 1 - begin) * width) * sizeof(float));
     }
   });
-  if (last_logits.empty()) return;
-  impl_->each_logits(ctx, 0, last, [&](std::int64_t row, const TensorView& logits) {
-    std::copy_n(logits.f32(), logits.shape.size(), last_logits.data() + row * vocab);
-  });
+  if (!last_logits.empty()) {
+    impl_->each_logits(ctx, 0, last, [&](std::int64_t row, const TensorView& logits) {
+      ctx.copy(last_logits.data() + row * vocab, logits.f32(),
+               static_cast<std::size_t>(logits.shape.size()) * sizeof(float));
+    });
+  }
+  ctx.synchronize();
 }
 
 void Model::step(std::span<const std::int32_t> input_ids, std::span<State* const> states,
@@ -464,6 +596,25 @@ void Model::step(std::span<const std::int32_t> input_ids, std::span<State* const
   std::vector<std::int64_t> cu_seqlens(input_ids.size() + 1);
   for (std::size_t b = 0; b < cu_seqlens.size(); ++b) cu_seqlens[b] = static_cast<std::int64_t>(b);
   forward({input_ids, cu_seqlens}, states, logits);
+}
+
+void Model::greedy(std::span<const std::int32_t> input_ids, std::span<State* const> states,
+                   std::int64_t steps, const IdsSink& on_ids) const {
+  const std::size_t count = input_ids.size();
+  const auto vocab = static_cast<std::size_t>(info().vocab_size);
+  if (impl_->device_ == Device::kCuda)
+    return impl_->greedy_on_gpu(input_ids, states, steps, on_ids);
+  std::vector<std::int32_t> ids(input_ids.begin(), input_ids.end());
+  std::vector<float> logits(count * vocab);
+  for (std::int64_t s = 0; s < steps; ++s) {
+    step(ids, states, logits);
+    for (std::size_t b = 0; b < count; ++b) {
+      const auto row = logits.begin() + static_cast<std::ptrdiff_t>(b * vocab);
+      ids[b] = static_cast<std::int32_t>(
+          std::max_element(row, row + static_cast<std::ptrdiff_t>(vocab)) - row);
+    }
+    if (on_ids) on_ids(s, ids);
+  }
 }
 
 void Model::logits(const Batch& batch, std::span<State* const> states, const LogitsSink& sink,
@@ -477,7 +628,9 @@ void Model::logits(const Batch& batch, std::span<State* const> states, const Log
         impl_->each_logits(
             ctx, first_row, hidden,
             [&](std::int64_t row, const TensorView& logits) {
-              if (sink) sink(row, logits.shape[0], logits.f32());
+              if (!sink) return;
+              std::vector<float> host;
+              sink(row, logits.shape[0], on_host(ctx, logits, host));
             },
             hidden_sink);
       },

@@ -46,6 +46,9 @@ struct Param {
   bool packable = true;
   bool trainable = true;       // false for what the official code keeps as a buffer
   ConstTensorView value = {};  // bound by the loader
+  ConstTensorView host = {};   // of a vector whose value lies on a GPU, the same on the host
+
+  const ConstTensorView& on_host() const { return host.data != nullptr ? host : value; }
 
   static Param matrix(const Shape& shape, Init init) {
     return {.shape = shape, .init = init, .is_matrix = true};

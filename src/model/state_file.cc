@@ -5,6 +5,7 @@
 #include <map>
 #include <utility>
 
+#include "core/device.h"
 #include "core/error.h"
 #include "io/safetensors.h"
 
@@ -71,8 +72,11 @@ void write_state(SequenceState& state, const std::string& model_hash, const std:
                                 {"position", std::to_string(state.position)}});
   visit_tensors(state, [&](const std::string& name, const StateTensor& tensor) {
     const std::size_t bytes = tensor.bytes() / tensor.parts().size();
+    std::vector<std::byte> host(state.device == Device::kCpu ? 0 : bytes);
     for (const TensorView& part : tensor.parts()) {
-      writer.write(name, {static_cast<const std::byte*>(part.data), bytes});
+      if (!host.empty()) cuda::copy(host.data(), part.data, bytes);
+      writer.write(name,
+                   {host.empty() ? static_cast<const std::byte*>(part.data) : host.data(), bytes});
     }
   });
   writer.finish();
@@ -116,7 +120,11 @@ void read_state(const std::string& path, const std::string& model_hash, Sequence
     const std::size_t bytes = tensor.bytes() / tensor.parts().size();
     const auto* from = static_cast<const std::byte*>(stored.data);
     for (const TensorView& part : tensor.parts()) {
-      std::memcpy(part.data, from, bytes);
+      if (state.device == Device::kCpu) {
+        std::memcpy(part.data, from, bytes);
+      } else {
+        cuda::copy(part.data, from, bytes);
+      }
       from += bytes;
     }
   });

@@ -9,7 +9,7 @@
 namespace deltafox {
 
 struct EmbeddingArgs {
-  std::span<const std::int32_t> ids;  // [T], each in [0, N)
+  std::span<const std::int32_t> ids;  // [T], each in [0, N); on a GPU in its memory
   ConstTensorView table;              // [N, C] F32, BF16, F16, kQ8 or kQ4
   TensorView y;                       // [T, C] F32
 };

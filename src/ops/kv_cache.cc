@@ -9,11 +9,22 @@ constexpr std::int64_t pages_for(std::int64_t length) {
 
 }  // namespace
 
-KvPage::KvPage(const KvLayout& layout)
-    : keys(DType::kF32, {layout.kv_heads, layout.head_dim, kKvPage}),
-      values(DType::kF32, {layout.kv_heads, kKvPage, layout.value_stride()}),
-      gates(DType::kF32, {2, layout.gate_heads, kKvPage}),
-      key_norms(DType::kF32, {layout.key_norms ? layout.kv_heads : 0, kKvPage}) {}
+std::int64_t KvLayout::gpu_page_bytes() const {
+  const std::int64_t padded = head_dim <= 32 ? 32 : head_dim <= 64 ? 64 : 128;
+  const std::int64_t floats = 2 * gate_heads + (key_norms ? kv_heads : 0);
+  return kKvPage * (2 * kv_heads * padded * static_cast<std::int64_t>(size_of(dtype)) + 4 * floats);
+}
+
+KvPage::KvPage(const KvLayout& layout) {
+  if (layout.device != Device::kCpu) {
+    block = Tensor(DType::kU8, {layout.gpu_page_bytes()}, layout.device);
+    return;
+  }
+  keys = Tensor(DType::kF32, {layout.kv_heads, layout.head_dim, kKvPage});
+  values = Tensor(DType::kF32, {layout.kv_heads, kKvPage, layout.value_stride()});
+  gates = Tensor(DType::kF32, {2, layout.gate_heads, kKvPage});
+  key_norms = Tensor(DType::kF32, {layout.key_norms ? layout.kv_heads : 0, kKvPage});
+}
 
 KvCache::KvCache(const KvCache& other)
     : layout_(other.layout_),
@@ -49,6 +60,7 @@ void KvCache::grow_to(std::int64_t length) {
 
 std::int64_t KvCache::bytes_at(std::int64_t length) const {
   const std::int64_t pages = pages_for(length) - first_page_at(length);
+  if (layout_.device != Device::kCpu) return pages * layout_.gpu_page_bytes();
   const std::int64_t floats = layout_.kv_heads * (layout_.head_dim + layout_.value_stride()) +
                               2 * layout_.gate_heads + (layout_.key_norms ? layout_.kv_heads : 0);
   return pages * kKvPage * floats * 4;

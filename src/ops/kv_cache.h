@@ -26,9 +26,13 @@ struct KvLayout {
   // Whether to keep the greatest norm of the keys so far, which bounds scores.
   bool key_norms = false;
   std::optional<std::int64_t> window = {};  // positions a query sees, its own included
+  Device device = Device::kCpu;
+  DType dtype = DType::kF32;  // of keys and values; BF16 on a GPU only
 
   // Values are padded with zeros to whole vectors.
   std::int64_t value_stride() const { return (head_dim + 15) / 16 * 16; }
+  // On a GPU heads are padded with zeros to 32, 64 or 128.
+  std::int64_t gpu_page_bytes() const;
 };
 
 struct KvPage {
@@ -40,6 +44,9 @@ struct KvPage {
   // what that lacks. Differences of such sums keep a float's precision at any length.
   Tensor gates;
   Tensor key_norms;  // [G, kKvPage]: the greatest ‖k‖ up to and with the token
+
+  // On a GPU instead of these: all in one, as src/cuda/kv_pages.cuh lays it out.
+  Tensor block;  // [gpu_page_bytes] U8
 };
 
 class KvCache {

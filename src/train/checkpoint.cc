@@ -217,7 +217,7 @@ void CheckpointWriter::write(const std::string& path, const std::string& state) 
 
 void CheckpointWriter::remove_old(std::int64_t newest) const {
   for (const auto& [tokens, path] : checkpoints_in(fs::path(directory_) / "checkpoints")) {
-    if (tokens >= newest || tokens % keep_interval_ == 0) continue;
+    if (tokens >= newest || (keep_interval_ > 0 && tokens % keep_interval_ == 0)) continue;
     std::error_code ignored;  // it only takes room
     fs::remove(path, ignored);
   }

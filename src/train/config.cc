@@ -195,15 +195,17 @@ void read_intervals(io::YamlMap& map, Config& config) {
       Interval{"train_eval_interval", &Config::train_eval_interval, config.max_tokens},
       Interval{"eval_interval", &Config::eval_interval, config.max_tokens},
       Interval{"checkpoint_interval", &Config::checkpoint_interval, config.max_tokens},
-      Interval{"checkpoint_keep_interval", &Config::checkpoint_keep_interval, config.max_tokens},
   };
   for (const Interval& interval : intervals) {
     const std::int64_t value = map.integer(interval.key, 1, kMaxTokens, interval.default_value);
     check_multiple(map, interval.key, value, config.data.train.tokens(), "the tokens of a step,");
     config.*interval.value = value;
   }
-  check_multiple(map, "checkpoint_keep_interval", config.checkpoint_keep_interval,
-                 config.checkpoint_interval, "checkpoint_interval");
+  const char* const keep = "checkpoint_keep_interval";
+  if (!map.has(keep)) return;
+  config.checkpoint_keep_interval = map.integer(keep, 1, kMaxTokens);
+  check_multiple(map, keep, config.checkpoint_keep_interval, config.checkpoint_interval,
+                 "checkpoint_interval");
 }
 
 void check_steps(const io::YamlMap& map, const Config& config) {

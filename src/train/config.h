@@ -55,7 +55,7 @@ struct Config {
   std::int64_t train_eval_interval = 0;
   std::int64_t eval_interval = 0;
   std::int64_t checkpoint_interval = 0;
-  std::int64_t checkpoint_keep_interval = 0;
+  std::int64_t checkpoint_keep_interval = 0;  // 0: only the newest is kept
   bool skip_eval = true;
   bool final_eval = true;
   std::int64_t min_val_length = 512;

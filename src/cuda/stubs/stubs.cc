@@ -16,6 +16,7 @@
 #include "ops/selective_scan.h"
 #include "ops/short_conv.h"
 #include "ops/ssd.h"
+#include "ops/step.h"
 #include "ops/token_shift.h"
 
 namespace deltafox::cuda {
@@ -41,6 +42,19 @@ void copy(void* /*to*/, const void* /*from*/, std::size_t /*bytes*/) {
   fail_without_cuda();
 }
 void copy(Stream& /*stream*/, void* /*to*/, const void* /*from*/, std::size_t /*bytes*/) {
+  fail_without_cuda();
+}
+
+void upload(ThreadPool& /*threads*/, std::span<const Piece> /*pieces*/) {
+  fail_without_cuda();
+}
+std::shared_ptr<Graph> record(Stream& /*stream*/, const std::function<void()>& /*work*/) {
+  fail_without_cuda();
+}
+void run(Stream& /*stream*/, Graph& /*graph*/) {
+  fail_without_cuda();
+}
+std::shared_ptr<void> allocate_shared(std::size_t /*bytes*/) {
   fail_without_cuda();
 }
 
@@ -99,6 +113,16 @@ void ssd(Context& /*ctx*/, const SsdArgs& /*args*/) {
   fail_without_cuda();
 }
 void token_shift(Context& /*ctx*/, const TokenShiftArgs& /*args*/) {
+  fail_without_cuda();
+}
+
+void step_linear(Context& /*ctx*/, const StepLinearArgs& /*args*/) {
+  fail_without_cuda();
+}
+void delta_rule_step(Context& /*ctx*/, const DeltaRuleStepArgs& /*args*/) {
+  fail_without_cuda();
+}
+void greedy_token(Context& /*ctx*/, const GreedyTokenArgs& /*args*/) {
   fail_without_cuda();
 }
 

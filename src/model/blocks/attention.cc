@@ -81,7 +81,7 @@ AttentionMixer::AttentionMixer(const Config& config)
   if (config.use_output_norm) weights_.output_norm = Param::vector({query_dim}, Init::constant(1));
 }
 
-AttentionMixer::State AttentionMixer::new_state() const {
+AttentionMixer::State AttentionMixer::new_state(Device device, DType activation_dtype) const {
   const bool gated = config_.forget_gate != ForgetGate::kNone;
   State state{.k_shift = {},
               .v_shift = {},
@@ -90,10 +90,12 @@ AttentionMixer::State AttentionMixer::new_state() const {
                                 .gate_heads = gated ? config_.num_heads : 0,
                                 .key_norms = gated && config_.log_pruning_tolerance &&
                                              config_.qk_norm == QkNorm::kNone,
-                                .window = config_.window_size})};
+                                .window = config_.window_size,
+                                .device = device,
+                                .dtype = activation_dtype})};
   const Shape row{config_.num_kv_heads, config_.head_dim};
-  if (config_.use_k_shift) state.k_shift = Tensor(DType::kF32, row);
-  if (config_.use_v_shift) state.v_shift = Tensor(DType::kF32, row);
+  if (config_.use_k_shift) state.k_shift = Tensor(DType::kF32, row, device);
+  if (config_.use_v_shift) state.v_shift = Tensor(DType::kF32, row, device);
   return state;
 }
 
@@ -112,18 +114,18 @@ TensorView AttentionMixer::shifted(Context& ctx, ScratchScope& scratch, const Co
                                    Saved::Shifted* before) const {
   const std::int64_t tokens = x.shape[0];
   const Shape heads{tokens, config_.num_kv_heads, config_.head_dim};
-  const TensorView projected = scratch.tensor({tokens, proj.shape[0]});
+  const TensorView projected = scratch.activation({tokens, proj.shape[0]});
   ops::linear(ctx, {.x = x, .w = proj.value, .y = projected});
   if (before != nullptr) before->projected = projected.reshaped(heads);
   if (!shift_proj) return projected.reshaped(heads);
   const TensorView alpha = scratch.tensor({tokens, config_.num_kv_heads});
   ops::linear(ctx, {.x = x, .w = shift_proj->value, .y = alpha});
   if (before != nullptr) {
-    before->alpha_logits = copy_of(scratch, alpha);
+    before->alpha_logits = copy_of(ctx, scratch, alpha);
     before->alpha = alpha;
   }
   ops::activation(ctx, {.activation = Activation::kSigmoid, .x = alpha});
-  const TensorView y = scratch.tensor(heads);
+  const TensorView y = scratch.activation(heads);
   const std::span<float*> pointers = scratch.array<float*>(sequences.count());
   for (std::size_t b = 0; b < states.size(); ++b) pointers[b] = (states[b]->*shift_state).f32();
   ops::token_shift(ctx, {.x = projected.reshaped(heads),
@@ -155,8 +157,8 @@ std::span<const float> AttentionMixer::score_bounds(ScratchScope& scratch) const
   const std::span<float> bounds = scratch.array<float>(config_.num_heads);
   for (std::int64_t h = 0; h < config_.num_heads; ++h) {
     bounds[static_cast<std::size_t>(h)] =
-        root * greatest(weights_.q_norm->value, h, config_.head_dim) *
-        greatest(weights_.k_norm->value, h / group, config_.head_dim);
+        root * greatest(weights_.q_norm->on_host(), h, config_.head_dim) *
+        greatest(weights_.k_norm->on_host(), h / group, config_.head_dim);
   }
   return bounds;
 }
@@ -201,10 +203,10 @@ void AttentionMixer::forward(Context& ctx, const ConstTensorView& x, const Seque
   Saved kept;
   // What an op in place is about to overwrite.
   const auto keep = [&](const TensorView& tensor) {
-    return saved != nullptr ? copy_of(scratch, tensor) : tensor;
+    return saved != nullptr ? copy_of(ctx, scratch, tensor) : tensor;
   };
 
-  const TensorView q = scratch.tensor({tokens, heads, config_.head_dim});  // [T, H, D]
+  const TensorView q = scratch.activation({tokens, heads, config_.head_dim});  // [T, H, D]
   ops::linear(ctx, {.x = x, .w = weights_.q_proj.value, .y = q.reshaped({tokens, width})});
   const TensorView k =
       shifted(ctx, scratch, x, sequences, weights_.k_proj, weights_.k_shift_proj, states,
@@ -219,13 +221,13 @@ void AttentionMixer::forward(Context& ctx, const ConstTensorView& x, const Seque
   norm_heads(ctx, weights_.q_norm, q);
   norm_heads(ctx, weights_.k_norm, k);
 
-  const TensorView o = scratch.tensor(q.shape);  // [T, H, D]
+  const TensorView o = scratch.activation(q.shape);  // [T, H, D]
   const TensorView gates = log_gates(ctx, scratch, x);
   attend(ctx, q, k, v, gates, sequences, states, o);
 
   TensorView gate;  // [T, H·D]
   if (weights_.ogate_proj) {
-    gate = scratch.tensor({tokens, width});
+    gate = scratch.activation({tokens, width});
     ops::linear(ctx, {.x = x, .w = weights_.ogate_proj->value, .y = gate});
   }
   kept.o = keep(o);
@@ -252,17 +254,15 @@ void AttentionMixer::forward(Context& ctx, const ConstTensorView& x, const Seque
   *saved = kept;
 }
 
-void AttentionMixer::output_backward(Context& ctx, const ConstTensorView& x, const Saved& saved,
-                                     const TensorView& dy, const TensorView& d_o,
-                                     const TensorView& dx, Gradients& gradients) const {
-  ScratchScope scratch(ctx);
+void AttentionMixer::output_backward(Context& ctx, const Saved& saved, const TensorView& dy,
+                                     const TensorView& d_o, const TensorView& dgate,
+                                     Gradients& gradients) const {
   const Shape flat = saved.output.shape;  // [T, H·D]
   ops::linear_backward(ctx, {.dy = dy,
                              .x = saved.output,
                              .w = weights_.o_proj.value,
                              .dx = d_o.reshaped(flat),
                              .dw = gradients.of(weights_.o_proj)});
-  const TensorView dgate = weights_.ogate_proj ? scratch.tensor(flat) : TensorView{};
   if (weights_.output_norm) {
     const Shape rows{d_o.shape[0] * d_o.shape[1], d_o.shape[2]};
     ops::rms_norm_backward(ctx,
@@ -283,13 +283,6 @@ void AttentionMixer::output_backward(Context& ctx, const ConstTensorView& x, con
                              .dx = d_o.reshaped(flat),
                              .dgate = dgate});
   }
-  if (!weights_.ogate_proj) return;
-  ops::linear_backward(ctx, {.dy = dgate,
-                             .x = x,
-                             .w = weights_.ogate_proj->value,
-                             .dx = dx,
-                             .accumulate_dx = true,
-                             .dw = gradients.of(weights_.ogate_proj)});
 }
 
 void AttentionMixer::attend_backward(Context& ctx, const Sequences& sequences, const Saved& saved,
@@ -306,7 +299,7 @@ void AttentionMixer::attend_backward(Context& ctx, const Sequences& sequences, c
                                            .log_pruning_tolerance = config_.log_pruning_tolerance,
                                            .score_bounds = score_bounds(scratch),
                                            .o = saved.o,
-                                      .d_o = d_o,
+                                           .d_o = d_o,
                                            .dq = dq,
                                            .dk = dk,
                                            .dv = dv,
@@ -379,31 +372,30 @@ void AttentionMixer::backward(Context& ctx, const ConstTensorView& x, const Sequ
   const TensorView dv = scratch.tensor(saved.v.shape);   // [T, G, D]
   const TensorView dgates =
       weights_.fgate_bias ? scratch.tensor(saved.log_gates.shape) : TensorView{};  // [T, H]
-  std::fill(dx.f32(), dx.f32() + dx.shape.size(), 0.0F);
-  output_backward(ctx, x, saved, dy, d_o, dx, gradients);
+  const TensorView dgate =
+      weights_.ogate_proj ? scratch.tensor(saved.output.shape) : TensorView{};  // [T, H·D]
+  output_backward(ctx, saved, dy, d_o, dgate, gradients);
   attend_backward(ctx, sequences, saved, d_o, dq, dk, dv, dgates, gradients);
-  ops::linear_backward(ctx, {.dy = dq.reshaped(saved.output.shape),
-                             .x = x,
-                             .w = weights_.q_proj.value,
-                             .dx = dx,
-                             .accumulate_dx = true,
-                             .dw = gradients.of(weights_.q_proj)});
+  const auto through_projection = [&](const Param& proj, const TensorView& d, bool first = false) {
+    ops::linear_backward(ctx, {.dy = d.reshaped({x.shape[0], proj.shape[0]}),
+                               .x = x,
+                               .w = proj.value,
+                               .dx = dx,
+                               .accumulate_dx = !first,
+                               .dw = gradients.of(proj)});
+  };
+  through_projection(weights_.q_proj, dq, true);
   shifted_backward(ctx, x, sequences, weights_.k_proj, weights_.k_shift_proj, saved.k_before, dk,
                    dx, gradients);
   shifted_backward(ctx, x, sequences, weights_.v_proj, weights_.v_shift_proj, saved.v_before, dv,
                    dx, gradients);
+  if (weights_.ogate_proj) through_projection(*weights_.ogate_proj, dgate);
   if (!weights_.fgate_bias) return;
   ops::log_sigmoid_backward(ctx, {.y = saved.log_gates,
                                   .dy = dgates,
                                   .dx = weights_.fgate_proj ? dgates : TensorView{},
                                   .dbias = gradients.of(weights_.fgate_bias)});
-  if (!weights_.fgate_proj) return;
-  ops::linear_backward(ctx, {.dy = dgates,
-                             .x = x,
-                             .w = weights_.fgate_proj->value,
-                             .dx = dx,
-                             .accumulate_dx = true,
-                             .dw = gradients.of(weights_.fgate_proj)});
+  if (weights_.fgate_proj) through_projection(*weights_.fgate_proj, dgates);
 }
 
 }  // namespace deltafox

@@ -78,6 +78,7 @@ class AttentionMixer {
       visitor("values", pages(&KvPage::values));
       visitor("gates", pages(&KvPage::gates));
       visitor("key_norms", pages(&KvPage::key_norms));
+      visitor("pages", pages(&KvPage::block));  // on a GPU instead of those
     }
     // Of a new state: makes room for what a state holds that has read so many tokens.
     void grow_to(std::int64_t position) { cache.grow_to(position); }
@@ -106,7 +107,7 @@ class AttentionMixer {
 
   explicit AttentionMixer(const Config& config);
 
-  State new_state() const;
+  State new_state(Device device = Device::kCpu, DType activation_dtype = DType::kF32) const;
 
   // hidden [T, C] += mixer(x [T, C]), continuing each sequence from its state.
   void forward(Context& ctx, const ConstTensorView& x, const Sequences& sequences,
@@ -151,10 +152,9 @@ class AttentionMixer {
                         const Param& proj, const std::optional<Param>& shift_proj,
                         const Saved::Shifted& before, const TensorView& d, const TensorView& dx,
                         Gradients& gradients) const;
-  // Norm, gate and projection of the output: d_o [T, H, D] = and dx [T, C] =, given dy [T, C].
-  void output_backward(Context& ctx, const ConstTensorView& x, const Saved& saved,
-                       const TensorView& dy, const TensorView& d_o, const TensorView& dx,
-                       Gradients& gradients) const;
+  // Norm, gate and projection of the output: d_o [T, H, D] = and dgate [T, H·D] =, given dy [T, C].
+  void output_backward(Context& ctx, const Saved& saved, const TensorView& dy,
+                       const TensorView& d_o, const TensorView& dgate, Gradients& gradients) const;
   // dq, dk, dv behind the projections and shifts, and dgates [T, H], given d_o.
   void attend_backward(Context& ctx, const Sequences& sequences, const Saved& saved,
                        const TensorView& d_o, const TensorView& dq, const TensorView& dk,

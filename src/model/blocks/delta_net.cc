@@ -1,9 +1,12 @@
 #include "model/blocks/delta_net.h"
 
+#include <array>
+
 #include "model/blocks/projection.h"
 #include "ops/delta_rule.h"
 #include "ops/linear.h"
 #include "ops/rms_norm.h"
+#include "ops/step.h"
 
 namespace deltafox {
 
@@ -32,15 +35,17 @@ DeltaNetMixer::DeltaNetMixer(const Config& config)
   }
 }
 
-DeltaNetMixer::State DeltaNetMixer::new_state() const {
+DeltaNetMixer::State DeltaNetMixer::new_state(Device device, DType /*activation_dtype*/) const {
   State state;
   if (config_.use_short_conv) {
-    state.q_conv = Tensor(DType::kF32, {config_.key_dim, config_.conv_size});
-    state.k_conv = Tensor(DType::kF32, {config_.key_dim, config_.conv_size});
-    state.v_conv = Tensor(DType::kF32, {config_.value_dim, config_.conv_size});
+    state.q_conv = Tensor(DType::kF32, {config_.key_dim, config_.conv_size}, device);
+    state.k_conv = Tensor(DType::kF32, {config_.key_dim, config_.conv_size}, device);
+    state.v_conv = Tensor(DType::kF32, {config_.value_dim, config_.conv_size}, device);
   }
-  state.recurrent = Tensor(DType::kF32, {config_.num_heads, config_.key_dim / config_.num_heads,
-                                         config_.value_dim / config_.num_heads});
+  state.recurrent = Tensor(DType::kF32,
+                           {config_.num_heads, config_.key_dim / config_.num_heads,
+                            config_.value_dim / config_.num_heads},
+                           device);
   return state;
 }
 
@@ -55,12 +60,12 @@ void DeltaNetMixer::forward(Context& ctx, const ConstTensorView& x, const Sequen
   Saved kept;
   // What an op in place is about to overwrite.
   const auto keep = [&](const TensorView& tensor) {
-    return saved != nullptr ? copy_of(scratch, tensor) : tensor;
+    return saved != nullptr ? copy_of(ctx, scratch, tensor) : tensor;
   };
 
   ConstTensorView input = x;  // [T, C]
   if (weights_.norm) {
-    const TensorView normed = scratch.tensor(x.shape);
+    const TensorView normed = scratch.activation(x.shape);
     ops::rms_norm(ctx, {.x = x, .w = weights_.norm->value, .y = normed, .eps = config_.norm_eps});
     input = normed;
   }
@@ -93,7 +98,7 @@ void DeltaNetMixer::forward(Context& ctx, const ConstTensorView& x, const Sequen
     ops::activation(ctx, {.activation = Activation::kSigmoid, .x = beta});
   }
 
-  const TensorView o = scratch.tensor(values);  // [T, H, V]
+  const TensorView o = scratch.activation(values);  // [T, H, V]
   ops::delta_rule(ctx, {.q = q,
                         .k = k,
                         .v = v,
@@ -104,11 +109,11 @@ void DeltaNetMixer::forward(Context& ctx, const ConstTensorView& x, const Sequen
 
   TensorView gate;  // [T, H·V]
   if (weights_.g_proj) {
-    gate = scratch.tensor({tokens, config_.value_dim});
+    gate = scratch.activation({tokens, config_.value_dim});
     ops::linear(ctx, {.x = input, .w = weights_.g_proj->value, .y = gate});
   }
   const Shape rows{tokens * heads, values[2]};
-  const TensorView output = saved != nullptr ? scratch.tensor(o.shape) : o;
+  const TensorView output = saved != nullptr ? scratch.activation(o.shape) : o;
   ops::rms_norm(ctx, {.x = o.reshaped(rows),
                       .w = weights_.o_norm.value,
                       .gate = weights_.g_proj ? gate.reshaped(rows) : TensorView{},
@@ -127,6 +132,54 @@ void DeltaNetMixer::forward(Context& ctx, const ConstTensorView& x, const Sequen
   kept.gate = gate;
   kept.output = output_rows;
   *saved = kept;
+}
+
+bool DeltaNetMixer::has_step() const {
+  const std::int64_t heads = config_.num_heads;
+  return !weights_.norm && !weights_.g_proj && weights_.b_proj && weights_.q_conv1d &&
+         config_.conv_size == kStepConvWidth && config_.qk_activation == Activation::kSilu &&
+         config_.qk_norm == FeatureNorm::kL2 && config_.key_dim == heads * kStepHeadDim &&
+         config_.value_dim == heads * kStepHeadDim && config_.hidden_size % 256 == 0 &&
+         config_.value_dim % 256 == 0 && weights_.q_proj.value.dtype == DType::kBF16;
+}
+
+void DeltaNetMixer::step(Context& ctx, const ConstTensorView& norm, float eps,
+                         std::span<State* const> states, const TensorView& hidden) const {
+  const std::int64_t batch = hidden.shape[0];
+  const std::int64_t heads = config_.num_heads;
+  const Shape rows{batch, config_.value_dim};
+  const Shape of_heads{batch, heads, kStepHeadDim};
+  ScratchScope scratch(ctx);
+  const TensorView q = scratch.tensor(rows);
+  const TensorView k = scratch.tensor(rows);
+  const TensorView v = scratch.tensor(rows);
+  const TensorView o = scratch.tensor(rows);
+  const TensorView beta = scratch.tensor({batch, heads});
+  const auto convolved = [&](const Param& proj, const Param& conv, Tensor State::*state,
+                             const TensorView& y) {
+    return StepLinearPart{.w = proj.value,
+                          .y = y,
+                          .epilogue = StepEpilogue::kConvSilu,
+                          .conv = conv.value.reshaped({conv.shape[0], conv.shape[2]}),
+                          .conv_states = state_pointers(scratch, states, state)};
+  };
+  const std::array parts{
+      convolved(weights_.q_proj, *weights_.q_conv1d, &State::q_conv, q),
+      convolved(weights_.k_proj, *weights_.k_conv1d, &State::k_conv, k),
+      convolved(weights_.v_proj, *weights_.v_conv1d, &State::v_conv, v),
+      StepLinearPart{.w = weights_.b_proj->value, .y = beta, .epilogue = StepEpilogue::kSigmoid}};
+  ops::step_linear(ctx, {.x = hidden, .norm = norm, .norm_eps = eps, .parts = parts});
+  ops::delta_rule_step(ctx, {.q = q.reshaped(of_heads),
+                             .k = k.reshaped(of_heads),
+                             .v = v.reshaped(of_heads),
+                             .beta = beta,
+                             .states = state_pointers(scratch, states, &State::recurrent),
+                             .o = o.reshaped(of_heads)});
+  const StepLinearPart output{
+      .w = weights_.o_proj.value, .y = hidden, .epilogue = StepEpilogue::kAdd};
+  ops::step_linear(
+      ctx,
+      {.x = o, .norm = weights_.o_norm.value, .norm_eps = config_.norm_eps, .parts = {&output, 1}});
 }
 
 void DeltaNetMixer::backward(Context& ctx, const ConstTensorView& x, const Sequences& sequences,

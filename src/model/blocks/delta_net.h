@@ -74,7 +74,7 @@ class DeltaNetMixer {
 
   explicit DeltaNetMixer(const Config& config);
 
-  State new_state() const;
+  State new_state(Device device = Device::kCpu, DType activation_dtype = DType::kF32) const;
 
   // hidden [T, C] += mixer(x [T, C]), continuing each sequence from its state; x may be hidden with
   // norm_first.
@@ -84,6 +84,12 @@ class DeltaNetMixer {
 
   // Of whole sequences, given dy [T, C], the gradient of what forward added: dx [T, C] =, or with
   // norm_first +=, and then dx may be dy.
+  // The fused way of a GPU for one token of each of a few sequences: hidden [B, C] +=
+  // mixer(rms_norm(hidden) with the weight `norm` and `eps`).
+  bool has_step() const;
+  void step(Context& ctx, const ConstTensorView& norm, float eps, std::span<State* const> states,
+            const TensorView& hidden) const;
+
   void backward(Context& ctx, const ConstTensorView& x, const Sequences& sequences,
                 const Saved& saved, const TensorView& dy, const TensorView& dx,
                 Gradients& gradients) const;

@@ -29,15 +29,16 @@ Hgrn2Mixer::Hgrn2Mixer(const Config& config)
   }
 }
 
-Hgrn2Mixer::State Hgrn2Mixer::new_state() const {
+Hgrn2Mixer::State Hgrn2Mixer::new_state(Device device, DType /*activation_dtype*/) const {
   State state;
   if (config_.use_short_conv) {
-    state.q_conv = Tensor(DType::kF32, {weights_.q_proj.shape[0], config_.conv_size});
-    state.f_conv = Tensor(DType::kF32, {weights_.f_proj.shape[0], config_.conv_size});
-    state.i_conv = Tensor(DType::kF32, {config_.hidden_size, config_.conv_size});
+    state.q_conv = Tensor(DType::kF32, {weights_.q_proj.shape[0], config_.conv_size}, device);
+    state.f_conv = Tensor(DType::kF32, {weights_.f_proj.shape[0], config_.conv_size}, device);
+    state.i_conv = Tensor(DType::kF32, {config_.hidden_size, config_.conv_size}, device);
   }
-  state.recurrent = Tensor(DType::kF32, {config_.num_heads, config_.expand_ratio,
-                                         config_.hidden_size / config_.num_heads});
+  state.recurrent = Tensor(
+      DType::kF32,
+      {config_.num_heads, config_.expand_ratio, config_.hidden_size / config_.num_heads}, device);
   return state;
 }
 
@@ -50,24 +51,26 @@ void Hgrn2Mixer::forward(Context& ctx, const ConstTensorView& x, const Sequences
   ScratchScope scratch(ctx, saved != nullptr);
   Saved kept;
   const auto projected = [&](const Param& proj, const std::optional<Param>& conv,
-                             Tensor State::*conv_state, Activation activation, TensorView& before) {
+                             Tensor State::*conv_state, Activation activation, TensorView& before,
+                             DType dtype) {
     return project_and_convolve(ctx, scratch, x, proj, conv, sequences,
                                 state_pointers(scratch, states, conv_state), activation,
-                                saved != nullptr ? &before : nullptr);
+                                saved != nullptr ? &before : nullptr, dtype);
   };
+  const DType kept_in = ctx.activation_dtype();
   const TensorView q = projected(weights_.q_proj, weights_.q_conv1d, &State::q_conv,
-                                 Activation::kSilu, kept.q_projected)
+                                 Activation::kSilu, kept.q_projected, kept_in)
                            .reshaped(keys);  // [T, H, K]
   const TensorView g = projected(weights_.f_proj, weights_.f_conv1d, &State::f_conv,
-                                 Activation::kIdentity, kept.f_projected)
+                                 Activation::kIdentity, kept.f_projected, DType::kF32)
                            .reshaped(keys);  // [T, H, K]
   const TensorView v = projected(weights_.i_proj, weights_.i_conv1d, &State::i_conv,
-                                 Activation::kIdentity, kept.i_projected)
+                                 Activation::kIdentity, kept.i_projected, kept_in)
                            .reshaped(values);  // [T, H, V]
   const TensorView k = scratch.tensor(keys);   // [T, H, K]
   ops::forget_gate(ctx, {.x = g, .k = k});
 
-  const TensorView o = scratch.tensor(values);  // [T, H, V]
+  const TensorView o = scratch.activation(values);  // [T, H, V]
   ops::gla(ctx, {.q = q,
                  .k = k,
                  .g = g,
@@ -76,7 +79,7 @@ void Hgrn2Mixer::forward(Context& ctx, const ConstTensorView& x, const Sequences
                  .states = state_pointers(scratch, states, &State::recurrent),
                  .o = o});
   const TensorView rows = o.reshaped(hidden.shape);  // [T, C]
-  const TensorView output = saved != nullptr ? scratch.tensor(rows.shape) : rows;
+  const TensorView output = saved != nullptr ? scratch.activation(rows.shape) : rows;
   ops::rms_norm(ctx,
                 {.x = rows, .w = value_of(weights_.g_norm), .y = output, .eps = config_.norm_eps});
   ops::linear(ctx, {.x = output, .w = weights_.o_proj.value, .y = hidden, .accumulate = true});

@@ -61,7 +61,7 @@ class Hgrn2Mixer {
 
   explicit Hgrn2Mixer(const Config& config);
 
-  State new_state() const;
+  State new_state(Device device = Device::kCpu, DType activation_dtype = DType::kF32) const;
 
   // hidden [T, C] += mixer(x [T, C]), continuing each sequence from its state.
   void forward(Context& ctx, const ConstTensorView& x, const Sequences& sequences,

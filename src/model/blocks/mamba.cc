@@ -36,9 +36,9 @@ MambaMixer::MambaMixer(const Config& config)
   }
 }
 
-MambaMixer::State MambaMixer::new_state() const {
-  return {.conv = Tensor(DType::kF32, {config_.inner_size, config_.conv_size}),
-          .ssm = Tensor(DType::kF32, {config_.state_size, config_.inner_size})};
+MambaMixer::State MambaMixer::new_state(Device device, DType /*activation_dtype*/) const {
+  return {.conv = Tensor(DType::kF32, {config_.inner_size, config_.conv_size}, device),
+          .ssm = Tensor(DType::kF32, {config_.state_size, config_.inner_size}, device)};
 }
 
 void MambaMixer::forward(Context& ctx, const ConstTensorView& x, const Sequences& sequences,
@@ -60,12 +60,13 @@ void MambaMixer::forward(Context& ctx, const ConstTensorView& x, const Sequences
   const auto selected = [&](std::int64_t begin, std::int64_t count) {
     return project(ctx, scratch, mixed, rows_of(weights_.x_proj.value, begin, count));
   };
-  const TensorView low_rank = selected(0, config_.dt_rank);                       // [T, R]
-  const TensorView b = selected(config_.dt_rank, size);                           // [T, N]
-  const TensorView c = selected(config_.dt_rank + size, size);                    // [T, N]
-  const TensorView dt = project(ctx, scratch, low_rank, weights_.dt_proj.value);  // [T, E]
+  const TensorView low_rank = selected(0, config_.dt_rank);     // [T, R]
+  const TensorView b = selected(config_.dt_rank, size);         // [T, N]
+  const TensorView c = selected(config_.dt_rank + size, size);  // [T, N]
+  const TensorView dt =
+      project(ctx, scratch, low_rank, weights_.dt_proj.value, {}, DType::kF32);  // [T, E]
 
-  const TensorView y = scratch.tensor(mixed.shape);  // [T, E]
+  const TensorView y = scratch.activation(mixed.shape);  // [T, E]
   ops::selective_scan(ctx, {.x = mixed,
                             .dt = dt,
                             .dt_bias = weights_.dt_bias.value,

@@ -67,7 +67,7 @@ class MambaMixer {
 
   explicit MambaMixer(const Config& config);
 
-  State new_state() const;
+  State new_state(Device device = Device::kCpu, DType activation_dtype = DType::kF32) const;
 
   // hidden [T, C] += mixer(x [T, C]), continuing each sequence from its state.
   void forward(Context& ctx, const ConstTensorView& x, const Sequences& sequences,

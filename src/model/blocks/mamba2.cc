@@ -35,9 +35,10 @@ Mamba2Mixer::Mamba2Mixer(const Config& config)
   }
 }
 
-Mamba2Mixer::State Mamba2Mixer::new_state() const {
-  return {.conv = Tensor(DType::kF32, {config_.conv_channels(), config_.conv_size}),
-          .ssm = Tensor(DType::kF32, {config_.num_heads, config_.state_size, config_.head_dim})};
+Mamba2Mixer::State Mamba2Mixer::new_state(Device device, DType /*activation_dtype*/) const {
+  return {.conv = Tensor(DType::kF32, {config_.conv_channels(), config_.conv_size}, device),
+          .ssm = Tensor(DType::kF32, {config_.num_heads, config_.state_size, config_.head_dim},
+                        device)};
 }
 
 void Mamba2Mixer::forward(Context& ctx, const ConstTensorView& x, const Sequences& sequences,
@@ -46,19 +47,22 @@ void Mamba2Mixer::forward(Context& ctx, const ConstTensorView& x, const Sequence
   const std::int64_t tokens = x.shape[0];
   const std::int64_t inner = config_.inner();
   ScratchScope scratch(ctx, saved != nullptr);
-  const auto part = [&](std::int64_t begin, std::int64_t count) {
+  const auto part = [&](std::int64_t begin, std::int64_t count, DType dtype) {
     return project(
         ctx, scratch, x, rows_of(weights_.in_proj.value, begin, count),
-        weights_.in_bias ? rows_of(weights_.in_bias->value, begin, count) : ConstTensorView{});
+        weights_.in_bias ? rows_of(weights_.in_bias->value, begin, count) : ConstTensorView{},
+        dtype);
   };
-  const TensorView z = part(0, inner);                             // [T, H·P]
-  const TensorView inputs = part(inner, config_.conv_channels());  // [T, H·P + 2·G·N]
-  const TensorView dt = part(inner + config_.conv_channels(), config_.num_heads);  // [T, H]
+  const TensorView z = part(0, inner, ctx.activation_dtype());  // [T, H·P]
+  const TensorView inputs =
+      part(inner, config_.conv_channels(), ctx.activation_dtype());  // [T, H·P + 2·G·N]
+  const TensorView dt =
+      part(inner + config_.conv_channels(), config_.num_heads, DType::kF32);  // [T, H]
   const TensorView xbc =
       convolve(ctx, scratch, inputs, weights_.conv1d, value_of(weights_.conv1d_bias), sequences,
                state_pointers(scratch, states, &State::conv), config_.conv_activation);
 
-  const TensorView y = scratch.tensor({tokens, config_.num_heads, config_.head_dim});
+  const TensorView y = scratch.activation({tokens, config_.num_heads, config_.head_dim});
   ops::ssd(ctx, {.xbc = xbc,
                  .dt = dt,
                  .dt_bias = weights_.dt_bias.value,
@@ -71,7 +75,7 @@ void Mamba2Mixer::forward(Context& ctx, const ConstTensorView& x, const Sequence
                  .states = state_pointers(scratch, states, &State::ssm),
                  .y = y});
   const Shape groups{tokens * config_.num_groups, inner / config_.num_groups};
-  const TensorView output = saved != nullptr ? scratch.tensor(y.shape) : y;
+  const TensorView output = saved != nullptr ? scratch.activation(y.shape) : y;
   ops::rms_norm(ctx, {.x = y.reshaped(groups),
                       .w = weights_.norm.value,
                       .gate = z.reshaped(groups),

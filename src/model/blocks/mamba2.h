@@ -71,7 +71,7 @@ class Mamba2Mixer {
 
   explicit Mamba2Mixer(const Config& config);
 
-  State new_state() const;
+  State new_state(Device device = Device::kCpu, DType activation_dtype = DType::kF32) const;
 
   // hidden [T, C] += mixer(x [T, C]), continuing each sequence from its state.
   void forward(Context& ctx, const ConstTensorView& x, const Sequences& sequences,

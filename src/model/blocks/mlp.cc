@@ -4,6 +4,7 @@
 #include "ops/gate.h"
 #include "ops/linear.h"
 #include "ops/rms_norm.h"
+#include "ops/step.h"
 
 namespace deltafox {
 
@@ -32,16 +33,16 @@ void Mlp::forward(Context& ctx, const ConstTensorView& x, const TensorView& hidd
   ScratchScope scratch(ctx, saved != nullptr);
   ConstTensorView input = x;  // [T, C]
   if (weights_.norm) {
-    const TensorView normed = scratch.tensor(x.shape);
+    const TensorView normed = scratch.activation(x.shape);
     ops::rms_norm(ctx, {.x = x, .w = weights_.norm->value, .y = normed, .eps = config_.norm_eps});
     input = normed;
   }
-  const TensorView gate = scratch.tensor({tokens, weights_.gate_proj.shape[0]});
-  const TensorView product = scratch.tensor({tokens, config_.intermediate_size});
+  const TensorView gate = scratch.activation({tokens, weights_.gate_proj.shape[0]});
+  const TensorView product = scratch.activation({tokens, config_.intermediate_size});
   ops::linear(ctx, {.x = input, .w = weights_.gate_proj.value, .y = gate});
   if (weights_.up_proj) {
     ops::linear(ctx, {.x = input, .w = weights_.up_proj->value, .y = product});
-    if (saved != nullptr) saved->up = copy_of(scratch, product);
+    if (saved != nullptr) saved->up = copy_of(ctx, scratch, product);
     ops::gate(ctx, {.activation = config_.activation, .gate = gate, .x = product});
   } else {
     ops::glu(ctx, {.activation = config_.activation, .gate_up = gate, .y = product});
@@ -52,6 +53,24 @@ void Mlp::forward(Context& ctx, const ConstTensorView& x, const TensorView& hidd
     saved->gate = gate;
     saved->product = product;
   }
+}
+
+bool Mlp::has_step() const {
+  return !weights_.norm && !weights_.up_proj && config_.activation == Activation::kSilu &&
+         weights_.gate_proj.value.dtype == DType::kBF16 && weights_.gate_proj.shape[1] % 256 == 0 &&
+         weights_.down_proj.shape[1] % 256 == 0;
+}
+
+void Mlp::step(Context& ctx, const ConstTensorView& norm, float eps,
+               const TensorView& hidden) const {
+  ScratchScope scratch(ctx);
+  const TensorView product = scratch.activation({hidden.shape[0], config_.intermediate_size});
+  const StepLinearPart gate_up{
+      .w = weights_.gate_proj.value, .y = product, .epilogue = StepEpilogue::kGlu};
+  ops::step_linear(ctx, {.x = hidden, .norm = norm, .norm_eps = eps, .parts = {&gate_up, 1}});
+  const StepLinearPart down{
+      .w = weights_.down_proj.value, .y = hidden, .epilogue = StepEpilogue::kAdd};
+  ops::step_linear(ctx, {.x = product, .parts = {&down, 1}});
 }
 
 void Mlp::backward(Context& ctx, const ConstTensorView& x, const Saved& saved, const TensorView& dy,

@@ -50,6 +50,11 @@ class Mlp {
   void forward(Context& ctx, const ConstTensorView& x, const TensorView& hidden,
                Saved* saved = nullptr) const;
 
+  // The fused way of a GPU for a few rows: hidden [B, C] += mlp(rms_norm(hidden) with the weight
+  // `norm` and `eps`).
+  bool has_step() const;
+  void step(Context& ctx, const ConstTensorView& norm, float eps, const TensorView& hidden) const;
+
   // Given dy [T, C], the gradient of what forward added: dx [T, C] =, or with norm_first +=, and
   // then dx may be dy.
   void backward(Context& ctx, const ConstTensorView& x, const Saved& saved, const TensorView& dy,

@@ -2,7 +2,6 @@
 
 #include <cassert>
 #include <cmath>
-#include <cstring>
 
 #include "core/quantized.h"
 #include "ops/activation.h"
@@ -40,15 +39,17 @@ TensorView rows_of(const TensorView& tensor, std::int64_t begin, std::int64_t co
   return {const_cast<void*>(rows.data), rows.dtype, rows.shape};
 }
 
-TensorView copy_of(ScratchScope& scratch, const ConstTensorView& from) {
-  const TensorView to = scratch.tensor(from.shape);
-  std::memcpy(to.data, from.data, static_cast<std::size_t>(from.shape.size()) * sizeof(float));
+TensorView copy_of(Context& ctx, ScratchScope& scratch, const ConstTensorView& from) {
+  const TensorView to = scratch.tensor(from.shape, from.dtype);
+  ctx.copy(to.data, from.data, static_cast<std::size_t>(from.shape.size()) * size_of(from.dtype));
   return to;
 }
 
 TensorView project(Context& ctx, ScratchScope& scratch, const ConstTensorView& x,
-                   const ConstTensorView& w, const ConstTensorView& bias) {
-  const TensorView y = scratch.tensor({x.shape[0], w.shape[0]});
+                   const ConstTensorView& w, const ConstTensorView& bias,
+                   std::optional<DType> dtype) {
+  const TensorView y =
+      scratch.tensor({x.shape[0], w.shape[0]}, dtype.value_or(ctx.activation_dtype()));
   ops::linear(ctx, {.x = x, .w = w, .y = y, .bias = bias});
   return y;
 }
@@ -56,7 +57,7 @@ TensorView project(Context& ctx, ScratchScope& scratch, const ConstTensorView& x
 TensorView convolve(Context& ctx, ScratchScope& scratch, const ConstTensorView& x,
                     const Param& conv, const ConstTensorView& bias, const Sequences& sequences,
                     std::span<float* const> states, Activation activation) {
-  const TensorView y = scratch.tensor(x.shape);
+  const TensorView y = scratch.tensor(x.shape, x.dtype);
   ops::short_conv(ctx, {.x = x,
                         .w = conv.value.reshaped({conv.shape[0], conv.shape[2]}),
                         .bias = bias,
@@ -70,12 +71,13 @@ TensorView convolve(Context& ctx, ScratchScope& scratch, const ConstTensorView& 
 TensorView project_and_convolve(Context& ctx, ScratchScope& scratch, const ConstTensorView& x,
                                 const Param& proj, const std::optional<Param>& conv,
                                 const Sequences& sequences, std::span<float* const> states,
-                                Activation activation, TensorView* projected) {
-  const TensorView y = project(ctx, scratch, x, proj.value);
+                                Activation activation, TensorView* projected,
+                                std::optional<DType> dtype) {
+  const TensorView y = project(ctx, scratch, x, proj.value, {}, dtype);
   if (projected != nullptr) *projected = y;
   if (conv) return convolve(ctx, scratch, y, *conv, {}, sequences, states, activation);
   if (activation != Activation::kIdentity) {
-    if (projected != nullptr) *projected = copy_of(scratch, y);
+    if (projected != nullptr) *projected = copy_of(ctx, scratch, y);
     ops::activation(ctx, {.activation = activation, .x = y});
   }
   return y;

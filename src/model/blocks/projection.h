@@ -34,7 +34,7 @@ inline ConstTensorView value_of(const std::optional<Param>& param) {
 }
 
 // A copy in scratch memory, of what an op in place is about to overwrite.
-TensorView copy_of(ScratchScope& scratch, const ConstTensorView& from);
+TensorView copy_of(Context& ctx, ScratchScope& scratch, const ConstTensorView& from);
 
 // Where one tensor of each sequence's state lies.
 template <typename State>
@@ -46,9 +46,10 @@ std::span<float*> state_pointers(ScratchScope& scratch, std::span<State* const> 
   return pointers;
 }
 
-// y [T, N] = x [T, C] wᵀ [+ bias], in scratch memory
+// y [T, N] = x [T, C] wᵀ [+ bias], in scratch memory; an activation where no dtype is given
 TensorView project(Context& ctx, ScratchScope& scratch, const ConstTensorView& x,
-                   const ConstTensorView& w, const ConstTensorView& bias = {});
+                   const ConstTensorView& w, const ConstTensorView& bias = {},
+                   std::optional<DType> dtype = {});
 
 // y [T, N] = act(conv(x [T, N])), in scratch memory
 TensorView convolve(Context& ctx, ScratchScope& scratch, const ConstTensorView& x,
@@ -60,7 +61,8 @@ TensorView convolve(Context& ctx, ScratchScope& scratch, const ConstTensorView& 
 TensorView project_and_convolve(Context& ctx, ScratchScope& scratch, const ConstTensorView& x,
                                 const Param& proj, const std::optional<Param>& conv,
                                 const Sequences& sequences, std::span<float* const> states,
-                                Activation activation, TensorView* projected = nullptr);
+                                Activation activation, TensorView* projected = nullptr,
+                                std::optional<DType> dtype = {});
 
 // Of convolve over whole sequences: dx [T, N] =, given dy [T, N].
 void convolve_backward(Context& ctx, const ConstTensorView& x, const Param& conv,

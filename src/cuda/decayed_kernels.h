@@ -1,0 +1,50 @@
+// Launches of GLA's and the state space's kernels on raw pointers. Activations (q, v, o; xbc, y)
+// are bfloat16 or float32, all else is float32.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include "cuda/sequence_batch.h"
+
+namespace deltafox::cuda {
+
+constexpr int kLargestStateRows = 256;
+
+struct GlaProblem {
+  const void* q;   // [T, H, K]
+  const float* k;  // [T, H, K]
+  const float* g;  // [T, H, K]
+  const void* v;   // [T, H, V]
+  void* o;         // [T, H, V]
+  bool is_bf16;
+  int heads;
+  int key_dim;
+  int value_dim;
+};
+
+void launch_gla(const GlaProblem& problem, const SequenceBatch& batch, cudaStream_t stream);
+
+struct SsdProblem {
+  const void* xbc;       // [T, H·P + 2·G·N]
+  const float* dt;       // [T, H]
+  const float* dt_bias;  // [H]
+  const float* a_log;    // [H]
+  const float* d;        // [H]
+  void* y;               // [T, H, P]
+  float dt_min;
+  float dt_max;
+  bool is_bf16;
+  int heads;
+  int groups;
+  int state_size;  // N
+  int head_dim;    // P
+};
+
+// Row by row.
+void launch_ssd(const SsdProblem& problem, const SequenceBatch& batch, cudaStream_t stream);
+
+// Chunks of 64 rows on the tensor cores: bfloat16, P a multiple of 64, N one of 8 up to 128.
+bool ssd_chunks_fit(const SsdProblem& problem);
+void launch_ssd_chunks(const SsdProblem& problem, const SequenceBatch& batch, cudaStream_t stream);
+
+}  // namespace deltafox::cuda

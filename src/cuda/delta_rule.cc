@@ -1,0 +1,62 @@
+// Which kernel a sequence takes is a matter of its own length, so what it gets does not depend on
+// who shares its batch.
+#include "ops/delta_rule.h"
+
+#include <algorithm>
+
+#include "core/error.h"
+#include "cuda/batches.h"
+#include "cuda/delta_rule_kernels.h"
+#include "cuda/stream.h"
+
+namespace deltafox::cuda {
+namespace {
+
+constexpr int kLargestKeyDim = 256;
+
+}  // namespace
+
+void delta_rule(Context& ctx, const DeltaRuleArgs& args) {
+  if (args.q.shape[2] > kLargestKeyDim) {
+    fail("delta_rule: CUDA keeps at most {} keys a head, not {}", kLargestKeyDim, args.q.shape[2]);
+  }
+  if (args.k.dtype != args.q.dtype || args.v.dtype != args.q.dtype ||
+      args.o.dtype != args.q.dtype) {
+    fail("delta_rule: CUDA needs q, k, v and o of one dtype");
+  }
+  const DeltaRuleProblem problem{
+      .q = args.q.data,
+      .k = args.k.data,
+      .v = args.v.data,
+      .beta = args.beta.data,
+      .o = args.o.data,
+      .is_bf16 = args.q.dtype == DType::kBF16,
+      .heads = static_cast<int>(args.q.shape[1]),
+      .key_dim = static_cast<int>(args.q.shape[2]),
+      .value_dim = static_cast<int>(args.v.shape[2]),
+  };
+  const bool chunks_fit = delta_rule_chunks_fit(problem);
+  const auto chunked = [&](int length) { return chunks_fit && length >= kLeastChunkedRows; };
+  const int multiprocessors = ctx.stream().multiprocessors();
+  for_each_batch(
+      args.sequences, args.states,
+      [&](int length) {
+        return chunked(length) ? delta_rule_segments(problem, length, multiprocessors) : 0;
+      },
+      [&](const SequenceBatch& batch) {
+        ScratchScope scratch(ctx);
+        const auto bytes = static_cast<std::int64_t>(delta_rule_maps_bytes(problem, batch.maps));
+        float* maps = batch.maps == 0 ? nullptr : scratch.tensor({bytes / 4}).f32();
+        launch_delta_rule_chunks(problem, batch, maps, stream_of(ctx));
+      });
+  for (const bool single : {true, false}) {
+    for_each_batch(
+        args.sequences, args.states,
+        [&](int length) { return !chunked(length) && (length == 1) == single ? 1 : 0; },
+        [&](const SequenceBatch& batch) {
+          launch_delta_rule_recurrent(problem, batch, single, stream_of(ctx));
+        });
+  }
+}
+
+}  // namespace deltafox::cuda

@@ -1,0 +1,322 @@
+// The ops that touch each element once: activations, gates, norms of rows, the embedding. All are
+// bound by memory; see the headers of ops/ for the equations. Every element or row is computed by
+// itself, so neighbours change nothing.
+#include "cuda/check.h"
+#include "cuda/rows.cuh"
+#include "cuda/stream.h"
+#include "ops/activation.h"
+#include "ops/embedding.h"
+#include "ops/gate.h"
+#include "ops/log_sigmoid.h"
+#include "ops/rms_norm.h"
+
+namespace deltafox::cuda {
+namespace {
+
+constexpr int kThreads = 256;
+
+unsigned blocks_for(std::int64_t tasks, int threads = kThreads) {
+  return static_cast<unsigned>((tasks + threads - 1) / threads);
+}
+
+// f(first, count) for each four elements; count as in load_four.
+template <typename F>
+__global__ void __launch_bounds__(kThreads) each_four_kernel(std::int64_t size, bool aligned, F f) {
+  const std::int64_t i = (static_cast<std::int64_t>(blockIdx.x) * kThreads + threadIdx.x) * 4;
+  if (i >= size) return;
+  f(i, aligned && i + 4 <= size ? kVector : static_cast<int>(min(std::int64_t{4}, size - i)));
+}
+
+template <typename F>
+void each_four(Context& ctx, const char* op, std::int64_t size, bool aligned, F f) {
+  if (size == 0) return;
+  each_four_kernel<<<blocks_for((size + 3) / 4), kThreads, 0, stream_of(ctx)>>>(size, aligned, f);
+  check_launch(op);
+}
+
+struct RmsNormParams {
+  Elements x, y, gate;
+  const float* w;  // or null
+  bool has_gate, gate_first;
+  Activation activation;
+  std::int64_t rows;
+  int width, groups;
+  float eps;
+  bool aligned;
+};
+
+// kRowThreads threads a row, a row of up to 16 elements a thread in registers.
+template <int kRowThreads>
+__global__ void __launch_bounds__(kThreads) rms_norm_kernel(const RmsNormParams p) {
+  constexpr int kRows = kThreads / kRowThreads;
+  constexpr int kKept = 4;
+  __shared__ float sums[kThreads / 32];
+  const int lane = threadIdx.x % kRowThreads;
+  const std::int64_t row =
+      static_cast<std::int64_t>(blockIdx.x) * kRows + threadIdx.x / kRowThreads;
+  const bool real = row < p.rows;
+  const std::int64_t base = row * p.width;
+  float kept[kKept][4];
+  const auto value = [&](float(&x)[4], int i) {
+    const int count = p.aligned ? kVector : min(4, p.width - i);
+    p.x.load(x, base + i, count);
+    if (!p.gate_first) return;
+    float gate[4];
+    p.gate.load(gate, base + i, count);
+#pragma unroll
+    for (int e = 0; e < 4; ++e) x[e] *= activate(p.activation, gate[e]);
+  };
+  float sum = 0;
+  const auto add = [&](const float(&x)[4]) {
+#pragma unroll
+    for (int e = 0; e < 4; ++e) sum = fmaf(x[e], x[e], sum);
+  };
+  if (real) {
+#pragma unroll
+    for (int n = 0; n < kKept; ++n) {
+      const int i = (n * kRowThreads + lane) * 4;
+      if (i < p.width) {
+        value(kept[n], i);
+        add(kept[n]);
+      }
+    }
+    for (int i = (kKept * kRowThreads + lane) * 4; i < p.width; i += kRowThreads * 4) {
+      float x[4];
+      value(x, i);
+      add(x);
+    }
+  }
+  sum = warp_sum(sum);
+  if constexpr (kRowThreads > 32) {
+    if (threadIdx.x % 32 == 0) sums[threadIdx.x / 32] = sum;
+    __syncthreads();
+    sum = 0;
+#pragma unroll
+    for (int w = 0; w < kThreads / 32; ++w) sum += sums[w];
+  }
+  if (!real) return;
+  const float scale = 1 / sqrtf(sum / static_cast<float>(p.width) + p.eps);
+  const float* w = p.w == nullptr ? nullptr : p.w + row % p.groups * p.width;
+  const auto finish = [&](float(&x)[4], int i) {
+    const int count = p.aligned ? kVector : min(4, p.width - i);
+    float factor[4] = {1, 1, 1, 1};
+    if (w != nullptr) load_four(factor, w + i, count);
+    float gate[4];
+    if (p.has_gate && !p.gate_first) p.gate.load(gate, base + i, count);
+#pragma unroll
+    for (int e = 0; e < 4; ++e) {
+      x[e] = x[e] * scale * factor[e];
+      if (p.has_gate && !p.gate_first) x[e] *= activate(p.activation, gate[e]);
+    }
+    p.y.store(x, base + i, count);
+  };
+#pragma unroll
+  for (int n = 0; n < kKept; ++n) {
+    const int i = (n * kRowThreads + lane) * 4;
+    if (i < p.width) finish(kept[n], i);
+  }
+  for (int i = (kKept * kRowThreads + lane) * 4; i < p.width; i += kRowThreads * 4) {
+    float x[4];
+    value(x, i);
+    finish(x, i);
+  }
+}
+
+// A warp a row.
+__global__ void __launch_bounds__(kThreads)
+    feature_map_kernel(Elements x, std::int64_t rows, int width, bool aligned,
+                       Activation activation, FeatureNorm norm) {
+  const int lane = threadIdx.x % 32;
+  const std::int64_t row =
+      static_cast<std::int64_t>(blockIdx.x) * (kThreads / 32) + threadIdx.x / 32;
+  if (row >= rows) return;
+  const std::int64_t base = row * width;
+  const auto value = [&](float(&v)[4], int i) {
+    x.load(v, base + i, aligned ? kVector : min(4, width - i));
+#pragma unroll
+    for (int e = 0; e < 4; ++e) v[e] = activate(activation, v[e]);
+  };
+  float sum = 0;
+  for (int i = lane * 4; i < width; i += 128) {
+    float v[4];
+    value(v, i);
+#pragma unroll
+    for (int e = 0; e < 4; ++e) {
+      if (i + e < width) sum += norm == FeatureNorm::kL2 ? v[e] * v[e] : v[e];
+    }
+  }
+  sum = warp_sum(sum);
+  const float scale = norm == FeatureNorm::kNone ? 1
+                      : norm == FeatureNorm::kL2 ? 1 / sqrtf(sum + 1e-6F)
+                                                 : 1 / sum;
+  for (int i = lane * 4; i < width; i += 128) {
+    float v[4];
+    value(v, i);
+#pragma unroll
+    for (int e = 0; e < 4; ++e) v[e] *= scale;
+    x.store(v, base + i, aligned ? kVector : min(4, width - i));
+  }
+}
+
+}  // namespace
+
+void activation(Context& ctx, const ActivationArgs& args) {
+  const Elements x(args.x);
+  const Activation kind = args.activation;
+  each_four(ctx, "activation", args.x.shape.size(), x.aligned(),
+            [=] __device__(std::int64_t i, int count) {
+              float v[4];
+              x.load(v, i, count);
+#pragma unroll
+              for (int e = 0; e < 4; ++e) v[e] = activate(kind, v[e]);
+              x.store(v, i, count);
+            });
+}
+
+void glu(Context& ctx, const GluArgs& args) {
+  const Elements gate_up(args.gate_up);
+  const Elements y(args.y);
+  const Activation kind = args.activation;
+  const std::int64_t width = args.y.shape[1];
+  const bool aligned = gate_up.aligned() && y.aligned() && width % 4 == 0;
+  if (!aligned) {
+    // Rows that no vector divides: element by element.
+    each_four(ctx, "glu", args.y.shape.size(), false, [=] __device__(std::int64_t i, int count) {
+      for (int e = 0; e < count; ++e) {
+        const std::int64_t row = (i + e) / width;
+        float gate[4];
+        float up[4];
+        gate_up.load(gate, i + e + row * width, 1);
+        gate_up.load(up, i + e + (row + 1) * width, 1);
+        up[0] *= activate(kind, gate[0]);
+        y.store(up, i + e, 1);
+      }
+    });
+    return;
+  }
+  each_four(ctx, "glu", args.y.shape.size(), true, [=] __device__(std::int64_t i, int count) {
+    const std::int64_t row = i / width;
+    float gate[4];
+    float up[4];
+    gate_up.load(gate, i + row * width, count);
+    gate_up.load(up, i + (row + 1) * width, count);
+#pragma unroll
+    for (int e = 0; e < 4; ++e) up[e] *= activate(kind, gate[e]);
+    y.store(up, i, count);
+  });
+}
+
+void forget_gate(Context& ctx, const ForgetGateArgs& args) {
+  const Elements x(args.x);
+  const Elements k(args.k);
+  each_four(ctx, "forget_gate", args.x.shape.size(), x.aligned() && k.aligned(),
+            [=] __device__(std::int64_t i, int count) {
+              float f[4];
+              float g[4];
+              x.load(f, i, count);
+#pragma unroll
+              for (int e = 0; e < 4; ++e) {
+                g[e] = sigmoid(f[e]);
+                f[e] = sigmoid(-f[e]);
+              }
+              x.store(g, i, count);
+              k.store(f, i, count);
+            });
+}
+
+void feature_map(Context& ctx, const FeatureMapArgs& args) {
+  const int width = static_cast<int>(args.x.shape[2]);
+  const std::int64_t rows = args.x.shape[0] * args.x.shape[1];
+  if (rows == 0) return;
+  const Elements x(args.x);
+  feature_map_kernel<<<blocks_for(rows, kThreads / 32), kThreads, 0, stream_of(ctx)>>>(
+      x, rows, width, x.aligned() && width % 4 == 0, args.activation, args.norm);
+  check_launch("feature_map");
+}
+
+void gate(Context& ctx, const GateArgs& args) {
+  const Elements gate(args.gate);
+  const Elements x(args.x);
+  const Activation kind = args.activation;
+  each_four(ctx, "gate", args.x.shape.size(), x.aligned() && gate.aligned(),
+            [=] __device__(std::int64_t i, int count) {
+              float g[4];
+              float v[4];
+              gate.load(g, i, count);
+              x.load(v, i, count);
+#pragma unroll
+              for (int e = 0; e < 4; ++e) v[e] *= activate(kind, g[e]);
+              x.store(v, i, count);
+            });
+}
+
+void log_sigmoid(Context& ctx, const LogSigmoidArgs& args) {
+  const auto* x = static_cast<const float*>(args.x.data);
+  const auto* bias = static_cast<const float*>(args.bias.data);
+  float* y = args.y.f32();
+  const std::int64_t heads = args.y.shape[1];
+  each_four(ctx, "log_sigmoid", args.y.shape.size(), false,
+            [=] __device__(std::int64_t i, int count) {
+              for (int e = 0; e < count; ++e) {
+                const float v =
+                    (x == nullptr ? 0 : x[i + e]) + (bias == nullptr ? 0 : bias[(i + e) % heads]);
+                y[i + e] = fminf(v, 0) - log1pf(expf(-fabsf(v)));
+              }
+            });
+}
+
+void rms_norm(Context& ctx, const RmsNormArgs& args) {
+  const std::int64_t rows = args.x.shape[0];
+  if (rows == 0) return;
+  const int width = static_cast<int>(args.x.shape[1]);
+  const bool has_gate = args.gate.data != nullptr;
+  const bool has_weight = args.w.data != nullptr;
+  RmsNormParams p{
+      .x = Elements(args.x),
+      .y = Elements(args.y),
+      .gate = Elements(args.gate),
+      .w = static_cast<const float*>(args.w.data),
+      .has_gate = has_gate,
+      .gate_first = has_gate && args.gate_first,
+      .activation = args.gate_activation,
+      .rows = rows,
+      .width = width,
+      .groups = has_weight ? static_cast<int>(
+                                 std::max<std::int64_t>(1, args.w.shape.size() / args.x.shape[1]))
+                           : 1,
+      .eps = args.eps,
+      .aligned = false,
+  };
+  p.aligned = width % 4 == 0 && p.x.aligned() && p.y.aligned() && p.gate.aligned() &&
+              reinterpret_cast<std::uintptr_t>(p.w) % 16 == 0;
+  if (width <= 512) {
+    rms_norm_kernel<32><<<blocks_for(rows, kThreads / 32), kThreads, 0, stream_of(ctx)>>>(p);
+  } else {
+    rms_norm_kernel<kThreads><<<static_cast<unsigned>(rows), kThreads, 0, stream_of(ctx)>>>(p);
+  }
+  check_launch("rms_norm");
+}
+
+void embedding(Context& ctx, const EmbeddingArgs& args) {
+  const std::int32_t* ids = args.ids.data();
+  const Elements table(args.table);
+  float* y = args.y.f32();
+  const std::int64_t width = args.y.shape[1];
+  const bool aligned = width % 4 == 0 && table.aligned();
+  each_four(ctx, "embedding", args.y.shape.size(), aligned,
+            [=] __device__(std::int64_t i, int count) {
+              if (count == kVector) {
+                float v[4];
+                table.load(v, ids[i / width] * width + i % width, kVector);
+                store_four(y + i, v, kVector);
+                return;
+              }
+              for (int e = 0; e < count; ++e) {
+                float v[4];
+                table.load(v, ids[(i + e) / width] * width + (i + e) % width, 1);
+                y[i + e] = v[0];
+              }
+            });
+}
+
+}  // namespace deltafox::cuda

@@ -1,0 +1,33 @@
+#include "ops/gla.h"
+
+#include "core/error.h"
+#include "cuda/batches.h"
+#include "cuda/decayed_kernels.h"
+#include "cuda/stream.h"
+
+namespace deltafox::cuda {
+
+void gla(Context& ctx, const GlaArgs& args) {
+  if (args.q.shape[2] > kLargestStateRows) {
+    fail("gla: CUDA keeps at most {} keys a head, not {}", kLargestStateRows, args.q.shape[2]);
+  }
+  if (args.v.dtype != args.q.dtype || args.o.dtype != args.q.dtype) {
+    fail("gla: CUDA needs q, v and o of one dtype");
+  }
+  const GlaProblem problem{
+      .q = args.q.data,
+      .k = args.k.f32(),
+      .g = args.g.f32(),
+      .v = args.v.data,
+      .o = args.o.data,
+      .is_bf16 = args.q.dtype == DType::kBF16,
+      .heads = static_cast<int>(args.q.shape[1]),
+      .key_dim = static_cast<int>(args.q.shape[2]),
+      .value_dim = static_cast<int>(args.v.shape[2]),
+  };
+  for_each_batch(
+      args.sequences, args.states, [](int /*length*/) { return 1; },
+      [&](const SequenceBatch& batch) { launch_gla(problem, batch, stream_of(ctx)); });
+}
+
+}  // namespace deltafox::cuda

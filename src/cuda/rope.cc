@@ -1,0 +1,47 @@
+#include "ops/rope.h"
+
+#include <cmath>
+#include <vector>
+
+#include "core/error.h"
+#include "cuda/check.h"
+#include "cuda/kv_batch.h"
+#include "cuda/rope_kernels.h"
+
+namespace deltafox::cuda {
+
+void rope(Context& ctx, const RopeArgs& args) {
+  if (args.q.dtype != args.k.dtype) fail("rope: CUDA needs q and k of one dtype");
+  if (args.sequences.tokens() == 0) return;
+  const std::int64_t dim = args.q.shape[2];
+  std::vector<float> frequencies;
+  for (std::int64_t i = 0; i < dim / 2; ++i) {
+    const float exponent = static_cast<float>(2 * i) / static_cast<float>(dim);
+    frequencies.push_back(1 /
+                          static_cast<float>(std::pow(static_cast<double>(args.base), exponent)));
+  }
+  std::vector<RopeSequence> sequences;
+  for (std::int64_t b = 0; b < args.sequences.count(); ++b) {
+    sequences.push_back({args.positions[static_cast<std::size_t>(b)], args.sequences.begin(b)});
+  }
+  RopeProblem problem{
+      .q = args.q.data,
+      .k = args.k.data,
+      .is_bf16 = args.q.dtype == DType::kBF16,
+      .heads = static_cast<int>(args.q.shape[1]),
+      .kv_heads = static_cast<int>(args.k.shape[1]),
+      .dim = static_cast<int>(dim),
+      .tokens = args.sequences.tokens(),
+      .sequences = nullptr,
+      .sequence_count = static_cast<int>(sequences.size()),
+      .frequencies = nullptr,
+  };
+  upload_together(ctx, [&] {
+    problem.sequences = upload(ctx, std::span(sequences));
+    problem.frequencies = upload(ctx, std::span(frequencies));
+  });
+  launch_rope(problem, stream_of(ctx));
+  check_launch("rope");
+}
+
+}  // namespace deltafox::cuda

@@ -1,0 +1,30 @@
+// See ops/selective_scan.h.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include "cuda/sequence_batch.h"
+
+namespace deltafox::cuda {
+
+constexpr int kMaxScanStates = 64;  // N
+
+struct SelectiveScanProblem {
+  const void* x;         // [T, C]
+  const float* dt;       // [T, C]
+  const float* dt_bias;  // [C]
+  const float* a_log;    // [C, N]
+  const void* b;         // [T, N]
+  const void* c;         // [T, N]
+  const float* d;        // [C]
+  const void* gate;      // [T, C] or null
+  void* y;               // [T, C]
+  bool is_bf16;          // x, b, c, gate and y
+  int channels;
+  int states;
+};
+
+void launch_selective_scan(const SelectiveScanProblem& problem, const SequenceBatch& batch,
+                           cudaStream_t stream);
+
+}  // namespace deltafox::cuda

@@ -1,0 +1,180 @@
+// The short convolution (ops/short_conv.h): memory bound. A thread walks kShortConvRows rows of
+// eight channels (or one, where width or alignment are unusual) with the last inputs in registers.
+// The block of a sequence's first rows also replaces its state, which only it reads.
+#include "cuda/check.h"
+#include "cuda/elements.cuh"
+#include "cuda/short_conv_kernels.h"
+
+namespace deltafox::cuda {
+namespace {
+
+constexpr int kThreads = 64;
+
+__device__ float activate(Activation activation, float x) {
+  switch (activation) {
+    case Activation::kIdentity:
+      return x;
+    case Activation::kSilu:
+      return x / (1 + expf(-x));
+    case Activation::kSigmoid:
+      return 1 / (1 + expf(-x));
+    case Activation::kRelu:
+      return fmaxf(x, 0);
+    case Activation::kEluPlusOne:
+      return x > 0 ? x + 1 : expf(x);
+  }
+  return x;
+}
+
+// The rows of a block: part of one sequence.
+struct Rows {
+  const BatchEntry* entry;
+  int begin;  // within the sequence
+  int end;
+};
+
+__device__ Rows find_rows(const SequenceBatch& batch, int block) {
+  int low = 0;
+  int high = batch.count;
+  while (high - low > 1) {
+    const int middle = (low + high) / 2;
+    (batch.entries[middle].first_block <= block ? low : high) = middle;
+  }
+  const BatchEntry& entry = batch.entries[low];
+  const int begin = (block - entry.first_block) * kShortConvRows;
+  return {&entry, begin, min(begin + kShortConvRows, entry.length)};
+}
+
+// Channels of one thread: kVectors times four.
+template <int kVectors, typename T>
+__device__ void load_channels(float (&to)[4 * kVectors], const T* from) {
+#pragma unroll
+  for (int i = 0; i < kVectors; ++i) {
+    load_four(reinterpret_cast<float(&)[4]>(to[4 * i]), from + 4 * i, kVector);
+  }
+}
+
+template <typename T>
+__global__ void __launch_bounds__(kThreads)
+    short_conv_width_4(const __grid_constant__ ShortConvProblem p,
+                       const __grid_constant__ SequenceBatch batch) {
+  constexpr int kWidth = 4;
+  constexpr int kChannels = 8;
+  const int channel = (blockIdx.x * kThreads + threadIdx.x) * kChannels;
+  if (channel >= p.channels) return;
+  const Rows rows = find_rows(batch, blockIdx.y);
+  const std::ptrdiff_t first =
+      static_cast<std::ptrdiff_t>(rows.entry->begin) * p.channels + channel;
+  const T* x = static_cast<const T*>(p.x) + first;
+  T* y = static_cast<T*>(p.y) + first;
+  const auto at = [&](int row) { return static_cast<std::ptrdiff_t>(row) * p.channels; };
+
+  float w[kChannels][kWidth];
+  float window[kWidth][kChannels];  // of row t, input t − 3 + i at [(t + 1 + i) % 4]
+  float bias[kChannels] = {};
+#pragma unroll
+  for (int c = 0; c < kChannels; ++c) load_four(w[c], p.w + (channel + c) * kWidth, kVector);
+  if (p.bias != nullptr) load_channels<2>(bias, p.bias + channel);
+
+  if (rows.begin == 0) {
+    float* state = rows.entry->state + channel * kWidth;
+#pragma unroll
+    for (int c = 0; c < kChannels; ++c) {
+      float old[kWidth];
+      load_four(old, state + c * kWidth, kVector);
+#pragma unroll
+      for (int i = 1; i < kWidth; ++i) window[i][c] = old[i];
+      float now[kWidth];
+#pragma unroll
+      for (int i = 0; i < kWidth; ++i) {
+        const int row = rows.entry->length - kWidth + i;
+        now[i] = 0;
+        if (row >= 0) now[i] = to_float(x[at(row) + c]);
+#pragma unroll
+        for (int j = 0; j < kWidth; ++j) {
+          if (row + kWidth == j && row < 0) now[i] = old[j];
+        }
+      }
+      store_four(state + c * kWidth, now, kVector);
+    }
+  } else {
+#pragma unroll
+    for (int i = 1; i < kWidth; ++i) load_channels<2>(window[i], x + at(rows.begin - kWidth + i));
+  }
+  for (int t = rows.begin; t < rows.end; t += kWidth) {
+    float next[kWidth][kChannels];
+#pragma unroll
+    for (int r = 0; r < kWidth; ++r) {
+      if (t + r < rows.end) load_channels<2>(next[r], x + at(t + r));
+    }
+#pragma unroll
+    for (int r = 0; r < kWidth; ++r) {
+      if (t + r >= rows.end) break;
+      float out[kChannels];
+#pragma unroll
+      for (int c = 0; c < kChannels; ++c) {
+        window[r][c] = next[r][c];
+        float sum = bias[c];
+#pragma unroll
+        for (int i = 0; i < kWidth; ++i) sum += w[c][i] * window[(r + 1 + i) % kWidth][c];
+        out[c] = activate(p.activation, sum);
+      }
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        store_four(y + at(t + r) + 4 * i, reinterpret_cast<const float(&)[4]>(out[4 * i]), kVector);
+      }
+    }
+  }
+}
+
+template <typename T>
+__global__ void __launch_bounds__(kThreads)
+    short_conv_any_width(const __grid_constant__ ShortConvProblem p,
+                         const __grid_constant__ SequenceBatch batch) {
+  const int channel = blockIdx.x * kThreads + threadIdx.x;
+  if (channel >= p.channels) return;
+  const Rows rows = find_rows(batch, blockIdx.y);
+  const std::ptrdiff_t first =
+      static_cast<std::ptrdiff_t>(rows.entry->begin) * p.channels + channel;
+  const T* x = static_cast<const T*>(p.x) + first;
+  T* y = static_cast<T*>(p.y) + first;
+  float* state = rows.entry->state + channel * p.width;
+  const auto input = [&](int row) {
+    return row < 0 ? state[p.width + row]
+                   : to_float(x[static_cast<std::ptrdiff_t>(row) * p.channels]);
+  };
+  for (int t = rows.begin; t < rows.end; ++t) {
+    float sum = p.bias != nullptr ? p.bias[channel] : 0;
+    for (int i = 0; i < p.width; ++i) {
+      sum += p.w[channel * p.width + i] * input(t - p.width + 1 + i);
+    }
+    from_float(y[static_cast<std::ptrdiff_t>(t) * p.channels], activate(p.activation, sum));
+  }
+  if (rows.begin == 0) {
+    // Oldest first: no entry is replaced before it has been moved.
+    for (int i = 0; i < p.width; ++i) state[i] = input(rows.entry->length - p.width + i);
+  }
+}
+
+template <typename T>
+void launch(const ShortConvProblem& p, const SequenceBatch& batch, cudaStream_t stream) {
+  const auto grid = [&](int channels) {
+    const int block = kThreads * channels;
+    return dim3((p.channels + block - 1) / block, batch.blocks);
+  };
+  if (p.width == 4 && p.channels % 8 == 0) {
+    short_conv_width_4<T><<<grid(8), kThreads, 0, stream>>>(p, batch);
+  } else {
+    short_conv_any_width<T><<<grid(1), kThreads, 0, stream>>>(p, batch);
+  }
+  check_launch("short_conv");
+}
+
+}  // namespace
+
+void launch_short_conv(const ShortConvProblem& problem, const SequenceBatch& batch,
+                       cudaStream_t stream) {
+  problem.is_bf16 ? launch<bf16>(problem, batch, stream) : launch<float>(problem, batch, stream);
+}
+
+}  // namespace deltafox::cuda

@@ -1,0 +1,42 @@
+// Which kernel a sequence takes is a matter of its own length, so what it gets does not depend on
+// who shares its batch.
+#include "ops/ssd.h"
+
+#include "core/error.h"
+#include "cuda/batches.h"
+#include "cuda/decayed_kernels.h"
+#include "cuda/stream.h"
+
+namespace deltafox::cuda {
+
+void ssd(Context& ctx, const SsdArgs& args) {
+  if (args.state_size() > kLargestStateRows) {
+    fail("ssd: CUDA keeps states of at most {}, not {}", kLargestStateRows, args.state_size());
+  }
+  if (args.y.dtype != args.xbc.dtype) fail("ssd: CUDA needs xbc and y of one dtype");
+  const SsdProblem problem{
+      .xbc = args.xbc.data,
+      .dt = args.dt.f32(),
+      .dt_bias = args.dt_bias.f32(),
+      .a_log = args.a_log.f32(),
+      .d = args.d.f32(),
+      .y = args.y.data,
+      .dt_min = args.dt_min,
+      .dt_max = args.dt_max,
+      .is_bf16 = args.y.dtype == DType::kBF16,
+      .heads = static_cast<int>(args.y.shape[1]),
+      .groups = static_cast<int>(args.num_groups),
+      .state_size = static_cast<int>(args.state_size()),
+      .head_dim = static_cast<int>(args.y.shape[2]),
+  };
+  const bool chunks_fit = ssd_chunks_fit(problem);
+  const auto chunked = [&](int length) { return chunks_fit && length >= kLeastChunkedRows; };
+  for_each_batch(
+      args.sequences, args.states, [&](int length) { return chunked(length) ? 1 : 0; },
+      [&](const SequenceBatch& batch) { launch_ssd_chunks(problem, batch, stream_of(ctx)); });
+  for_each_batch(
+      args.sequences, args.states, [&](int length) { return chunked(length) ? 0 : 1; },
+      [&](const SequenceBatch& batch) { launch_ssd(problem, batch, stream_of(ctx)); });
+}
+
+}  // namespace deltafox::cuda

@@ -1,0 +1,395 @@
+// Mamba-2's state space in chunks of 64 rows on the tensor cores (the equations are in ops/ssd.h).
+//
+// A block owns 128 of the columns of a group's heads, 64 a warp group, and walks a sequence. The
+// states lie transposed in accumulators, as in delta_rule_chunks.cu. With λ_t the sum of log a from
+// the chunk's first row to t, a group's head has
+//   Yᵀ = (Sᵀ Cᵀ) diag(e^λ) + Xᵀ Aᵀ + d Xᵀ,  A_ts = (c_t·b_s) e^(λ_t − λ_s) Δ_s  (s ≤ t),
+//   Sᵀ ← e^λ_last Sᵀ + Xᵀ diag(Δ_s e^(λ_last − λ_s)) B.
+// A third group runs ahead: it loads rows and computes λ and A for both heads. λ never leaves a
+// chunk, so its rounding, relative to e^λ, stays below that of the bfloat16 operands.
+#include <algorithm>
+
+#include "cuda/check.h"
+#include "cuda/decayed_kernels.h"
+#include "cuda/tensor_core.cuh"
+
+namespace deltafox::cuda {
+namespace {
+
+constexpr int kChunk = kTileRows;
+constexpr int kColumns = 128;  // of a block
+constexpr int kThreads = 3 * 128;
+constexpr int kStages = 2;
+
+struct ChunkParams {
+  SsdProblem problem;
+  SequenceBatch batch;
+};
+
+// What a warp group's head needs of a chunk besides its tiles.
+struct alignas(16) Decays {
+  float lambda[kChunk];
+  float into[kChunk];    // e^λ_t: of the state before the chunk
+  float weight[kChunk];  // Δ_s
+  float out[kChunk];     // Δ_s e^(λ_last − λ_s): into the state behind the chunk
+  float whole;           // e^λ_last
+};
+
+template <int kStates>
+struct Layout {
+  static constexpr int kStateTile = kStates / 64 * kTileBlockBytes;
+  static constexpr int kB = 0;
+  static constexpr int kC = kStateTile;
+  static constexpr int kX = 2 * kStateTile;
+  static constexpr int kA = kX + kColumns / 64 * kTileBlockBytes;  // of either head
+  static constexpr int kDecays = kA + 2 * kTileBlockBytes;
+  static constexpr int kStage = kDecays + 3072;
+  static constexpr int kBytes = 1024 + kStages * kStage + 128;
+  static_assert(2 * sizeof(Decays) <= 3072);
+};
+
+struct Block {
+  const BatchEntry* entry;
+  int group;
+  int first_column;  // of the group's heads
+  int columns;       // that exist
+  int chunks;
+
+  // The head of a warp group's columns, or of the last column where it has none.
+  __device__ int head(const SsdProblem& p, int warp_group) const {
+    const int column = min(first_column + 64 * warp_group, heads_per_group(p) * p.head_dim - 1);
+    return group * heads_per_group(p) + column / p.head_dim;
+  }
+  __device__ static int heads_per_group(const SsdProblem& p) { return p.heads / p.groups; }
+};
+
+template <int kPieces>
+__device__ void load_tile(std::uint32_t tile, const bf16* rows, std::ptrdiff_t stride, int columns,
+                          int valid_rows, int thread) {
+  const int piece = thread % kPieces;
+  for (int row = thread / kPieces; row < kChunk; row += 128 / kPieces) {
+    const bool valid = piece * 8 < columns && row < valid_rows;
+    copy_piece_async(tile + piece_offset(row, piece),
+                     valid ? rows + row * stride + piece * 8 : rows, valid);
+  }
+}
+
+template <class Products, int kStates>
+__device__ void prepare_chunks(const SsdProblem& p, const Block& block, unsigned char* stages,
+                               std::uint32_t barriers) {
+  using L = Layout<kStates>;
+  const int thread = threadIdx.x % 128;
+  const int lane = thread % 32;
+  const int warp = thread / 32;
+  const std::ptrdiff_t stride =
+      static_cast<std::ptrdiff_t>(p.heads) * p.head_dim + 2 * p.groups * p.state_size;
+  const int heads_per_group = Block::heads_per_group(p);
+  // Warps 0 and 1 find the decays of the two heads.
+  const int head = block.head(p, warp % 2);
+  const float rate = -expf(p.a_log[head]);
+  const float dt_bias = p.dt_bias[head];
+
+  for (int c = 0; c < block.chunks; ++c) {
+    const int stage = c % kStages;
+    unsigned char* base = stages + stage * L::kStage;
+    const std::uint32_t at = shared_address(base);
+    const int valid_rows = min(kChunk, block.entry->length - c * kChunk);
+    const auto row = static_cast<std::ptrdiff_t>(block.entry->begin + c * kChunk);
+    if (c >= kStages) barrier_wait(barriers + (2 * stage + 1) * 8, (c / kStages - 1) & 1);
+    const bf16* token = static_cast<const bf16*>(p.xbc) + row * stride;
+    const bf16* b = token + p.heads * p.head_dim + block.group * p.state_size;
+    load_tile<kStates / 8>(at + L::kB, b, stride, p.state_size, valid_rows, thread);
+    load_tile<kStates / 8>(at + L::kC, b + p.groups * p.state_size, stride, p.state_size,
+                           valid_rows, thread);
+    load_tile<kColumns / 8>(at + L::kX,
+                            token + block.group * heads_per_group * p.head_dim + block.first_column,
+                            stride, block.columns, valid_rows, thread);
+    commit_copies();
+
+    Decays* decays = reinterpret_cast<Decays*>(base + L::kDecays);
+    if (warp < 2) {
+      // Lane l has rows 2l and 2l + 1.
+      float step[2];
+      float log_decay[2];
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const int t = 2 * lane + i;
+        step[i] = 0;
+        if (t < valid_rows) {
+          const float raw = p.dt[(row + t) * p.heads + head] + dt_bias;
+          const float softplus = fmaxf(raw, 0.0F) + log1pf(expf(-fabsf(raw)));
+          step[i] = fminf(fmaxf(softplus, p.dt_min), p.dt_max);
+        }
+        log_decay[i] = rate * step[i];
+      }
+      float sum = log_decay[0] + log_decay[1];
+#pragma unroll
+      for (int offset = 1; offset < 32; offset *= 2) {
+        const float before = __shfl_up_sync(0xffffffffU, sum, offset);
+        if (lane >= offset) sum += before;
+      }
+      const float last = __shfl_sync(0xffffffffU, sum, 31);
+      const float lambda[2] = {sum - log_decay[1], sum};
+      Decays& d = decays[warp];
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const int t = 2 * lane + i;
+        d.lambda[t] = lambda[i];
+        d.into[t] = expf(lambda[i]);
+        d.weight[t] = step[i];
+        d.out[t] = step[i] * expf(last - lambda[i]);
+      }
+      if (lane == 0) d.whole = expf(last);
+    }
+    wait_copies<0>();
+    Products::publish();
+    group_sync(1);
+
+    float g[8][4];
+    Products::begin(g);
+    Products::template tiles_transposed<kStates / 16>(g, at + L::kC, at + L::kB);
+    Products::commit();
+    Products::template wait<0>();
+    Products::end(g);
+    const int t = 16 * warp + lane / 4;
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const Decays& d = decays[h];
+      const float low = d.lambda[t];
+      const float high = d.lambda[t + 8];
+      unsigned char* tile = base + L::kA + h * kTileBlockBytes;
+#pragma unroll
+      for (int j = 0; j < 8; ++j) {
+        if (j < 2 * warp + 2) {
+          const int s = 8 * j + 2 * (lane % 4);
+          const float2 lambda = *reinterpret_cast<const float2*>(&d.lambda[s]);
+          const float2 weight = *reinterpret_cast<const float2*>(&d.weight[s]);
+          // Above the diagonal the exponent is positive and may overflow: it is never used there.
+          const auto element = [&](float product, float from, int to_row, float to, int column,
+                                   float w) {
+            return column <= to_row ? product * w * __expf(to - from) : 0;
+          };
+          unsigned char* to = tile + piece_offset(t, j) + 4 * (lane % 4);
+          *reinterpret_cast<std::uint32_t*>(to) =
+              pack(element(g[j][0], lambda.x, t, low, s, weight.x),
+                   element(g[j][1], lambda.y, t, low, s + 1, weight.y));
+          *reinterpret_cast<std::uint32_t*>(to + 8 * 128) =
+              pack(element(g[j][2], lambda.x, t + 8, high, s, weight.x),
+                   element(g[j][3], lambda.y, t + 8, high, s + 1, weight.y));
+        }
+      }
+    }
+    Products::publish();
+    barrier_arrive(barriers + 2 * stage * 8);
+  }
+}
+
+// Multiplies column 8j + 2(l%4) and the next of an accumulator's or operand's pair by `scale`'s.
+__device__ std::uint32_t scale_pair(std::uint32_t pair, const float2& scale) {
+  const float2 x = __bfloat1622float2(reinterpret_cast<const __nv_bfloat162&>(pair));
+  return pack(x.x * scale.x, x.y * scale.y);
+}
+
+template <class Products, int kStates>
+__device__ void walk(const SsdProblem& p, const Block& block, unsigned char* stages,
+                     std::uint32_t barriers) {
+  using L = Layout<kStates>;
+  const int lane = threadIdx.x % 32;
+  const int warp = threadIdx.x / 32;  // of eight
+  const int warp_group = warp / 4;
+  const int head = block.head(p, warp_group);
+  const int heads_per_group = Block::heads_per_group(p);
+  // This warp's 16 columns, counted over the group's heads and within their head.
+  const int column = block.first_column + 16 * warp;
+  const int own = column % p.head_dim + lane / 4;
+  const bool exists = 16 * warp < block.columns;
+  const float skip = p.d[head];
+  float* state = block.entry->state + static_cast<std::ptrdiff_t>(head) * p.state_size * p.head_dim;
+
+  float s[kStates / 8][4];
+#pragma unroll
+  for (int j = 0; j < kStates / 8; ++j) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int n = 8 * j + 2 * (lane % 4) + i % 2;
+      s[j][i] = exists && n < p.state_size ? state[n * p.head_dim + own + i / 2 * 8] : 0;
+    }
+  }
+  const std::ptrdiff_t stride = static_cast<std::ptrdiff_t>(p.heads) * p.head_dim;
+  bf16* out = static_cast<bf16*>(p.y) + block.entry->begin * stride +
+              block.group * heads_per_group * p.head_dim + column;
+  for (int c = 0; c < block.chunks; ++c) {
+    const int stage = c % kStages;
+    unsigned char* base = stages + stage * L::kStage;
+    const std::uint32_t at = shared_address(base);
+    const Decays& decays = reinterpret_cast<const Decays*>(base + L::kDecays)[warp_group];
+    barrier_wait(barriers + 2 * stage * 8, (c / kStages) & 1);
+
+    std::uint32_t x[4][4];
+    const std::uint32_t own_piece =
+        at + L::kX + piece_offset(8 * (lane / 16) + lane % 8, 2 * warp + (lane / 8) % 2);
+#pragma unroll
+    for (int k = 0; k < 4; ++k) load_matrices_transposed(x[k], own_piece + 16 * k * 128);
+    float y[8][4];
+    {
+      std::uint32_t sf[kStates / 16][4];
+      to_operand(sf, s);
+      Products::begin(y);
+      Products::template times_transposed<true>(y, sf, at + L::kC);
+      Products::commit();
+      Products::template wait<0>();
+      Products::end(y);
+    }
+#pragma unroll
+    for (int j = 0; j < 8; ++j) {
+      const float2 into = *reinterpret_cast<const float2*>(&decays.into[8 * j + 2 * (lane % 4)]);
+      y[j][0] *= into.x;
+      y[j][1] *= into.y;
+      y[j][2] *= into.x;
+      y[j][3] *= into.y;
+    }
+    std::uint32_t u[4][4];
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int t = 16 * k + i / 2 * 8 + 2 * (lane % 4);
+        u[k][i] = scale_pair(x[k][i], *reinterpret_cast<const float2*>(&decays.out[t]));
+      }
+    }
+    const float whole = decays.whole;
+#pragma unroll
+    for (int j = 0; j < kStates / 8; ++j) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) s[j][i] *= whole;
+    }
+    Products::begin(y);
+    Products::begin(s);
+    Products::template times_transposed<false>(y, x, at + L::kA + warp_group * kTileBlockBytes);
+    Products::template times<false>(s, u, at + L::kB);
+    Products::commit();
+    Products::template wait<0>();
+    Products::end(y);
+    Products::end(s);
+
+    // Through this warp's own columns of the tile of x to memory.
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+      std::uint32_t m[4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const float2 pair = __bfloat1622float2(reinterpret_cast<const __nv_bfloat162&>(x[k][i]));
+        const float* sum = y[2 * k + i / 2] + i % 2 * 2;
+        m[i] = pack(sum[0] + skip * pair.x, sum[1] + skip * pair.y);
+      }
+      store_matrices_transposed(own_piece + 16 * k * 128, m);
+    }
+    __syncwarp();
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int row = 16 * i + lane / 2;
+      uint4 data;
+      asm volatile("ld.shared.v4.u32 {%0,%1,%2,%3}, [%4];"
+                   : "=r"(data.x), "=r"(data.y), "=r"(data.z), "=r"(data.w)
+                   : "r"(at + L::kX + piece_offset(row, 2 * warp + lane % 2))
+                   : "memory");
+      if (exists && c * kChunk + row < block.entry->length) {
+        *reinterpret_cast<uint4*>(out + (c * kChunk + row) * stride + 8 * (lane % 2)) = data;
+      }
+    }
+    __syncwarp();
+    if (lane == 0) barrier_arrive(barriers + (2 * stage + 1) * 8);
+  }
+#pragma unroll
+  for (int j = 0; j < kStates / 8; ++j) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int n = 8 * j + 2 * (lane % 4) + i % 2;
+      if (exists && n < p.state_size) state[n * p.head_dim + own + i / 2 * 8] = s[j][i];
+    }
+  }
+}
+
+template <class Products, int kStates>
+__global__ void __launch_bounds__(kThreads, 1)
+    ssd_chunks(const __grid_constant__ ChunkParams params) {
+  // Other targets compile this kernel too, and never launch it.
+  if constexpr (!Products::kGroup || kHasGroupProducts) {
+    using L = Layout<kStates>;
+    extern __shared__ unsigned char shared[];
+    unsigned char* stages = shared + (1024 - shared_address(shared) % 1024) % 1024;
+    const SsdProblem& p = params.problem;
+    const int group_columns = Block::heads_per_group(p) * p.head_dim;
+    const int blocks_per_group = (group_columns + kColumns - 1) / kColumns;
+    Block block;
+    block.entry = &params.batch.entries[blockIdx.y];
+    block.group = blockIdx.x / blocks_per_group;
+    block.first_column = blockIdx.x % blocks_per_group * kColumns;
+    block.columns = min(kColumns, group_columns - block.first_column);
+    block.chunks = (block.entry->length + kChunk - 1) / kChunk;
+
+    const std::uint32_t barriers = shared_address(stages + kStages * L::kStage);
+    if (threadIdx.x == 0) {
+      for (int s = 0; s < kStages; ++s) {
+        barrier_init(barriers + 2 * s * 8, 128);
+        barrier_init(barriers + (2 * s + 1) * 8, 8);
+      }
+    }
+    // What lies above the diagonal blocks is written here, once.
+    for (int s = 0; s < kStages; ++s) {
+      for (int i = threadIdx.x; i < 2 * kTileBlockBytes / 16; i += kThreads) {
+        reinterpret_cast<uint4*>(stages + s * L::kStage + L::kA)[i] = make_uint4(0, 0, 0, 0);
+      }
+    }
+    Products::publish();
+    __syncthreads();
+    if (threadIdx.x >= 256) {
+      if constexpr (Products::kGroup) give_registers<88>();
+      prepare_chunks<Products, kStates>(p, block, stages, barriers);
+    } else {
+      if constexpr (Products::kGroup) take_registers<208>();
+      walk<Products, kStates>(p, block, stages, barriers);
+    }
+  }
+}
+
+template <class Products, int kStates>
+void launch(const ChunkParams& params, cudaStream_t stream) {
+  constexpr int kBytes = Layout<kStates>::kBytes;
+  const auto kernel = ssd_chunks<Products, kStates>;
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes),
+        "cudaFuncSetAttribute");
+  const SsdProblem& p = params.problem;
+  const int group_columns = p.heads / p.groups * p.head_dim;
+  const int blocks = p.groups * ((group_columns + kColumns - 1) / kColumns);
+  kernel<<<dim3(blocks, params.batch.count), kThreads, kBytes, stream>>>(params);
+  check_launch("ssd_chunks");
+}
+
+int attribute(cudaDeviceAttr which) {
+  int device = 0;
+  int value = 0;
+  check(cudaGetDevice(&device), "cudaGetDevice");
+  check(cudaDeviceGetAttribute(&value, which, device), "cudaDeviceGetAttribute");
+  return value;
+}
+
+}  // namespace
+
+bool ssd_chunks_fit(const SsdProblem& p) {
+  return p.is_bf16 && p.head_dim % 64 == 0 && p.state_size % 8 == 0 && p.state_size <= 128 &&
+         attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin) >=
+             (p.state_size <= 64 ? Layout<64>::kBytes : Layout<128>::kBytes);
+}
+
+void launch_ssd_chunks(const SsdProblem& problem, const SequenceBatch& batch, cudaStream_t stream) {
+  const ChunkParams params{.problem = problem, .batch = batch};
+  const bool group = attribute(cudaDevAttrComputeCapabilityMajor) == 9;
+  if (problem.state_size <= 64) {
+    group ? launch<GroupProducts, 64>(params, stream) : launch<WarpProducts, 64>(params, stream);
+  } else {
+    group ? launch<GroupProducts, 128>(params, stream) : launch<WarpProducts, 128>(params, stream);
+  }
+}
+
+}  // namespace deltafox::cuda

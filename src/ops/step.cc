@@ -1,0 +1,52 @@
+#include "ops/step.h"
+
+#include "ops/check.h"
+
+namespace deltafox::ops {
+namespace {
+
+void require_gpu(const Context& ctx, std::string_view op) {
+  if (ctx.device() == Device::kCpu) fail("{}: runs on a GPU only", op);
+}
+
+}  // namespace
+
+void step_linear(Context& ctx, const StepLinearArgs& args) {
+  require_gpu(ctx, "step_linear");
+  const std::int64_t rows = args.x.shape[0];
+  const std::int64_t k = args.x.shape[1];
+  if (rows > kStepLinearRows || k % 256 != 0 || args.parts.size() > 6) {
+    fail("step_linear: {} rows of {} and {} parts do not fit", rows, k, args.parts.size());
+  }
+  for (const StepLinearPart& part : args.parts) {
+    const std::int64_t n = part.y.shape[1];
+    const bool glu = part.epilogue == StepEpilogue::kGlu;
+    check("step_linear", "w", part.w, {glu ? 2 * n : n, k}, DType::kBF16);
+    check_activation(ctx, "step_linear", "y", part.y, {rows, n});
+    if (part.epilogue == StepEpilogue::kConvSilu) {
+      check("step_linear", "conv", part.conv, {n, kStepConvWidth});
+    }
+  }
+  cuda::step_linear(ctx, args);
+}
+
+void greedy_token(Context& ctx, const GreedyTokenArgs& args) {
+  require_gpu(ctx, "greedy_token");
+  const std::int64_t rows = args.logits.shape[0];
+  check("greedy_token", "ids", args.ids, {rows}, DType::kI32);
+  check("greedy_token", "counts", args.counts, {rows}, DType::kI32);
+  cuda::greedy_token(ctx, args);
+}
+
+void delta_rule_step(Context& ctx, const DeltaRuleStepArgs& args) {
+  require_gpu(ctx, "delta_rule_step");
+  const Shape heads{args.q.shape[0], args.q.shape[1], kStepHeadDim};
+  check("delta_rule_step", "q", args.q, heads);
+  check("delta_rule_step", "k", args.k, heads);
+  check("delta_rule_step", "v", args.v, heads);
+  check("delta_rule_step", "beta", args.beta, {heads[0], heads[1]});
+  check("delta_rule_step", "o", args.o, heads);
+  cuda::delta_rule_step(ctx, args);
+}
+
+}  // namespace deltafox::ops

@@ -1,0 +1,75 @@
+// What a decoding step of a few sequences is made of on a GPU, where it is bound by reading the
+// weights once: products with all that comes before and after them in one pass.
+//
+// step_linear: for each part, y = epilogue(norm(x) wᵀ), where the epilogue is one of
+//   kStore    y = p
+//   kAdd      y += p
+//   kSigmoid  y = σ(p)
+//   kGlu      y = silu(p) · p', with w the rows of p and then those of p'
+//   kConvSilu y = silu(short_conv(p)) with W = 4; see ops/short_conv.h
+// and norm(x) is x, or rms_norm(x) in groups as wide as the weight of the norm.
+//
+// delta_rule_step: delta_rule (ops/delta_rule.h) of one token a sequence, with
+// q and k of length one first: q · rsqrt(Σq² + 1e-6).
+//
+// greedy_token: the first index of the largest logit of each row. It becomes the sequence's id, and
+// for the host to see, history[count · B + b], count being how many calls there were before.
+//
+// Sums do not depend on B.
+#pragma once
+
+#include <span>
+
+#include "core/context.h"
+
+namespace deltafox {
+
+constexpr std::int64_t kStepLinearRows = 16;  // B at most
+constexpr std::int64_t kStepConvWidth = 4;    // W
+constexpr std::int64_t kStepHeadDim = 128;    // K and V of delta_rule_step, groups of a norm
+
+enum class StepEpilogue : std::uint8_t { kStore, kAdd, kSigmoid, kGlu, kConvSilu };
+
+struct StepLinearPart {
+  ConstTensorView w;  // [N, K] BF16; [2·N, K] with kGlu
+  TensorView y;       // [B, N] F32 or BF16
+  StepEpilogue epilogue = StepEpilogue::kStore;
+  ConstTensorView conv = {};                 // [N, W]
+  std::span<float* const> conv_states = {};  // [B], each [N, W]
+};
+
+struct StepLinearArgs {
+  ConstTensorView x;          // [B, K] F32 or BF16, K a multiple of 256
+  ConstTensorView norm = {};  // [K] or [kStepHeadDim]; no data for none
+  float norm_eps = 0;
+  std::span<const StepLinearPart> parts;  // at most six
+};
+
+struct DeltaRuleStepArgs {
+  ConstTensorView q;               // [B, H, 128] F32
+  ConstTensorView k;               // [B, H, 128] F32
+  ConstTensorView v;               // [B, H, 128] F32
+  ConstTensorView beta;            // [B, H] F32
+  std::span<float* const> states;  // [B], each [H, 128, 128]; updated
+  TensorView o;                    // [B, H, 128] F32
+};
+
+struct GreedyTokenArgs {
+  ConstTensorView logits;  // [B, N] F32
+  TensorView ids;          // [B] I32
+  TensorView counts;       // [B] I32, += 1
+  std::int32_t* history;   // [capacity, B] as of cuda::allocate_shared
+  std::int64_t capacity;   // what is beyond is not written
+};
+
+namespace ops {
+void greedy_token(Context& ctx, const GreedyTokenArgs& args);
+void step_linear(Context& ctx, const StepLinearArgs& args);
+void delta_rule_step(Context& ctx, const DeltaRuleStepArgs& args);
+}  // namespace ops
+namespace cuda {
+void greedy_token(Context& ctx, const GreedyTokenArgs& args);
+void step_linear(Context& ctx, const StepLinearArgs& args);
+void delta_rule_step(Context& ctx, const DeltaRuleStepArgs& args);
+}  // namespace cuda
+}  // namespace deltafox

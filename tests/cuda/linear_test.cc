@@ -1,0 +1,253 @@
+// Products and fused decoding steps on the GPU against plain float32 on the CPU.
+#include <gtest/gtest.h>
+
+#include <cstring>
+
+#include "cuda/gpu.h"
+#include "ops/delta_rule.h"
+#include "ops/linear.h"
+#include "ops/rms_norm.h"
+#include "ops/short_conv.h"
+#include "ops/step.h"
+#include "support/tensors.h"
+
+namespace deltafox {
+namespace {
+
+using test::EachDType;
+using test::expect_close;
+using test::expect_equal;
+using test::Gpu;
+using test::Random;
+
+// A sum of K products of random signs, with K/32 additions in a row at least, in float32, relative
+// to its own size: √K roundings at the most likely; and one of the output.
+double tolerance(DType output, std::int64_t k) {
+  return (output == DType::kBF16 ? test::epsilon(output) : 0) +
+         2 * std::sqrt(static_cast<double>(k)) * test::epsilon(DType::kF32);
+}
+
+Tensor device(DType dtype, const Shape& shape) {
+  return {dtype, shape, Device::kCuda};
+}
+
+class CudaLinear : public EachDType {};
+
+TEST_P(CudaLinear, EqualsPlainOnAllShapes) {
+  Random random(1);
+  Gpu gpu(GetParam());
+  const std::int64_t widths[] = {256, 768, 8, 64, 33, 1, 1536};
+  for (int round = 0; round < 42; ++round) {
+    const std::int64_t tokens = round % 2 == 0 ? random.integer(1, 16) : random.integer(17, 200);
+    const std::int64_t outputs = random.integer(1, 150);
+    const std::int64_t k = widths[round % 7];
+    Tensor x = random.normal_tensor({tokens, k});
+    Tensor w = random.normal_tensor({outputs, k});
+    Tensor bias = random.normal_tensor({outputs});
+    Tensor y = random.normal_tensor({tokens, outputs});
+    const bool accumulate = round % 3 == 0;
+    const DType y_dtype = accumulate || round % 5 == 0 ? DType::kF32 : gpu.dtype();
+    const Tensor gpu_x = gpu.upload(x, gpu.dtype());
+    const Tensor gpu_w = gpu.upload(w, gpu.dtype());
+    const Tensor gpu_bias = gpu.upload(bias);
+    Tensor gpu_y = gpu.upload(y, y_dtype);
+    const bool biased = y_dtype == DType::kF32;  // else the output is rounded twice
+    reference::linear({.x = x.view(),
+                       .w = w.view(),
+                       .y = y.view(),
+                       .accumulate = accumulate,
+                       .bias = biased ? bias.view() : TensorView{}});
+    ops::linear(gpu.ctx(), {.x = gpu_x.view(),
+                            .w = gpu_w.view(),
+                            .y = gpu_y.view(),
+                            .accumulate = accumulate,
+                            .bias = biased ? gpu_bias.view() : ConstTensorView{}});
+    SCOPED_TRACE(testing::Message() << tokens << " x " << outputs << " x " << k);
+    expect_close(gpu.download(gpu_y), y, tolerance(y_dtype, k));
+  }
+}
+
+// Rows of a bucket: 1 to 16, 17 to 32, 33 to 64 and so on.
+TEST_P(CudaLinear, ARowDoesNotDependOnTheOthersOfItsBucket) {
+  Random random(2);
+  Gpu gpu(GetParam());
+  const std::int64_t k = 512;
+  const std::int64_t outputs = 392;
+  Tensor w = random.normal_tensor({outputs, k});
+  Tensor x = random.normal_tensor({64, k});
+  const Tensor gpu_w = gpu.upload(w, gpu.dtype());
+  const Tensor gpu_x = gpu.upload(x, gpu.dtype());
+  for (const auto& [all, some] : {std::pair{16, 1}, {16, 7}, {32, 17}, {64, 33}, {64, 50}}) {
+    const auto product = [&](std::int64_t rows) {
+      Tensor y = device(DType::kF32, {rows, outputs});
+      ops::linear(
+          gpu.ctx(),
+          {.x = {gpu_x.view().data, gpu.dtype(), {rows, k}}, .w = gpu_w.view(), .y = y.view()});
+      return gpu.download(y);
+    };
+    const Tensor expected = product(all);
+    const Tensor got = product(some);
+    for (std::int64_t i = 0; i < some * outputs; ++i) {
+      ASSERT_EQ(got.f32()[i], expected.f32()[i]) << all << " " << some << " " << i;
+    }
+  }
+}
+
+INSTANTIATE_TEST_SUITE_P(DTypes, CudaLinear, testing::Values(DType::kF32, DType::kBF16),
+                         [](const auto& p) { return std::string(name_of(p.param)); });
+
+Tensor normed(Tensor& x, Tensor& w, std::int64_t width) {
+  Tensor y(DType::kF32, x.view().shape);
+  const Shape rows{x.view().shape.size() / width, width};
+  reference::rms_norm(
+      {.x = x.view().reshaped(rows), .w = w.view(), .y = y.view().reshaped(rows), .eps = 1e-6F});
+  return y;
+}
+
+TEST(CudaStep, FusedProjectionsEqualTheirParts) {
+  Random random(3);
+  Gpu gpu(DType::kBF16);
+  for (const std::int64_t batch : {1, 3, 8, 11, 16}) {
+    const std::int64_t k = batch % 2 == 1 ? 512 : 2816;
+    const bool heads = batch == 3;  // a norm in groups
+    Tensor x = random.normal_tensor({batch, k});
+    Tensor norm = random.normal_tensor({heads ? kStepHeadDim : k});
+    Tensor conv_w = random.normal_tensor({40, 4});
+    Tensor w_conv = random.normal_tensor({40, k});
+    Tensor w_beta = random.normal_tensor({5, k}, 0.05F);
+    Tensor w_glu = random.normal_tensor({2 * 27, k}, 0.05F);
+    Tensor w_add = random.normal_tensor({17, k});
+    Tensor y_add = random.normal_tensor({batch, 17});
+    std::vector<Tensor> states;
+    for (std::int64_t b = 0; b < batch; ++b) states.push_back(random.normal_tensor({40, 4}));
+    std::vector<Tensor> gpu_states;
+    for (Tensor& state : states) gpu_states.push_back(gpu.upload(state));
+
+    const Tensor gpu_x = gpu.upload(x);
+    const Tensor gpu_norm = gpu.upload(norm);
+    const Tensor gpu_conv = gpu.upload(conv_w);
+    const Tensor gpu_w[] = {gpu.upload(w_conv, DType::kBF16), gpu.upload(w_beta, DType::kBF16),
+                            gpu.upload(w_glu, DType::kBF16), gpu.upload(w_add, DType::kBF16)};
+    Tensor gpu_y[] = {device(DType::kF32, {batch, 40}), device(DType::kF32, {batch, 5}),
+                      device(DType::kBF16, {batch, 27}), gpu.upload(y_add)};
+    const std::vector<float*> gpu_pointers = test::pointers(gpu_states);
+    const StepLinearPart parts[] = {
+        {.w = gpu_w[0].view(),
+         .y = gpu_y[0].view(),
+         .epilogue = StepEpilogue::kConvSilu,
+         .conv = gpu_conv.view(),
+         .conv_states = gpu_pointers},
+        {.w = gpu_w[1].view(), .y = gpu_y[1].view(), .epilogue = StepEpilogue::kSigmoid},
+        {.w = gpu_w[2].view(), .y = gpu_y[2].view(), .epilogue = StepEpilogue::kGlu},
+        {.w = gpu_w[3].view(), .y = gpu_y[3].view(), .epilogue = StepEpilogue::kAdd}};
+    ops::step_linear(
+        gpu.ctx(), {.x = gpu_x.view(), .norm = gpu_norm.view(), .norm_eps = 1e-6F, .parts = parts});
+
+    Tensor input = normed(x, norm, heads ? kStepHeadDim : k);
+    gpu.upload(input, DType::kBF16);  // rounds it
+    const auto product = [&](Tensor& w) {
+      Tensor y(DType::kF32, {batch, w.view().shape[0]});
+      reference::linear({.x = input.view(), .w = w.view(), .y = y.view()});
+      return y;
+    };
+    const Tensor convolution_input = product(w_conv);
+    Tensor convolved(DType::kF32, {batch, 40});
+    std::vector<std::int64_t> cu;
+    for (std::int64_t b = 0; b <= batch; ++b) cu.push_back(b);
+    reference::short_conv({.x = convolution_input.view(),
+                           .w = conv_w.view(),
+                           .sequences = Sequences(cu),
+                           .states = test::pointers(states),
+                           .activation = Activation::kSilu,
+                           .y = convolved.view()});
+    Tensor beta = product(w_beta);
+    reference::activation({.activation = Activation::kSigmoid, .x = beta.view()});
+    Tensor glu(DType::kF32, {batch, 27});
+    const Tensor gate_up = product(w_glu);
+    reference::glu({.gate_up = gate_up.view(), .y = glu.view()});
+    reference::linear(
+        {.x = input.view(), .w = w_add.view(), .y = y_add.view(), .accumulate = true});
+
+    // The normed input may fall on the other side of a rounding to bfloat16 here and there: one
+    // element in a hundred, each by ε of its own.
+    const double exact = tolerance(DType::kF32, k) + 0.1 * test::epsilon(DType::kBF16);
+    expect_close(gpu.download(gpu_y[0]), convolved, exact);
+    expect_close(gpu.download(gpu_y[1]), beta, exact);
+    expect_close(gpu.download(gpu_y[2]), glu, exact + test::epsilon(DType::kBF16));
+    expect_close(gpu.download(gpu_y[3]), y_add, exact);
+    for (std::size_t b = 0; b < states.size(); ++b) {
+      expect_close(gpu.download(gpu_states[b]), states[b], exact);
+    }
+  }
+}
+
+TEST(CudaStep, DeltaRuleEqualsPlain) {
+  Random random(4);
+  Gpu gpu(DType::kBF16);
+  const std::int64_t batch = 3;
+  const Shape shape{batch, 2, 128};
+  Tensor q = random.normal_tensor(shape);
+  Tensor k = random.normal_tensor(shape);
+  Tensor v = random.normal_tensor(shape);
+  Tensor beta(DType::kF32, {batch, 2});
+  for (int i = 0; i < 6; ++i) beta.f32()[i] = random.uniform(0, 1);
+  std::vector<Tensor> states;
+  for (int b = 0; b < 3; ++b) states.push_back(random.normal_tensor({2, 128, 128}));
+  std::vector<Tensor> gpu_states;
+  for (Tensor& state : states) gpu_states.push_back(gpu.upload(state));
+  const Tensor gpu_q = gpu.upload(q);
+  const Tensor gpu_k = gpu.upload(k);
+  const Tensor gpu_v = gpu.upload(v);
+  const Tensor gpu_beta = gpu.upload(beta);
+  Tensor gpu_o = device(DType::kF32, shape);
+  Tensor o(DType::kF32, shape);
+  const std::vector<float*> gpu_pointers = test::pointers(gpu_states);
+  ops::delta_rule_step(gpu.ctx(), {.q = gpu_q.view(),
+                                   .k = gpu_k.view(),
+                                   .v = gpu_v.view(),
+                                   .beta = gpu_beta.view(),
+                                   .states = gpu_pointers,
+                                   .o = gpu_o.view()});
+  for (Tensor* x : {&q, &k}) {
+    reference::feature_map({.norm = FeatureNorm::kL2, .x = x->view()});
+  }
+  const std::int64_t cu[] = {0, 1, 2, 3};
+  reference::delta_rule({.q = q.view(),
+                         .k = k.view(),
+                         .v = v.view(),
+                         .beta = beta.view(),
+                         .sequences = Sequences(cu),
+                         .states = test::pointers(states),
+                         .o = o.view()});
+  expect_close(gpu.download(gpu_o), o, tolerance(DType::kF32, 128));
+  for (std::size_t b = 0; b < 3; ++b) {
+    expect_close(gpu.download(gpu_states[b]), states[b], tolerance(DType::kF32, 128));
+  }
+}
+
+TEST(CudaStep, GreedyTokenIsTheFirstOfTheLargest) {
+  Random random(5);
+  Gpu gpu(DType::kF32);
+  Tensor logits = random.normal_tensor({3, 5000});
+  for (const int i : {40, 4999, 4100}) logits.f32()[i] = 9;
+  logits.f32()[5000] = 9;
+  logits.f32()[2 * 5000 + 4999] = 9;
+  const Tensor gpu_logits = gpu.upload(logits);
+  Tensor ids = device(DType::kI32, {3});
+  Tensor counts = device(DType::kI32, {3});
+  const auto memory = cuda::allocate_shared(2 * 3 * 4);
+  auto* history = static_cast<std::int32_t*>(memory.get());
+  for (int call = 0; call < 3; ++call) {  // the last one finds no room
+    ops::greedy_token(gpu.ctx(), {.logits = gpu_logits.view(),
+                                  .ids = ids.view(),
+                                  .counts = counts.view(),
+                                  .history = history,
+                                  .capacity = 2});
+  }
+  gpu.ctx().synchronize();
+  const std::int32_t expected[] = {40, 0, 4999, 40, 0, 4999};
+  EXPECT_EQ(std::memcmp(history, expected, sizeof expected), 0);
+}
+
+}  // namespace
+}  // namespace deltafox
