@@ -74,6 +74,10 @@ class AttentionMixer {
     void visit(Visitor&& visitor) {
       visitor("k_shift", StateTensor(k_shift));
       visitor("v_shift", StateTensor(v_shift));
+      if (cache.layout().device != Device::kCpu) {
+        visitor("pages", pages(&KvPage::block));
+        return;
+      }
       visitor("keys", pages(&KvPage::keys));
       visitor("values", pages(&KvPage::values));
       visitor("gates", pages(&KvPage::gates));
