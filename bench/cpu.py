@@ -2,12 +2,12 @@
 """CPU speed against the machine's limits and against llama.cpp: a 760M Transformer (LLaMA) in bfloat16,
 int8 and int4, and a 760M DeltaNet.
 
-    bench/cpu.py --peer BIN --name NAME [--only SECTION ...] [--directory DIR] [--threads 2]
+    bench/cpu.py --peer BIN --name NAME [--only SECTION ...] [--dtypes int8 ...] [--directory DIR]
 
 BIN is the folder of llama.cpp's programs (llama-bench, llama-batched-bench, llama-completion,
 llama-quantize). Each section runs deltafox and llama.cpp in turn, round after round, and adds its samples
-to bench/results/cpu_NAME.json, replacing those of an earlier run: a run may be cut into several. Needs 8 GB
-on the disk, and once, to convert the model for llama.cpp, the Python packages numpy and gguf.
+to bench/results/cpu_NAME.json dtype by dtype, replacing those of an earlier run: a run may be cut into
+several with --only and --dtypes, and what a broken one had measured is kept. Needs 8 GB on the disk, and once, to convert the model for llama.cpp, the Python packages numpy and gguf.
 
 Sections: prepare (once: makes the checkpoints), machine, decode, prompt512, prompt2048, deltanet, batched,
 start; without --only, all of them. Prints the table of what has been measured so far.
@@ -48,6 +48,7 @@ class Bench:
         self.peer = options.peer
         self.threads = options.threads
         self.rounds = options.rounds
+        self.dtypes = options.dtypes
         self.models = options.directory
 
     # Models.
@@ -59,7 +60,7 @@ class Bench:
     def theirs(self, dtype: str) -> pathlib.Path:
         return self.models / "gguf" / f"{WIDTHS[dtype]}.gguf"
 
-    def prepare(self) -> dict:
+    def prepare(self):
         for architecture in ("transformer_llama-760m", "delta_net-760m"):
             wide = self.models / f"{architecture}-bfloat16"
             if not (wide / "config.json").exists():
@@ -74,7 +75,7 @@ class Bench:
                 + ["--output", self.models / "gguf"]
                 + self.ours("transformer_llama-760m", "bfloat16")
             )
-        return {"done": True}
+        yield {}
 
     # One process each; samples of one kind come back as lists.
 
@@ -90,14 +91,13 @@ class Bench:
         (result,) = json.loads(run(command))
         return result["samples_ts"]
 
-    # Sections. Rates are tokens per second.
+    # Sections, in parts that are kept as they come. Rates are tokens per second.
 
-    def machine(self) -> dict:
-        return json.loads(run([self.deltafox, "bench", "machine", "--threads", self.threads, "--json"]))
+    def machine(self):
+        yield json.loads(run([self.deltafox, "bench", "machine", "--threads", self.threads, "--json"]))
 
-    def decode(self) -> dict:
-        samples = {}
-        for dtype in WIDTHS:
+    def decode(self):
+        for dtype in self.dtypes:
             row = {"transformer": [], "delta_net": [], "share": [], "delta_net_share": [], "read": []}
             row |= {"llama_mmap": [], "llama_none": []}
             for _ in range(self.rounds):
@@ -105,18 +105,16 @@ class Bench:
                     ("transformer", "share", "transformer_llama-760m"),
                     ("delta_net", "delta_net_share", "delta_net-760m"),
                 ):
-                    (case,) = self.measure_ours(architecture, dtype, "--prompt", 0, "--gen", 24, "--runs", 5)
+                    (case,) = self.measure_ours(architecture, dtype, "--prompt", 0, "--gen", 16, "--runs", 5)
                     row[name] += [case["gen"] / seconds for seconds in case["decode_seconds"]]
                     row[share] += case["bandwidth_shares"]
                     row["read"] += case["read_bytes_per_second"]
                 for load_mode in ("mmap", "none"):
-                    row[f"llama_{load_mode}"] += self.measure_theirs(dtype, load_mode, 0, 24, 3)
-            samples[dtype] = row
-        return samples
+                    row[f"llama_{load_mode}"] += self.measure_theirs(dtype, load_mode, 0, 16, 3)
+            yield {dtype: row}
 
-    def prompt(self, length: int, runs: int) -> dict:
-        samples = {}
-        for dtype in WIDTHS:
+    def prompt(self, length: int, runs: int):
+        for dtype in self.dtypes:
             row = {"transformer": [], "llama": []}
             for _ in range(self.rounds):
                 row["llama"] += self.measure_theirs(dtype, "none", length, 0, runs)
@@ -124,17 +122,16 @@ class Bench:
                     "transformer_llama-760m", dtype, "--prompt", length, "--gen", 0, "--runs", runs
                 )
                 row["transformer"] += [length / seconds for seconds in case["prefill_seconds"]]
-            samples[dtype] = row
-        return samples
+            yield {dtype: row}
 
-    def deltanet(self) -> dict:
+    def deltanet(self):
         lengths = ["--prompt", "512,16384,512,0", "--prefill-runs", 1, "--runs", 5, "--gen", 24]
         short, long, short_again, empty = self.measure_ours("delta_net-760m", "bfloat16", *lengths)
         ops = {
             case["prompt"]: {op["op"]: op["seconds"] / case["prefill_seconds"][0] for op in case["first_prefill_ops"]}
             for case in (short_again, long)
         }
-        return {
+        yield {
             "prompt512": [512 / case["prefill_seconds"][0] for case in (short, short_again)],
             "prompt16384": [16384 / long["prefill_seconds"][0]],
             "decode_at_0": [empty["gen"] / seconds for seconds in empty["decode_seconds"]],
@@ -144,9 +141,8 @@ class Bench:
             "op_shares": ops,
         }
 
-    def batched(self) -> dict:
-        samples = {}
-        for dtype in WIDTHS:
+    def batched(self):
+        for dtype in self.dtypes:
             cases = self.measure_ours(
                 "delta_net-760m", dtype, "--prompt", 0, "--batch", "1,16,1,16", "--gen", 12, "--runs", 3
             )
@@ -162,10 +158,9 @@ class Bench:
             command += ["-c", 2048, "-npp", 16, "-ntg", 12, "-npl", "16,16,16", "--output-format", "jsonl"]
             lines = [line for line in run(command).splitlines() if line.startswith("{")]
             row["llama_16"] += [json.loads(line)["speed_tg"] for line in lines]
-            samples[dtype] = row
-        return samples
+            yield {dtype: row}
 
-    def start(self) -> dict:
+    def start(self):
         """Seconds of whole processes that read 16 tokens and write one; files in the page cache."""
         ids = ",".join(str((7919 * t + 13) % 50257) for t in range(16))
         text = "The quick brown fox jumps over the lazy dog and then it runs far away"  # 15 tokens or so
@@ -178,8 +173,7 @@ class Bench:
             command = [self.peer / "llama-completion", "-m", self.theirs(dtype), "-t", self.threads, "-c", 512]
             return command + ["-n", 1, "-p", text, "--temp", 0, "-no-cnv"]
 
-        samples = {}
-        for dtype in WIDTHS:
+        for dtype in self.dtypes:
             commands = {
                 "transformer": generate("transformer_llama-760m", dtype),
                 "delta_net": generate("delta_net-760m", dtype),
@@ -193,8 +187,7 @@ class Bench:
                     begin = time.perf_counter()
                     run(command)
                     row[name].append(time.perf_counter() - begin)
-            samples[dtype] = row
-        return samples
+            yield {dtype: row}
 
     def sections(self) -> dict:
         return {
@@ -275,6 +268,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--only", nargs="+", metavar="SECTION")
+    parser.add_argument("--dtypes", nargs="+", choices=WIDTHS, default=list(WIDTHS))
     options = parser.parse_args()
 
     sections = Bench(options).sections()
@@ -286,10 +280,9 @@ def main() -> None:
     results["command"] = f"bench/cpu.py --peer BIN --name {options.name} --threads {options.threads}"
     results["peer"] = run([options.peer / "llama-bench", "--version"]).strip().splitlines()
     for name in chosen:
-        results[name] = sections[name]()
-        path.write_text(json.dumps(results, indent=1) + "\n")
-    results.pop("prepare", None)
-    path.write_text(json.dumps(results, indent=1) + "\n")
+        for part in sections[name]():
+            results[name] = results.get(name, {}) | part
+            path.write_text(json.dumps(results, indent=1) + "\n")
     print(table(results), end="")
 
 

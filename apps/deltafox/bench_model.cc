@@ -62,7 +62,10 @@ struct Measured {
 class Sequences {
  public:
   Sequences(const Model& model, const Case& of, Device device)
-      : model_(model), of_(of), device_(device), ids_(static_cast<std::size_t>(of.batch * (of.prompt + 1))) {
+      : model_(model),
+        of_(of),
+        device_(device),
+        ids_(static_cast<std::size_t>(of.batch * (of.prompt + 1))) {
     const auto vocab = static_cast<std::uint32_t>(model.info().vocab_size);
     std::mt19937 random(0);
     for (std::int32_t& id : ids_) id = static_cast<std::int32_t>(random() % vocab);

@@ -58,7 +58,9 @@ DELTAFOX_TARGET inline void few_tile(const typename Kind::Element* x, std::int64
   const typename Kind::Element* row[kRows];
   for (int r = 0; r < kRows; ++r) row[r] = w + std::min<std::int64_t>(r, rows - 1) * depth;
   __m512 sums[kTokens][kRows];
+#pragma GCC unroll 8
   for (int t = 0; t < kTokens; ++t) {
+#pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) sums[t][r] = _mm512_setzero_ps();
   }
   const std::int64_t ahead = kRows * depth;
@@ -67,7 +69,7 @@ DELTAFOX_TARGET inline void few_tile(const typename Kind::Element* x, std::int64
     typename Kind::Vector columns[kRows];
     for (int r = 0; r < kRows; ++r) {
       columns[r] = Kind::load(row[r] + k);
-      _mm_prefetch(reinterpret_cast<const char*>(row[r] + k + ahead), _MM_HINT_T0);
+      _mm_prefetch(reinterpret_cast<const char*>(row[r] + k + ahead), _MM_HINT_T1);
     }
     for (int t = 0; t < kTokens; ++t) {
       const typename Kind::Vector token = Kind::load(x + t * x_stride + k);
@@ -94,29 +96,58 @@ DELTAFOX_TARGET inline void few_tile(const typename Kind::Element* x, std::int64
   }
 }
 
+// One token: row after row, so that memory is read in order.
+template <typename Kind>
+DELTAFOX_TARGET void one_token(const typename Kind::Element* x, const typename Kind::Element* w,
+                               std::int64_t depth, std::int64_t rows, float* y, bool accumulate) {
+  for (std::int64_t n = 0; n < rows; n += 4) {
+    __m512 sums[4];
+#pragma GCC unroll 4
+    for (int r = 0; r < 4; ++r) {
+      const typename Kind::Element* row = w + std::min(n + r, rows - 1) * depth;
+      __m512 sum = _mm512_setzero_ps();
+      std::int64_t k = 0;
+      for (; k + Kind::kStep <= depth; k += Kind::kStep) {
+        sum = Kind::madd(Kind::load(x + k), Kind::load(row + k), sum);
+      }
+      if (k < depth) {
+        sum = Kind::madd(Kind::load(x + k), Kind::load_first(row + k, depth - k), sum);
+      }
+      sums[r] = sum;
+    }
+    store_sums(sums_of(sums[0], sums[1], sums[2], sums[3]), y + n, rows - n, accumulate);
+  }
+}
+
 template <typename Kind, int kTokens>
 DELTAFOX_TARGET void few_tokens(const typename Kind::Element* x, std::int64_t x_stride,
                                 const typename Kind::Element* w, std::int64_t depth,
                                 std::int64_t rows, float* y, std::int64_t y_stride,
                                 bool accumulate) {
-  constexpr int kRows = kTokens <= 2 ? 8 : 4;
-  for (std::int64_t n = 0; n < rows; n += kRows) {
-    few_tile<Kind, kTokens, kRows>(x, x_stride, w + n * depth, depth, rows - n, y + n, y_stride,
-                                   accumulate);
+  if constexpr (kTokens == 1) {
+    one_token<Kind>(x, w, depth, rows, y, accumulate);
+  } else {
+    constexpr int kRows = kTokens == 2 ? 8 : 4;
+    for (std::int64_t n = 0; n < rows; n += kRows) {
+      few_tile<Kind, kTokens, kRows>(x, x_stride, w + n * depth, depth, rows - n, y + n, y_stride,
+                                     accumulate);
+    }
   }
 }
 
 // Steps [0, steps) of a stretch of K for a tile: x [steps][kTileTokens][kStep],
 // w [steps][kTileRows][kStep]. Sums start from `partial`, or zero if first; they go back there, or
-// to y if last.
-template <typename Kind>
-DELTAFOX_TARGET inline void many_tile(const typename Kind::Element* x,
-                                      const typename Kind::Element* w, std::int64_t steps,
-                                      float* partial, bool first, bool last, float* y,
-                                      std::int64_t y_stride, std::int64_t tokens, std::int64_t rows,
-                                      bool accumulate) {
+// to y if last. With kFetch the rows at `next`, the panel after this one, are fetched meanwhile.
+template <typename Kind, bool kFetch>
+DELTAFOX_TARGET void many_tile(const typename Kind::Element* next, std::int64_t depth,
+                               const typename Kind::Element* x, const typename Kind::Element* w,
+                               std::int64_t steps, float* partial, bool first, bool last, float* y,
+                               std::int64_t y_stride, std::int64_t tokens, std::int64_t rows,
+                               bool accumulate) {
   __m512 sums[kTileTokens][kTileRows];
+#pragma GCC unroll 8
   for (int t = 0; t < kTileTokens; ++t) {
+#pragma GCC unroll 8
     for (int r = 0; r < kTileRows; ++r) {
       sums[t][r] =
           first ? _mm512_setzero_ps() : _mm512_loadu_ps(partial + (t * kTileRows + r) * 16);
@@ -124,7 +155,13 @@ DELTAFOX_TARGET inline void many_tile(const typename Kind::Element* x,
   }
   for (std::int64_t k = 0; k < steps; ++k) {
     typename Kind::Vector columns[kTileRows];
-    for (int r = 0; r < kTileRows; ++r) columns[r] = Kind::load(w + r * Kind::kStep);
+    for (int r = 0; r < kTileRows; ++r) {
+      columns[r] = Kind::load(w + r * Kind::kStep);
+      if constexpr (kFetch) {
+        _mm_prefetch(reinterpret_cast<const char*>(next + r * depth + k * Kind::kStep),
+                     _MM_HINT_T1);
+      }
+    }
     for (int t = 0; t < kTileTokens; ++t) {
       const typename Kind::Vector token = Kind::load(x + t * Kind::kStep);
       for (int r = 0; r < kTileRows; ++r) sums[t][r] = Kind::madd(token, columns[r], sums[t][r]);
@@ -169,7 +206,7 @@ DELTAFOX_TARGET inline void copy_panel(const typename Kind::Element* w, std::int
 }
 
 // Sizes that are set by the caches.
-constexpr std::int64_t kStretchBytes = 2048;                     // of a row of w
+constexpr std::int64_t kStretchBytes = 3072;                     // of a row of w
 constexpr std::int64_t kBlockBytes = std::int64_t{384} * 1024;   // of the tokens of a block
 constexpr std::int64_t kFewTaskBytes = std::int64_t{96} * 1024;  // of w
 constexpr std::int64_t kManyTaskRows = 16 * kTileRows;
@@ -187,10 +224,17 @@ DELTAFOX_TARGET void many_tokens(const typename Kind::Element* x, std::int64_t t
     for (std::int64_t k = 0; k < steps; k += kStretch) {
       const std::int64_t count = std::min(kStretch, steps - k);
       copy_panel<Kind>(w + n * depth, depth, rows - n, k * Kind::kStep, count, panel);
-      for (std::int64_t t = 0; t < tokens; t += kTileTokens) {
-        many_tile<Kind>(x + (t * steps + k * kTileTokens) * Kind::kStep, panel, count,
-                        partial + t * kTileRows * 16, k == 0, k + count == steps,
-                        y + t * y_stride + n, y_stride, tokens - t, rows - n, accumulate);
+      const bool last = k + count == steps;
+      const typename Kind::Element* next =
+          last ? w + (n + kTileRows) * depth : w + n * depth + (k + count) * Kind::kStep;
+      const auto tile = [&](auto kernel, std::int64_t t) {
+        kernel(next, depth, x + (t * steps + k * kTileTokens) * Kind::kStep, panel, count,
+               partial + t * kTileRows * 16, k == 0, last, y + t * y_stride + n, y_stride,
+               tokens - t, rows - n, accumulate);
+      };
+      tile(&many_tile<Kind, true>, 0);
+      for (std::int64_t t = kTileTokens; t < tokens; t += kTileTokens) {
+        tile(&many_tile<Kind, false>, t);
       }
     }
   }

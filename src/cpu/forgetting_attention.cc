@@ -243,10 +243,11 @@ void forgetting_attention_target(Context& ctx, const ForgettingAttentionArgs& ar
   std::atomic<std::int64_t> seen{0};
   std::atomic<std::int64_t> skipped{0};
   ctx.threads().parallel_for(count * heads, [&](std::int64_t task, int slot) {
-    // The last blocks of a sequence have the most keys: they go first.
-    const Block& block = blocks[static_cast<std::size_t>(count - 1 - task / heads)];
+    // Blocks of a head follow one another, so that its keys and values stay in the caches. The last
+    // ones of a sequence have the most keys: they go first.
+    const Block& block = blocks[static_cast<std::size_t>(count - 1 - task % count)];
     const Work work(slots + slot * slot_floats, layout);
-    const PageCounts pages = attend(args, block, task % heads, work);
+    const PageCounts pages = attend(args, block, task / count, work);
     seen.fetch_add(pages.seen, std::memory_order_relaxed);
     skipped.fetch_add(pages.skipped, std::memory_order_relaxed);
   });

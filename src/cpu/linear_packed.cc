@@ -140,14 +140,14 @@ void linear_packed(Context& ctx, const LinearArgs& args) {
     const std::int64_t token = task % token_blocks * kBlockTokens;
     auto* sums = reinterpret_cast<float*>(slots + slot * slot_bytes);
     std::byte* expanded = slots + slot * slot_bytes + sum_bytes;
+    const auto* matrix = static_cast<const std::byte*>(args.w.data);
     PackedBlock block{
         .x = &x,
         .token = token,
         .tokens = std::min(kBlockTokens, tokens - token),
         .block = 0,
         .columns = 0,
-        .panels =
-            static_cast<int>(std::min<std::int64_t>(kMaxPanels, layout.panels() - first_panel)),
+        .panels = 0,
         .head = nullptr,
         .head_stride = layout.panel_bytes(),
         .values = nullptr,
@@ -155,26 +155,31 @@ void linear_packed(Context& ctx, const LinearArgs& args) {
         .sums = sums,
     };
     std::fill(sums, sums + block.tokens * kTileColumns, 0.0F);
-    const auto* panel =
-        static_cast<const std::byte*>(args.w.data) + first_panel * layout.panel_bytes();
-    for (block.block = 0; block.block < layout.blocks(); ++block.block) {
-      block.columns = layout.block_columns(block.block);
-      block.head = panel + layout.block_offset(block.block);
-      block.values = block.head + layout.head_bytes();
-      block.value_stride = layout.panel_bytes();
-      if (direct) {
-        run.four_bits(block);
-        continue;
-      }
-      if (four_bits) {
-        for (int p = 0; p < block.panels; ++p) {
-          run.expand(block.head + p * block.head_stride, block.values + p * block.value_stride,
-                     block.columns, expanded + p * kPanelRows * kQuantBlock);
+    const std::int64_t end = std::min(layout.panels(), first_panel + kMaxPanels);
+    // One or two tokens only read: panel after panel, so that memory is read in order.
+    const std::int64_t at_a_time = tokens <= 2 ? 1 : kMaxPanels;
+    for (std::int64_t panel = first_panel; panel < end; panel += at_a_time) {
+      block.panels = static_cast<int>(std::min(at_a_time, end - panel));
+      block.sums = sums + (panel - first_panel) * kPanelRows;
+      for (block.block = 0; block.block < layout.blocks(); ++block.block) {
+        block.columns = layout.block_columns(block.block);
+        block.head = matrix + panel * layout.panel_bytes() + layout.block_offset(block.block);
+        block.values = block.head + layout.head_bytes();
+        block.value_stride = layout.panel_bytes();
+        if (direct) {
+          run.four_bits(block);
+          continue;
         }
-        block.values = expanded;
-        block.value_stride = kPanelRows * kQuantBlock;
+        if (four_bits) {
+          for (int p = 0; p < block.panels; ++p) {
+            run.expand(block.head + p * block.head_stride, block.values + p * block.value_stride,
+                       block.columns, expanded + p * kPanelRows * kQuantBlock);
+          }
+          block.values = expanded;
+          block.value_stride = kPanelRows * kQuantBlock;
+        }
+        eight_bits(block);
       }
-      eight_bits(block);
     }
     const std::int64_t column = first_panel * kPanelRows;
     store_sums(sums, block.tokens, std::min(kTileColumns, columns - column),

@@ -11,9 +11,6 @@
 namespace deltafox::cpu::avx512 {
 namespace {
 
-// Decoding reads w once: bytes are fetched this far ahead of where they are read.
-constexpr std::int64_t kAhead = 2048;
-
 // As __m512i, but of 32-bit integers: GCC keeps an array of these in registers, and one of those in
 // memory.
 using Integers = std::int32_t __attribute__((vector_size(64)));
@@ -56,8 +53,11 @@ DELTAFOX_TARGET inline void add_products(const PackedBlock& block, std::int64_t 
   _mm512_storeu_ps(sums, _mm512_add_ps(_mm512_loadu_ps(sums), term));
 }
 
-// Loops over tokens and panels are unrolled whole: products must stay in registers.
-template <int kTokens, int kPanels>
+constexpr std::int64_t kWholeBlock = kScaleBytes + kQuantBlock * kPanelRows;
+
+// Loops over tokens and panels are unrolled whole: products must stay in registers. With kFetch the
+// panels' next blocks are fetched meanwhile.
+template <int kTokens, int kPanels, bool kFetch>
 DELTAFOX_TARGET void eight_bit_tile(const PackedBlock& block, std::int64_t token, int panel) {
   Integers products[kTokens][kPanels];
   const std::int8_t* x[kTokens];
@@ -76,8 +76,8 @@ DELTAFOX_TARGET void eight_bit_tile(const PackedBlock& block, std::int64_t token
     for (int p = 0; p < kPanels; ++p) {
       const std::byte* at = values + p * block.value_stride + k * kPanelRows;
       w[p] = bytes_at(at);
-      if constexpr (kTokens <= 2) {
-        _mm_prefetch(reinterpret_cast<const char*>(at + kAhead), _MM_HINT_T0);
+      if constexpr (kFetch) {
+        _mm_prefetch(reinterpret_cast<const char*>(at + kWholeBlock), _MM_HINT_T1);
       }
     }
 #pragma GCC unroll 8
@@ -127,9 +127,6 @@ DELTAFOX_TARGET void four_bit_tile(const PackedBlock& block, std::int64_t token,
       for (int p = 0; p < kPanels; ++p) {
         const std::byte* at = values + p * block.value_stride + k * kPanelRows / 2;
         const __m512i halves = bytes_at(at);
-        if constexpr (kTokens <= 2) {
-          _mm_prefetch(reinterpret_cast<const char*>(at + kAhead), _MM_HINT_T0);
-        }
         const __m512i low = _mm512_and_si512(halves, low_half);
         const __m512i high = _mm512_and_si512(_mm512_srli_epi16(halves, 4), low_half);
 #pragma GCC unroll 8
@@ -164,18 +161,22 @@ DELTAFOX_TARGET void four_bit_tile(const PackedBlock& block, std::int64_t token,
 template <int kPanels>
 DELTAFOX_TARGET void eight_bit_panels(const PackedBlock& block, int panel) {
   std::int64_t t = 0;
-  for (; t + 6 <= block.tokens; t += 6) eight_bit_tile<6, kPanels>(block, t, panel);
+  if (block.tokens >= 6) {
+    eight_bit_tile<6, kPanels, true>(block, 0, panel);
+    t = 6;
+  }
+  for (; t + 6 <= block.tokens; t += 6) eight_bit_tile<6, kPanels, false>(block, t, panel);
   switch (block.tokens - t) {
     case 5:
-      return eight_bit_tile<5, kPanels>(block, t, panel);
+      return eight_bit_tile<5, kPanels, false>(block, t, panel);
     case 4:
-      return eight_bit_tile<4, kPanels>(block, t, panel);
+      return eight_bit_tile<4, kPanels, false>(block, t, panel);
     case 3:
-      return eight_bit_tile<3, kPanels>(block, t, panel);
+      return eight_bit_tile<3, kPanels, false>(block, t, panel);
     case 2:
-      return eight_bit_tile<2, kPanels>(block, t, panel);
+      return eight_bit_tile<2, kPanels, false>(block, t, panel);
     case 1:
-      return eight_bit_tile<1, kPanels>(block, t, panel);
+      return eight_bit_tile<1, kPanels, false>(block, t, panel);
     default:
       return;
   }

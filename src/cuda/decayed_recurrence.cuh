@@ -88,6 +88,9 @@ __global__ void __launch_bounds__(kRecurrenceThreads)
       if (t + i + 1 < entry.length) {
         next.load(source, entry.begin + t + i + 1, head, row_group, column);
       }
+      if (t + i + kTokensAhead < entry.length) {
+        source.prefetch_token(entry.begin + t + i + kTokensAhead, head, row_group * kRows, column);
+      }
       float o[4] = {};
 #pragma unroll
       for (int r = 0; r < kRows; ++r) {

@@ -583,8 +583,7 @@ __device__ void walk_outputs(const ChunkParams& p, const Segment& segment, int h
     Products::end(s);
     Products::end(o);
     store_outputs(o, base + L::kV, p, segment, head, first_value, c);
-    __syncwarp();
-    if (read_thread() % 32 == 0) barrier_arrive(barriers + (2 * stage + 1) * 8);
+    barrier_arrive(barriers + (2 * stage + 1) * 8);
     if (++stage == p.stages) {
       stage = 0;
       parity ^= 1;
@@ -668,8 +667,7 @@ __device__ void walk_maps(const ChunkParams& p, const Segment& segment, int head
     barrier_wait(barriers + 2 * stage * 8, parity);
     advance_map<Products, kKeys, true>(n, base);
     if (has_map) advance_map<Products, kKeys, false>(m, base);
-    __syncwarp();
-    if (read_thread() % 32 == 0) barrier_arrive(barriers + (2 * stage + 1) * 8);
+    barrier_arrive(barriers + (2 * stage + 1) * 8);
     if (++stage == p.stages) {
       stage = 0;
       parity ^= 1;
@@ -700,7 +698,7 @@ __global__ void __launch_bounds__((kThreads<Products, kMaps>), 1)
     if (threadIdx.x == 0) {
       for (int s = 0; s < p.stages; ++s) {
         barrier_init(barriers + 2 * s * 8, 128);
-        barrier_init(barriers + (2 * s + 1) * 8, 8);
+        barrier_init(barriers + (2 * s + 1) * 8, kStateThreads);
       }
     }
     // What lies above the diagonal blocks is written here, once.

@@ -86,6 +86,15 @@ __global__ void __launch_bounds__(kThreads)
     if (!kSingle && t + 1 < entry.length) {
       next.load(problem, entry.begin + t + 1, head, row_group, column, columns);
     }
+    if (!kSingle && t + kTokensAhead < entry.length) {
+      const std::ptrdiff_t at =
+          static_cast<std::ptrdiff_t>(entry.begin + t + kTokensAhead) * problem.heads + head;
+      if (row_group * kRows < problem.key_dim) {
+        prefetch(static_cast<const T*>(problem.q) + at * problem.key_dim + row_group * kRows);
+        prefetch(static_cast<const T*>(problem.k) + at * problem.key_dim + row_group * kRows);
+      }
+      if (column < values) prefetch(static_cast<const T*>(problem.v) + at * values + column);
+    }
     float recalled[4] = {};
     float queried[4] = {};
     float product = 0;

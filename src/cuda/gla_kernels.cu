@@ -39,6 +39,16 @@ struct GlaSource {
     }
   };
 
+  __device__ void prefetch_token(std::ptrdiff_t token, int head, int row, int column) const {
+    const std::ptrdiff_t at = token * heads + head;
+    if (row < rows) {
+      prefetch(q + at * rows + row);
+      prefetch(k + at * rows + row);
+      prefetch(g + at * rows + row);
+    }
+    if (column < columns) prefetch(v + at * columns + column);
+  }
+
   __device__ void finish(std::ptrdiff_t token, int head, int column, float sum) const {
     from_float(o[(token * heads + head) * columns + column], sum * scale);
   }

@@ -10,12 +10,15 @@ namespace {
 
 constexpr int kThreads = 64;
 
+// kRough: to about 20 bits, plenty for what is rounded to bfloat16 and three times as fast.
+template <bool kRough>
 __device__ float activate(Activation activation, float x) {
   switch (activation) {
     case Activation::kIdentity:
       return x;
     case Activation::kSilu:
-      return x / (1 + expf(-x));
+      // The rough quotient is zero where the denominator exceeds 2^126.
+      return kRough ? __fdividef(x, 1 + __expf(-x)) : x / (1 + expf(-x));
     case Activation::kSigmoid:
       return 1 / (1 + expf(-x));
     case Activation::kRelu:
@@ -45,14 +48,59 @@ __device__ Rows find_rows(const SequenceBatch& batch, int block) {
   return {&entry, begin, min(begin + kShortConvRows, entry.length)};
 }
 
-// Channels of one thread: kVectors times four.
-template <int kVectors, typename T>
-__device__ void load_channels(float (&to)[4 * kVectors], const T* from) {
-#pragma unroll
-  for (int i = 0; i < kVectors; ++i) {
-    load_four(reinterpret_cast<float(&)[4]>(to[4 * i]), from + 4 * i, kVector);
+// Eight channels as they lie in memory: converted when they are used, so that several rows can be
+// under way at once.
+template <typename T>
+struct Eight;
+
+template <>
+struct Eight<float> {
+  float4 low;
+  float4 high;
+
+  __device__ void load(const float* from) {
+    low = reinterpret_cast<const float4*>(from)[0];
+    high = reinterpret_cast<const float4*>(from)[1];
   }
-}
+  __device__ void get(float (&to)[8]) const {
+    to[0] = low.x, to[1] = low.y, to[2] = low.z, to[3] = low.w;
+    to[4] = high.x, to[5] = high.y, to[6] = high.z, to[7] = high.w;
+  }
+  __device__ static void store(float* to, const float (&from)[8]) {
+    reinterpret_cast<float4*>(to)[0] = make_float4(from[0], from[1], from[2], from[3]);
+    reinterpret_cast<float4*>(to)[1] = make_float4(from[4], from[5], from[6], from[7]);
+  }
+};
+
+template <>
+struct Eight<bf16> {
+  __nv_bfloat162 pairs[4];
+
+  __device__ void load(const bf16* from) {
+    const uint4 x = *reinterpret_cast<const uint4*>(from);
+    pairs[0] = reinterpret_cast<const __nv_bfloat162&>(x.x);
+    pairs[1] = reinterpret_cast<const __nv_bfloat162&>(x.y);
+    pairs[2] = reinterpret_cast<const __nv_bfloat162&>(x.z);
+    pairs[3] = reinterpret_cast<const __nv_bfloat162&>(x.w);
+  }
+  __device__ void get(float (&to)[8]) const {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const float2 pair = __bfloat1622float2(pairs[i]);
+      to[2 * i] = pair.x;
+      to[2 * i + 1] = pair.y;
+    }
+  }
+  __device__ static void store(bf16* to, const float (&from)[8]) {
+    uint4 x;
+    const auto pair = [&](int i) {
+      const __nv_bfloat162 both = __floats2bfloat162_rn(from[2 * i], from[2 * i + 1]);
+      return reinterpret_cast<const unsigned&>(both);
+    };
+    x.x = pair(0), x.y = pair(1), x.z = pair(2), x.w = pair(3);
+    *reinterpret_cast<uint4*>(to) = x;
+  }
+};
 
 template <typename T>
 __global__ void __launch_bounds__(kThreads)
@@ -74,7 +122,11 @@ __global__ void __launch_bounds__(kThreads)
   float bias[kChannels] = {};
 #pragma unroll
   for (int c = 0; c < kChannels; ++c) load_four(w[c], p.w + (channel + c) * kWidth, kVector);
-  if (p.bias != nullptr) load_channels<2>(bias, p.bias + channel);
+  if (p.bias != nullptr) {
+    Eight<float> loaded;
+    loaded.load(p.bias + channel);
+    loaded.get(bias);
+  }
 
   if (rows.begin == 0) {
     float* state = rows.entry->state + channel * kWidth;
@@ -99,30 +151,29 @@ __global__ void __launch_bounds__(kThreads)
     }
   } else {
 #pragma unroll
-    for (int i = 1; i < kWidth; ++i) load_channels<2>(window[i], x + at(rows.begin - kWidth + i));
+    for (int i = 1; i < kWidth; ++i) {
+      Eight<T> loaded;
+      loaded.load(x + at(rows.begin - kWidth + i));
+      loaded.get(window[i]);
+    }
   }
   for (int t = rows.begin; t < rows.end; t += kWidth) {
-    float next[kWidth][kChannels];
+    Eight<T> next[kWidth];
 #pragma unroll
-    for (int r = 0; r < kWidth; ++r) {
-      if (t + r < rows.end) load_channels<2>(next[r], x + at(t + r));
-    }
+    for (int r = 0; r < kWidth; ++r) next[r].load(x + at(min(t + r, rows.end - 1)));
 #pragma unroll
     for (int r = 0; r < kWidth; ++r) {
       if (t + r >= rows.end) break;
+      next[r].get(window[r]);
       float out[kChannels];
 #pragma unroll
       for (int c = 0; c < kChannels; ++c) {
-        window[r][c] = next[r][c];
         float sum = bias[c];
 #pragma unroll
         for (int i = 0; i < kWidth; ++i) sum += w[c][i] * window[(r + 1 + i) % kWidth][c];
-        out[c] = activate(p.activation, sum);
+        out[c] = activate<sizeof(T) == 2>(p.activation, sum);
       }
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        store_four(y + at(t + r) + 4 * i, reinterpret_cast<const float(&)[4]>(out[4 * i]), kVector);
-      }
+      Eight<T>::store(y + at(t + r), out);
     }
   }
 }
@@ -148,7 +199,7 @@ __global__ void __launch_bounds__(kThreads)
     for (int i = 0; i < p.width; ++i) {
       sum += p.w[channel * p.width + i] * input(t - p.width + 1 + i);
     }
-    from_float(y[static_cast<std::ptrdiff_t>(t) * p.channels], activate(p.activation, sum));
+    from_float(y[static_cast<std::ptrdiff_t>(t) * p.channels], activate<false>(p.activation, sum));
   }
   if (rows.begin == 0) {
     // Oldest first: no entry is replaced before it has been moved.

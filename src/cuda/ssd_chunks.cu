@@ -18,7 +18,8 @@ namespace {
 
 constexpr int kChunk = kTileRows;
 constexpr int kColumns = 128;  // of a block
-constexpr int kThreads = 3 * 128;
+constexpr int kStateThreads = 2 * 128;
+constexpr int kThreads = kStateThreads + 128;
 constexpr int kStages = 2;
 
 struct ChunkParams {
@@ -66,11 +67,16 @@ struct Block {
 template <int kPieces>
 __device__ void load_tile(std::uint32_t tile, const bf16* rows, std::ptrdiff_t stride, int columns,
                           int valid_rows, int thread) {
+  constexpr int kRowStep = 128 / kPieces;  // a multiple of 8: the permutation stays the same
   const int piece = thread % kPieces;
-  for (int row = thread / kPieces; row < kChunk; row += 128 / kPieces) {
-    const bool valid = piece * 8 < columns && row < valid_rows;
-    copy_piece_async(tile + piece_offset(row, piece),
-                     valid ? rows + row * stride + piece * 8 : rows, valid);
+  const int first = thread / kPieces;
+  const bf16* source = rows + first * stride + piece * 8;
+  tile += piece_offset(first, piece);
+#pragma unroll
+  for (int i = 0; i < kChunk / kRowStep; ++i) {
+    const bool valid = piece * 8 < columns && first + i * kRowStep < valid_rows;
+    copy_piece_async(tile + i * kRowStep * 128, valid ? source : rows, valid);
+    source += kRowStep * stride;
   }
 }
 
@@ -80,7 +86,7 @@ __device__ void prepare_chunks(const SsdProblem& p, const Block& block, unsigned
   using L = Layout<kStates>;
   const int thread = threadIdx.x % 128;
   const int lane = thread % 32;
-  const int warp = thread / 32;
+  const int warp = uniform(thread / 32);
   const std::ptrdiff_t stride =
       static_cast<std::ptrdiff_t>(p.heads) * p.head_dim + 2 * p.groups * p.state_size;
   const int heads_per_group = Block::heads_per_group(p);
@@ -297,8 +303,7 @@ __device__ void walk(const SsdProblem& p, const Block& block, unsigned char* sta
         *reinterpret_cast<uint4*>(out + (c * kChunk + row) * stride + 8 * (lane % 2)) = data;
       }
     }
-    __syncwarp();
-    if (lane == 0) barrier_arrive(barriers + (2 * stage + 1) * 8);
+    barrier_arrive(barriers + (2 * stage + 1) * 8);
   }
 #pragma unroll
   for (int j = 0; j < kStates / 8; ++j) {
@@ -332,7 +337,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     if (threadIdx.x == 0) {
       for (int s = 0; s < kStages; ++s) {
         barrier_init(barriers + 2 * s * 8, 128);
-        barrier_init(barriers + (2 * s + 1) * 8, 8);
+        barrier_init(barriers + (2 * s + 1) * 8, kStateThreads);
       }
     }
     // What lies above the diagonal blocks is written here, once.
@@ -343,7 +348,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     }
     Products::publish();
     __syncthreads();
-    if (threadIdx.x >= 256) {
+    if (threadIdx.x >= kStateThreads) {
       if constexpr (Products::kGroup) give_registers<88>();
       prepare_chunks<Products, kStates>(p, block, stages, barriers);
     } else {

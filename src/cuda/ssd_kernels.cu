@@ -53,6 +53,17 @@ struct SsdSource {
     }
   };
 
+  __device__ void prefetch_token(std::ptrdiff_t token, int head, int row, int column) const {
+    const T* x = token_row(token);
+    const T* b = x + heads * columns + head / heads_per_group * rows + row;
+    if (row < rows) {
+      prefetch(b);
+      prefetch(b + groups * rows);
+    }
+    if (column < columns) prefetch(x + head * columns + column);
+    if (row == 0) prefetch(dt + token * heads + head);
+  }
+
   __device__ void finish(std::ptrdiff_t token, int head, int column, float sum) const {
     const float x = to_float(token_row(token)[head * columns + column]);
     from_float(y[(token * heads + head) * columns + column], sum + d[head] * x);

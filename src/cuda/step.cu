@@ -98,61 +98,92 @@ struct Tile {
   }
 };
 
-// x to shared memory [kRows][k + kPadding], normed; zeros behind the batch.
+// x to shared memory [kRows][k + kPadding], normed; zeros behind the batch. What waits for memory
+// is loaded before any of it is used: there is little else to do meanwhile.
 template <int kRows>
-__device__ void stage_input(const Params& p, bf16* staged, float* sums) {
+__device__ void stage_input(const Params& p, bf16* staged) {
+  constexpr int kKept = 12;  // vectors of a row that a lane keeps
   const int stride = p.k + kPadding;
   const int warp = threadIdx.x / 32;
   const int lane = threadIdx.x % 32;
   const auto load = [&](float(&v)[4], int b, int i) {
     const std::int64_t at = static_cast<std::int64_t>(b) * p.k + i;
-    if (p.x_is_bf16) {
+    if (b >= p.batch) {
+      v[0] = v[1] = v[2] = v[3] = 0;
+    } else if (p.x_is_bf16) {
       load_four(v, static_cast<const bf16*>(p.x) + at, kVector);
     } else {
       load_four(v, static_cast<const float*>(p.x) + at, kVector);
     }
   };
-  if (p.norm_width == p.k) {
-    for (int b = 0; b < p.batch; ++b) {
+  if (p.norm_width == p.k) {  // a warp a row
+    for (int b = warp; b < kRows; b += kWarps) {
+      float kept[kKept][4];
+#pragma unroll
+      for (int n = 0; n < kKept; ++n) {
+        if ((n * 32 + lane) * 4 < p.k) load(kept[n], b, (n * 32 + lane) * 4);
+      }
       float sum = 0;
-      for (int i = static_cast<int>(threadIdx.x) * 4; i < p.k; i += kThreads * 4) {
-        float v[4];
-        load(v, b, i);
+      const auto add = [&](const float(&v)[4]) {
 #pragma unroll
         for (int e = 0; e < 4; ++e) sum = fmaf(v[e], v[e], sum);
+      };
+#pragma unroll
+      for (int n = 0; n < kKept; ++n) {
+        if ((n * 32 + lane) * 4 < p.k) add(kept[n]);
       }
-      sum = warp_sum(sum);
-      if (lane == 0) sums[b * kWarps + warp] = sum;
+      for (int i = (kKept * 32 + lane) * 4; i < p.k; i += 128) {
+        float v[4];
+        load(v, b, i);
+        add(v);
+      }
+      const float scale = 1 / sqrtf(warp_sum(sum) / static_cast<float>(p.k) + p.norm_eps);
+      const auto store = [&](float(&v)[4], int i) {
+        float w[4];
+        load_four(w, p.norm + i, kVector);
+#pragma unroll
+        for (int e = 0; e < 4; ++e) v[e] = v[e] * scale * w[e];
+        store_four(staged + b * stride + i, v, kVector);
+      };
+#pragma unroll
+      for (int n = 0; n < kKept; ++n) {
+        if ((n * 32 + lane) * 4 < p.k) store(kept[n], (n * 32 + lane) * 4);
+      }
+      for (int i = (kKept * 32 + lane) * 4; i < p.k; i += 128) {
+        float v[4];
+        load(v, b, i);
+        store(v, i);
+      }
     }
     __syncthreads();
+    return;
   }
-  for (int b = 0; b < kRows; ++b) {
-    bf16* row = staged + b * stride;
-    float scale = 1;
-    if (p.norm_width == p.k && b < p.batch) {
-      float sum = 0;
+  // A warp's turn is 128 elements of a row: one group of a norm in groups.
+  constexpr int kTurns = 4;  // at a time
+  const int turns_of_a_row = p.k / 128;
+  const int turns = kRows * turns_of_a_row;
+  for (int first = warp; first < turns; first += kWarps * kTurns) {
+    float v[kTurns][4];
 #pragma unroll
-      for (int w = 0; w < kWarps; ++w) sum += sums[b * kWarps + w];
-      scale = 1 / sqrtf(sum / static_cast<float>(p.k) + p.norm_eps);
+    for (int n = 0; n < kTurns; ++n) {
+      const int turn = first + n * kWarps;
+      if (turn < turns) load(v[n], turn / turns_of_a_row, turn % turns_of_a_row * 128 + lane * 4);
     }
-    // A warp's turn is 128 elements: one group of a norm in groups.
-    for (int i = static_cast<int>(threadIdx.x) * 4; i < p.k; i += kThreads * 4) {
-      float v[4] = {};
-      if (b < p.batch) {
-        load(v, b, i);
-        if (p.norm_width != 0) {
-          float of_group = scale;
-          if (p.norm_width != p.k) {
-            const float sum = warp_sum(v[0] * v[0] + v[1] * v[1] + v[2] * v[2] + v[3] * v[3]);
-            of_group = 1 / sqrtf(sum / static_cast<float>(kStepHeadDim) + p.norm_eps);
-          }
-          float w[4];
-          load_four(w, p.norm + i % p.norm_width, kVector);
 #pragma unroll
-          for (int e = 0; e < 4; ++e) v[e] = v[e] * of_group * w[e];
-        }
+    for (int n = 0; n < kTurns; ++n) {
+      const int turn = first + n * kWarps;
+      if (turn >= turns) continue;
+      const int i = turn % turns_of_a_row * 128 + lane * 4;
+      if (p.norm_width != 0) {
+        const float sum =
+            warp_sum(v[n][0] * v[n][0] + v[n][1] * v[n][1] + v[n][2] * v[n][2] + v[n][3] * v[n][3]);
+        const float scale = 1 / sqrtf(sum / static_cast<float>(kStepHeadDim) + p.norm_eps);
+        float w[4];
+        load_four(w, p.norm + lane * 4, kVector);
+#pragma unroll
+        for (int e = 0; e < 4; ++e) v[n][e] = v[n][e] * scale * w[e];
       }
-      store_four(row + i, v, kVector);
+      store_four(staged + turn / turns_of_a_row * stride + i, v[n], kVector);
     }
   }
   __syncthreads();
@@ -206,7 +237,6 @@ __global__ void __launch_bounds__(kThreads, 2)
   extern __shared__ __align__(16) unsigned char shared[];
   auto* staged = reinterpret_cast<bf16*>(shared);
   __shared__ float partial[2][kWarps][kRows][kTileRows];
-  __shared__ float sums[kRows * kWarps];
   const int warp = threadIdx.x / 32;
   const int lane = threadIdx.x % 32;
   const int row_in_tile = lane / 4;
@@ -231,20 +261,23 @@ __global__ void __launch_bounds__(kThreads, 2)
     }
   };
   load_chunk();
-  {
-    Tile coming = loading;
-    const int tile_bytes = kTileRows * p.k * 2;
-    for (int bytes = 0; bytes < kPrefetchBytes && coming.exists(p); bytes += tile_bytes) {
+  // One lane of each 64 bytes asks for the tiles to come.
+  Tile coming = loading;
+  const auto prefetch_tile = [&] {
+    if (!coming.exists(p)) return;
+    if (lane % 4 == 0) {
       const bf16* weights = coming.weights(p, row_in_tile) + offset;
       for (int i = 0; i < chunks * kChunk; ++i) {
         asm volatile("prefetch.global.L2 [%0];" ::"l"(weights + i * (kBlock * kWarps)));
       }
-      coming.next(p);
     }
-  }
+    coming.next(p);
+  };
+  const int tile_bytes = kTileRows * p.k * 2;
+  for (int bytes = 0; bytes < kPrefetchBytes; bytes += tile_bytes) prefetch_tile();
 
   wait_for_input();
-  stage_input<kRows>(p, staged, sums);
+  stage_input<kRows>(p, staged);
 
   float held = 0;
   int buffer = 0;
@@ -257,6 +290,7 @@ __global__ void __launch_bounds__(kThreads, 2)
              return t;
            }();
        tile.exists(p); tile.next(p)) {
+    prefetch_tile();
     float c[4] = {};
     for (int chunk = 0; chunk < chunks; ++chunk) {
       uint4 w[kChunk];
@@ -504,7 +538,8 @@ void step_linear(Context& ctx, const StepLinearArgs& args) {
   check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
                              cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared)),
         "cudaFuncSetAttribute");
-  const int grid = std::min(p.groups, 2 * ctx.stream().multiprocessors());
+  // One thread block a multiprocessor leaves half of its registers to the next kernel.
+  const int grid = std::min(p.groups, ctx.stream().multiprocessors());
   launch_dependent(ctx, "step_linear", kernel, dim3(static_cast<unsigned>(grid)), kThreads, shared,
                    p);
 }

@@ -58,7 +58,7 @@ class Gpu {
 
 // Half the distance of neighbouring numbers at 1.
 inline float epsilon(DType dtype) {
-  return dtype == DType::kBF16 ? 0x1p-9F : 0x1p-24F;
+  return dtype == DType::kBF16 ? 0x1p-8F : 0x1p-24F;
 }
 
 // ‖got − expected‖ <= tolerance ‖expected‖ over the whole tensor, and no element is farther off

@@ -102,7 +102,8 @@ AttentionMixer::State AttentionMixer::new_state(Device device, DType activation_
 StateTensor AttentionMixer::State::pages(Tensor KvPage::*tensor) {
   std::vector<TensorView> parts;
   for (std::int64_t p = cache.first_page(); p < cache.end_page(); ++p) {
-    parts.push_back((cache.page(p).*tensor).view());
+    Tensor& part = cache.page(p).*tensor;
+    if (part.bytes() > 0) parts.push_back(part.view());
   }
   return StateTensor(std::move(parts));
 }

@@ -74,11 +74,14 @@ class AttentionMixer {
     void visit(Visitor&& visitor) {
       visitor("k_shift", StateTensor(k_shift));
       visitor("v_shift", StateTensor(v_shift));
+      if (cache.layout().device != Device::kCpu) {
+        visitor("pages", pages(&KvPage::block));
+        return;
+      }
       visitor("keys", pages(&KvPage::keys));
       visitor("values", pages(&KvPage::values));
       visitor("gates", pages(&KvPage::gates));
       visitor("key_norms", pages(&KvPage::key_norms));
-      visitor("pages", pages(&KvPage::block));  // on a GPU instead of those
     }
     // Of a new state: makes room for what a state holds that has read so many tokens.
     void grow_to(std::int64_t position) { cache.grow_to(position); }
