@@ -11,7 +11,7 @@ source tools/packages.sh
 
 fuzz_seconds=10
 # What runs threads of ours, for ThreadSanitizer.
-thread_tests='Thread|^model\.Golden|^infer\.Generate'
+thread_tests='Thread|^model\.Golden|^infer\.Generate|^train\.Train'
 
 mode=${1:-}
 case $mode in
@@ -206,7 +206,7 @@ check 'build of cpu-asan' build cpu-asan
 run_tests cpu-asan
 fuzz_all
 
-check 'build of cpu-tsan' build cpu-tsan --target test_core test_ops test_io test_model test_infer
+check 'build of cpu-tsan' build cpu-tsan --target test_core test_ops test_io test_model test_infer test_train
 run_tests cpu-tsan -R "$thread_tests"
 left_out+=('ThreadSanitizer on tests without threads')
 
