@@ -538,8 +538,10 @@ void step_linear(Context& ctx, const StepLinearArgs& args) {
   check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
                              cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared)),
         "cudaFuncSetAttribute");
-  // One thread block a multiprocessor leaves half of its registers to the next kernel.
-  const int grid = std::min(p.groups, ctx.stream().multiprocessors());
+  // Two thread blocks a multiprocessor have more loads under way. With 16 rows of x the second
+  // costs more, as it stages x again and takes the registers in which the next kernel would start
+  // loading.
+  const int grid = std::min(p.groups, (two ? 1 : 2) * ctx.stream().multiprocessors());
   launch_dependent(ctx, "step_linear", kernel, dim3(static_cast<unsigned>(grid)), kThreads, shared,
                    p);
 }
