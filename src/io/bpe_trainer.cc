@@ -143,6 +143,7 @@ class Trainer {
 // In the order of GPT-2's ids: by their characters in its alphabet.
 std::vector<std::string> bytes_in_order() {
   std::vector<std::string> bytes;
+  bytes.reserve(256);
   for (int byte = 0; byte < 256; ++byte) bytes.emplace_back(1, static_cast<char>(byte));
   std::sort(bytes.begin(), bytes.end(), [](const std::string& a, const std::string& b) {
     return alphabet_name(a) < alphabet_name(b);

@@ -101,9 +101,9 @@ void MappedFile::advise(Access access) const {
 void populate(std::span<const std::byte> bytes) {
 #ifdef MADV_POPULATE_READ
   constexpr std::uintptr_t kPage = 4096;
-  const auto begin = reinterpret_cast<std::uintptr_t>(bytes.data()) / kPage * kPage;
-  const auto end = reinterpret_cast<std::uintptr_t>(bytes.data()) + bytes.size();
-  madvise(reinterpret_cast<void*>(begin), end - begin, MADV_POPULATE_READ);
+  const std::size_t into_page = reinterpret_cast<std::uintptr_t>(bytes.data()) % kPage;
+  madvise(const_cast<std::byte*>(bytes.data()) - into_page, bytes.size() + into_page,
+          MADV_POPULATE_READ);
 #else
   static_cast<void>(bytes);
 #endif

@@ -672,8 +672,8 @@ void Model::loss_and_gradients(const Batch& batch, std::span<const std::int32_t>
                               loss, gradients, {.recompute = options.recompute});
   for (const Gradients::Entry& entry : gradients.entries()) {
     const Shape& shape = entry.param->shape;
-    std::vector<std::int64_t> dims;
-    for (int i = 0; i < shape.rank(); ++i) dims.push_back(shape[i]);
+    std::vector<std::int64_t> dims(static_cast<std::size_t>(shape.rank()));
+    for (int i = 0; i < shape.rank(); ++i) dims[static_cast<std::size_t>(i)] = shape[i];
     sink(entry.name, dims, {entry.value.f32(), static_cast<std::size_t>(shape.size())});
   }
 }

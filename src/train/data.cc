@@ -111,7 +111,8 @@ void DataSet::check_row(std::int64_t row, std::int64_t first,
 
 void DataSet::read(std::int64_t index, ThreadPool& threads, std::span<std::int32_t> input_ids,
                    std::span<std::int32_t> labels) {
-  const auto [size, length] = shape_;
+  const std::int64_t size = shape_.size;
+  const std::int64_t length = shape_.length;
   if (index < 0 || (!repeats() && index >= batches_)) {
     fail("{}: there is no batch {}, only {}", path(), index, batches_);
   }
