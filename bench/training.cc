@@ -24,16 +24,6 @@ double seconds_since(std::chrono::steady_clock::time_point begin) {
   return std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
 }
 
-// FLOP/s in float32 of all threads together, the best of a few passes.
-double measure_peak(ThreadPool& threads) {
-  double best = 0;
-  for (const cpu::PeakRate& peak : cpu::measure_peak_rates(threads, 3)) {
-    if (peak.dtype != "float32") continue;
-    for (const double rate : peak.rates) best = std::max(best, rate);
-  }
-  return best;
-}
-
 double median(std::vector<double> values) {
   std::sort(values.begin(), values.end());
   return values[values.size() / 2];
@@ -77,7 +67,7 @@ void run(const std::string& name, std::int64_t tokens, int runs, int num_threads
   std::vector<double> shares;
   for (int r = 0; r < kWarmUps + runs; ++r) {
     // Machines change their pace: a peak beside each run.
-    const double peak = r >= kWarmUps ? measure_peak(threads) : 0;
+    const double peak = r >= kWarmUps ? cpu::measure_float32_peak(threads) : 0;
     const auto begin = std::chrono::steady_clock::now();
     model.forward_backward(ctx, ids, Sequences(cu_seqlens), ids, 1 / static_cast<float>(tokens),
                            loss, gradients, {.recompute = recompute});

@@ -23,4 +23,8 @@ struct PeakRate {
 // Every known instruction, on all threads of the pool: registers only, no memory. passes >= 1.
 std::vector<PeakRate> measure_peak_rates(ThreadPool& threads, int passes);
 
+// float32 operations per second, the best of what takes some ten milliseconds an instruction: what
+// model FLOPs utilisation is counted against. 0 where no instruction is known.
+double measure_float32_peak(ThreadPool& threads);
+
 }  // namespace deltafox::cpu

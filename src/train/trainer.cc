@@ -11,9 +11,9 @@
 
 #include "core/context.h"
 #include "core/error.h"
-#include "core/peak_flops.h"
 #include "io/file.h"
 #include "ops/adamw.h"
+#include "ops/peak_rate.h"
 #include "train/checkpoint.h"
 #include "train/data.h"
 #include "train/evaluate.h"
@@ -197,7 +197,7 @@ void Trainer::Impl::start() {
                {{"model_info/total_params", parameters.size()},
                 {"model_info/non_embedding_params", parameters.non_embedding_size()}});
   metrics->log("resume", progress.tokens, {{"resume/resume_step", progress.tokens}});
-  peak_flops = measure_peak_flops(threads);
+  peak_flops = cpu::measure_float32_peak(threads);
   throughput.add(progress);
 }
 
@@ -254,7 +254,7 @@ void Trainer::Impl::report(double loss, double lr, double norm) {
       .lr = lr,
       .grad_norm = norm,
       .tokens_per_second = rate,
-      .flops_utilization = flops / peak_flops,
+      .flops_utilization = peak_flops > 0 ? flops / peak_flops : 0,
       .seconds_left =
           rate > 0 ? static_cast<double>(config.max_tokens - progress.tokens) / rate : 0,
       .logged = at(config.log_interval) || finished(),
