@@ -1,7 +1,6 @@
 // The delta rule row by row, in float32 (ops/delta_rule.h): a block owns one head of a sequence and
-// 32 columns of its state, which stay in the registers of 128 threads: four columns of
-// a sixteenth of the rows a thread. With r = Sᵀk the recalled values and the state before the
-// update,
+// 32 columns of its state, which stay in the registers of 128 threads: four columns of a sixteenth
+// of the rows a thread. With r = Sᵀk the recalled values and the state before the update,
 //   u = β (v − r),  o = (Sᵀq + u (k·q)) / √K,
 // so one pass over the state and one barrier a row suffice.
 #include <cmath>

@@ -4,8 +4,7 @@
 //   F32, F16  products and sums are float32
 //   BF16      x is rounded to bfloat16; products and sums are float32
 //   kQ8, kQ4  x is rounded to 8-bit integers with a scale for each 256 columns of a row; products
-//   of
-//             256 columns are added exactly, then as float32 in order: the same bits on every
+//             of 256 columns are added exactly, then as float32 in order: the same bits on every
 //             machine
 // Each element is the sum of its K products in an order that depends on K and the instruction set
 // alone: not on T, N, the position in the matrix or the number of threads. So a token's result does
