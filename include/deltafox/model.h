@@ -86,9 +86,13 @@ struct Weight {
   std::string name;  // as in the checkpoint
   DType dtype = DType::kF32;
   std::vector<std::int64_t> shape;
-  const void* data = nullptr;
+  Device device = Device::kCpu;
+  const void* data = nullptr;  // in the device's memory
   std::size_t bytes = 0;
   bool trainable = true;  // false for what the official code keeps as a buffer
+
+  // Copies the data, from wherever they lie, to `bytes` of the host's memory.
+  void copy_to(void* host) const;
 };
 
 // Token ids of B sequences, packed.

@@ -10,8 +10,8 @@ _DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "Q8": "int8",
 class Parameter:
     """A weight as the model keeps it, read-only.
 
-    `numpy()` and `np.asarray(parameter)` give it without a copy where NumPy has its dtype. NumPy has
-    no bfloat16: such weights become float32, and `bits()` is their bits (uint16) without a copy.
+    `numpy()` and `np.asarray(parameter)` give it without a copy where NumPy has its dtype and the model
+    is on the CPU. NumPy has no bfloat16: such weights become float32, and `bits()` is their bits (uint16).
     `torch.from_dlpack(parameter)` gives a copy of the same dtype, which may be written to. Packed
     weights (int8, int4) cannot be read.
     """
@@ -58,7 +58,7 @@ class Parameter:
         if copy is False:
             raise BufferError("the weight is read-only: DLPack consumers get a copy")
         if dl_device not in (None, self.__dlpack_device__()):
-            raise BufferError("the weight is in host memory")
+            raise BufferError("weights are given in host memory")
         return self._weight.dlpack()
 
     def __dlpack_device__(self):

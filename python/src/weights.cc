@@ -46,14 +46,22 @@ struct HeldWeight {
   }
 };
 
-// A read-only view; bfloat16, which NumPy does not know, as its bits.
+// A read-only view, or a copy where the weight lies on a GPU; bfloat16, which NumPy does not know,
+// as its bits.
 py::array view(const py::object& self) {
   const auto& held = self.cast<const HeldWeight&>();
   held.check_plain();
   const char* const format = held.weight.dtype == DType::kF32   ? "float32"
                              : held.weight.dtype == DType::kF16 ? "float16"
                                                                 : "uint16";
-  py::array array(py::dtype(format), held.weight.shape, held.weight.data, self);
+  const bool on_gpu = held.weight.device == Device::kCuda;
+  py::array array = on_gpu
+                        ? py::array(py::dtype(format), held.weight.shape)
+                        : py::array(py::dtype(format), held.weight.shape, held.weight.data, self);
+  if (on_gpu) {
+    const py::gil_scoped_release release;
+    held.weight.copy_to(array.mutable_data());
+  }
   array.attr("setflags")(py::arg("write") = false);
   return array;
 }
@@ -81,7 +89,7 @@ py::object dlpack(const HeldWeight& held) {
   {
     const py::gil_scoped_release release;
     owned->data = std::make_unique_for_overwrite<std::byte[]>(bytes);  // NOLINT
-    std::copy_n(static_cast<const std::byte*>(held.weight.data), bytes, owned->data.get());
+    held.weight.copy_to(owned->data.get());
   }
   const auto bits = static_cast<std::uint8_t>(8 * size_of(held.weight.dtype));
   const std::uint8_t code = held.weight.dtype == DType::kBF16 ? 4 : 2;

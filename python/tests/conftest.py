@@ -1,6 +1,7 @@
 """Tests of the package `deltafox`: of the one that is installed, or with PYTHONPATH=build/cpu/python of
 the build."""
 
+import functools
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,18 @@ ROOT = Path(__file__).resolve().parents[2]
 GOLDEN = ROOT / "tests" / "data" / "golden"
 TINY = ROOT / "models" / "tiny"
 _DTYPES = {"F32": np.float32, "I32": np.int32, "I64": np.int64, "F64": np.float64}
+
+
+@functools.cache
+def cuda_missing():
+    """Why nothing can run on a GPU; empty if it can."""
+    try:
+        deltafox.AutoModelForCausalLM.from_pretrained(TINY, device="cuda")
+    except deltafox.Error as error:
+        if "CUDA" not in str(error):
+            raise
+        return str(error)
+    return ""
 
 
 def read_safetensors(path):

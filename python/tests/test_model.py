@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import deltafox
-from conftest import GOLDEN, TINY, read_safetensors
+from conftest import GOLDEN, TINY, cuda_missing, read_safetensors
 
 CASES = sorted(path.parent.name for path in GOLDEN.glob("*/config.json"))
 # The tolerances of the C++ golden tests.
@@ -182,7 +182,8 @@ def test_dtypes():
         model.to(dtype="float64")
 
 
-def test_a_device_that_this_build_has_not_is_refused():
+@pytest.mark.skipif(not cuda_missing(), reason="there is a GPU")
+def test_a_device_that_is_not_there_is_refused():
     model = deltafox.AutoModelForCausalLM.from_pretrained(TINY)
     for move in (model.cuda, lambda: model.to("cuda:0")):
         with pytest.raises(deltafox.Error, match="CUDA"):

@@ -510,14 +510,19 @@ const ModelInfo& Model::info() const {
   return impl_->info_;
 }
 
+void Weight::copy_to(void* host) const {
+  if (device == Device::kCuda) return cuda::copy(host, data, bytes);
+  std::memcpy(host, data, bytes);
+}
+
 std::vector<Weight> Model::weights() const {
-  if (impl_->device_ != Device::kCpu) fail("weights: of a model on the CPU only");
   std::vector<Weight> weights;
   impl_->lm_.visit_params([&](const std::string& name, const Param& param) {
     Weight& weight = weights.emplace_back();
     weight.name = name;
     weight.dtype = param.value.dtype;
     for (int i = 0; i < param.shape.rank(); ++i) weight.shape.push_back(param.shape[i]);
+    weight.device = impl_->device_;
     weight.data = param.value.data;
     weight.bytes = bytes_of(param.value.dtype, param.value.shape);
     weight.trainable = param.trainable;
