@@ -63,6 +63,10 @@ def checkpoint(request, tmp_path):
     return tmp_path
 
 
+# With torch there, the tokenizer's tensors are torch's, and on a GPU only torch can work on them.
+@pytest.mark.skipif(
+    importlib.util.find_spec("torch") is not None and not cuda_missing(), reason="torch is installed"
+)
 def test_runs_without_torch(checkpoint, capsys):
     names = run("from deltafox import AutoModelForCausalLM, AutoTokenizer, _torch as torch\n", checkpoint)
     printed = capsys.readouterr().out

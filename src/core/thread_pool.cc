@@ -44,7 +44,7 @@ void ThreadPool::drain(std::uint32_t generation, int slot) {
   std::uint64_t claim = next_.load(std::memory_order_acquire);
   while (claim >> 32 == generation) {
     const auto task = static_cast<std::int64_t>(claim & 0xffffffffU);
-    if (task >= tasks_.load(std::memory_order_relaxed)) return;
+    if (task >= tasks_.load(std::memory_order_acquire)) return;
     if (next_.compare_exchange_weak(claim, claim + 1, std::memory_order_acquire)) {
       function_(closure_, task, slot);
       done_.fetch_add(1, std::memory_order_release);
@@ -64,7 +64,10 @@ void ThreadPool::run(std::int64_t n, Function function, void* closure) {
   function_ = function;
   closure_ = closure;
   done_.store(0, std::memory_order_relaxed);
-  tasks_.store(n, std::memory_order_relaxed);
+  // Ends the last loop first: whoever is late in it and reads this loop's number of tasks then
+  // fails to claim.
+  next_.store(std::uint64_t{generation} << 32 | 0xffffffffU, std::memory_order_relaxed);
+  tasks_.store(n, std::memory_order_release);
   next_.store(std::uint64_t{generation} << 32, std::memory_order_release);
   generation_.store(generation, std::memory_order_release);
   generation_.notify_all();

@@ -59,6 +59,18 @@ TEST(ThreadPool, RunsEveryTaskOnce) {
   }
 }
 
+// A worker that is late for a short loop must not take a task of the long one that follows.
+TEST(ThreadPool, ShortAndLongLoopsInTurnRunEveryTaskOnce) {
+  ThreadPool threads(8);
+  for (int round = 0; round < 2000; ++round) {
+    std::vector<std::atomic<int>> counts(round % 2 == 0 ? 2 : 40);
+    threads.parallel_for(static_cast<std::int64_t>(counts.size()), [&](std::int64_t i) {
+      counts[static_cast<std::size_t>(i)].fetch_add(1, std::memory_order_relaxed);
+    });
+    for (const std::atomic<int>& count : counts) ASSERT_EQ(count.load(), 1);
+  }
+}
+
 TEST(ThreadPool, ASlotBelongsToOneThreadAtATime) {
   ThreadPool threads(4);
   std::vector<std::atomic<int>> in_use(4);
