@@ -13,6 +13,7 @@ constexpr int kLeastChunkedRows = 24;
 
 // launch(batch) for the sequences that are not empty and that `choose(length)` gives one or more
 // segments; `choose` must depend on nothing but the length, or results would depend on the batch.
+// Without states, those of the entries are null.
 template <class Choose, class Launch>
 void for_each_batch(const Sequences& sequences, std::span<float* const> states,
                     const Choose& choose, const Launch& launch) {
@@ -21,8 +22,8 @@ void for_each_batch(const Sequences& sequences, std::span<float* const> states,
     const int length = static_cast<int>(sequences.length(b));
     const int segments = length > 0 ? choose(length) : 0;
     if (segments == 0) continue;
-    batch.add(states[static_cast<std::size_t>(b)], static_cast<int>(sequences.begin(b)), length,
-              segments);
+    float* state = states.empty() ? nullptr : states[static_cast<std::size_t>(b)];
+    batch.add(state, static_cast<int>(sequences.begin(b)), length, segments);
     if (batch.count == SequenceBatch::kLimit) {
       launch(batch);
       batch = {};

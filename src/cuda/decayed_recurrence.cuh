@@ -27,11 +27,6 @@ __device__ inline float sum_row_groups(float x) {
   return x + __shfl_xor_sync(0xffffffffU, x, 16);
 }
 
-// How many of four columns exist; whole vectors where rows keep their alignment.
-__device__ inline int count_columns(int column, int all) {
-  return all % 4 == 0 && column < all ? kVector : min(max(all - column, 0), 4);
-}
-
 // A thread's part of the state [rows, columns] of one head.
 template <int kRows>
 struct StateColumns {

@@ -59,4 +59,47 @@ void delta_rule(Context& ctx, const DeltaRuleArgs& args) {
   }
 }
 
+void delta_rule_backward(Context& ctx, const DeltaRuleBackwardArgs& args) {
+  if (args.q.shape[2] > kLargestKeyDim) {
+    fail("delta_rule_backward: CUDA keeps at most {} keys a head, not {}", kLargestKeyDim,
+         args.q.shape[2]);
+  }
+  for (const DType dtype :
+       {args.k.dtype, args.v.dtype, args.d_o.dtype, args.dq.dtype, args.dk.dtype, args.dv.dtype}) {
+    if (dtype != args.q.dtype) {
+      fail("delta_rule_backward: CUDA needs q, k, v, d_o and their gradients of one dtype");
+    }
+  }
+  const bool has_beta = args.beta.data != nullptr;
+  const DeltaRuleBackwardProblem problem{
+      .q = args.q.data,
+      .k = args.k.data,
+      .v = args.v.data,
+      .beta = has_beta ? args.beta.f32() : nullptr,
+      .d_o = args.d_o.data,
+      .dq = args.dq.data,
+      .dk = args.dk.data,
+      .dv = args.dv.data,
+      .dbeta = has_beta ? args.dbeta.f32() : nullptr,
+      .is_bf16 = args.q.dtype == DType::kBF16,
+      .heads = static_cast<int>(args.q.shape[1]),
+      .key_dim = static_cast<int>(args.q.shape[2]),
+      .value_dim = static_cast<int>(args.v.shape[2]),
+  };
+  for_each_batch(
+      args.sequences, {},
+      [](int length) { return static_cast<int>((length + kDeltaRuleChunk - 1) / kDeltaRuleChunk); },
+      [&](const SequenceBatch& batch) {
+        ScratchScope scratch(ctx);
+        const Shape states{batch.blocks, problem.heads, problem.key_dim, problem.value_dim};
+        const DeltaRuleBackwardWorkspace workspace{
+            .errors = scratch.tensor(args.v.shape).f32(),
+            .d_errors = scratch.tensor(args.v.shape).f32(),
+            .states = scratch.tensor(states).f32(),
+            .d_states = scratch.tensor(states).f32(),
+        };
+        launch_delta_rule_backward_plain(problem, workspace, batch, stream_of(ctx));
+      });
+}
+
 }  // namespace deltafox::cuda

@@ -44,4 +44,34 @@ void launch_delta_rule_chunks(const DeltaRuleProblem& problem, const SequenceBat
                               float* maps, cudaStream_t stream,
                               ProductKind kind = ProductKind::kAutomatic);
 
+struct DeltaRuleBackwardProblem {
+  const void* q = nullptr;      // [T, H, K]
+  const void* k = nullptr;      // [T, H, K]
+  const void* v = nullptr;      // [T, H, V]
+  const float* beta = nullptr;  // [T, H], or null for β = 1
+  const void* d_o = nullptr;    // [T, H, V]
+  void* dq = nullptr;           // [T, H, K]
+  void* dk = nullptr;           // [T, H, K]
+  void* dv = nullptr;           // [T, H, V]
+  float* dbeta = nullptr;       // [T, H], or null
+  bool is_bf16 = false;         // all but beta and dbeta: bfloat16 instead of float32
+  int heads = 0;
+  int key_dim = 0;
+  int value_dim = 0;
+};
+
+// What the exact backward keeps between its passes. Chunks are those of all entries of a batch, in
+// order: an entry has a segment for each of its chunks.
+struct DeltaRuleBackwardWorkspace {
+  float* errors = nullptr;    // [T, H, V]: v − S₋ᵀk
+  float* d_errors = nullptr;  // [T, H, V]: their gradients over β, dSᵀk
+  float* states = nullptr;    // [chunks, H, K, V]: before each chunk
+  float* d_states = nullptr;  // [chunks, H, K, V]: gradient of the state behind each chunk
+};
+
+// In float32 throughout, for any head sizes up to K = 256.
+void launch_delta_rule_backward_plain(const DeltaRuleBackwardProblem& problem,
+                                      const DeltaRuleBackwardWorkspace& workspace,
+                                      const SequenceBatch& batch, cudaStream_t stream);
+
 }  // namespace deltafox::cuda

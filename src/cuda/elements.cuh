@@ -72,6 +72,11 @@ __device__ inline void store_four(bf16* to, const float (&from)[4], int count) {
   }
 }
 
+// How many of four columns exist; whole vectors where rows keep their alignment.
+__device__ inline int count_columns(int column, int all) {
+  return all % 4 == 0 && column < all ? kVector : min(max(all - column, 0), 4);
+}
+
 // Elements [first, first + kCount) of a row of `size`, zeros behind its end; `aligned` rows are
 // read by the vector.
 template <int kCount, typename T>

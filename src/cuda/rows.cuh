@@ -12,6 +12,8 @@ struct Elements {
   void* data;
   bool is_bf16;
 
+  __host__ __device__ Elements(const void* elements, bool of_bf16)
+      : data(const_cast<void*>(elements)), is_bf16(of_bf16) {}
   explicit Elements(const TensorView& view)
       : data(view.data), is_bf16(view.dtype == DType::kBF16) {}
   explicit Elements(const ConstTensorView& view)

@@ -24,13 +24,13 @@ void delta_rule(Context& ctx, const DeltaRuleArgs& args) {
 void delta_rule_backward(Context& ctx, const DeltaRuleBackwardArgs& args) {
   const std::int64_t tokens = args.sequences.tokens();
   const std::int64_t heads = args.q.shape[1];
-  check("delta_rule_backward", "q", args.q, {tokens, heads, args.q.shape[2]});
-  check("delta_rule_backward", "k", args.k, args.q.shape);
-  check("delta_rule_backward", "v", args.v, {tokens, heads, args.v.shape[2]});
-  check("delta_rule_backward", "d_o", args.d_o, args.v.shape);
-  check("delta_rule_backward", "dq", args.dq, args.q.shape);
-  check("delta_rule_backward", "dk", args.dk, args.q.shape);
-  check("delta_rule_backward", "dv", args.dv, args.v.shape);
+  check_activation(ctx, "delta_rule_backward", "q", args.q, {tokens, heads, args.q.shape[2]});
+  check_activation(ctx, "delta_rule_backward", "k", args.k, args.q.shape);
+  check_activation(ctx, "delta_rule_backward", "v", args.v, {tokens, heads, args.v.shape[2]});
+  check_activation(ctx, "delta_rule_backward", "d_o", args.d_o, args.v.shape);
+  check_activation(ctx, "delta_rule_backward", "dq", args.dq, args.q.shape);
+  check_activation(ctx, "delta_rule_backward", "dk", args.dk, args.q.shape);
+  check_activation(ctx, "delta_rule_backward", "dv", args.dv, args.v.shape);
   if (args.beta.data != nullptr) {
     check("delta_rule_backward", "beta", args.beta, {tokens, heads});
     check("delta_rule_backward", "dbeta", args.dbeta, {tokens, heads});
@@ -39,7 +39,7 @@ void delta_rule_backward(Context& ctx, const DeltaRuleBackwardArgs& args) {
     case Device::kCpu:
       return cpu::delta_rule_backward(ctx, args);
     case Device::kCuda:
-      fail_on_cuda("delta_rule_backward");
+      return cuda::delta_rule_backward(ctx, args);
   }
 }
 

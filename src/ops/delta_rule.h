@@ -57,7 +57,8 @@ void delta_rule_backward(Context& ctx, const DeltaRuleBackwardArgs& args);
 }  // namespace cpu
 namespace cuda {
 void delta_rule(Context& ctx, const DeltaRuleArgs& args);
-}
+void delta_rule_backward(Context& ctx, const DeltaRuleBackwardArgs& args);
+}  // namespace cuda
 namespace reference {
 void delta_rule(const DeltaRuleArgs& args);
 void delta_rule_backward(const DeltaRuleBackwardArgs& args);

@@ -76,6 +76,9 @@ void cross_entropy(Context& /*ctx*/, const CrossEntropyArgs& /*args*/) {
 void delta_rule(Context& /*ctx*/, const DeltaRuleArgs& /*args*/) {
   fail_without_cuda();
 }
+void delta_rule_backward(Context& /*ctx*/, const DeltaRuleBackwardArgs& /*args*/) {
+  fail_without_cuda();
+}
 void embedding(Context& /*ctx*/, const EmbeddingArgs& /*args*/) {
   fail_without_cuda();
 }
