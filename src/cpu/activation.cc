@@ -245,6 +245,9 @@ void activation_backward(Context& ctx, const ActivationBackwardArgs& args) {
   HWY_DYNAMIC_DISPATCH(activation_backward_target)(ctx, args);
 }
 void glu_backward(Context& ctx, const GluBackwardArgs& args) {
+  if (args.y.data != nullptr) {
+    glu(ctx, {.activation = args.activation, .gate_up = args.gate_up, .y = args.y});
+  }
   HWY_DYNAMIC_DISPATCH(glu_backward_target)(ctx, args);
 }
 void forget_gate_backward(Context& ctx, const ForgetGateBackwardArgs& args) {

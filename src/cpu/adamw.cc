@@ -1,6 +1,9 @@
 #include "ops/adamw.h"
 
+#include <algorithm>
 #include <cmath>
+
+#include "core/float_convert.h"
 
 #undef HWY_TARGET_INCLUDE
 #define HWY_TARGET_INCLUDE "cpu/adamw.cc"
@@ -109,6 +112,27 @@ void adamw(Context& ctx, const AdamWArgs& args) {
 }
 double sum_of_squares(Context& ctx, const ConstTensorView& x) {
   return HWY_DYNAMIC_DISPATCH(sum_of_squares_target)(ctx, x);
+}
+void adamw_step(Context& ctx, const AdamWStepArgs& args) {
+  double squares = 0;
+  for (const AdamWParam& param : args.params) squares += sum_of_squares(ctx, param.grad);
+  const double norm = std::sqrt(squares);
+  *args.norm.f32() = static_cast<float>(norm);
+  if (!std::isfinite(norm)) return;
+  for (const AdamWParam& param : args.params) {
+    adamw(ctx, {.grad = param.grad,
+                .w = param.w,
+                .m = param.m,
+                .v = param.v,
+                .lr = args.lr,
+                .beta1 = args.beta1,
+                .beta2 = args.beta2,
+                .eps = args.eps,
+                .weight_decay = param.weight_decay,
+                .scale = std::min(1.0, args.max_norm / (norm + 1e-6)),
+                .step = args.step});
+    if (param.rounded.data != nullptr) convert(param.w, param.rounded);
+  }
 }
 }  // namespace deltafox::cpu
 #endif

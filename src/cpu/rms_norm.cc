@@ -1,5 +1,7 @@
 #include "ops/rms_norm.h"
 
+#include "core/float_convert.h"
+
 #undef HWY_TARGET_INCLUDE
 #define HWY_TARGET_INCLUDE "cpu/rms_norm.cc"
 #include <hwy/foreach_target.h>
@@ -144,6 +146,7 @@ void rms_norm(Context& ctx, const RmsNormArgs& args) {
 }
 void rms_norm_backward(Context& ctx, const RmsNormBackwardArgs& args) {
   HWY_DYNAMIC_DISPATCH(rms_norm_backward_target)(ctx, args);
+  if (args.rounded.data != nullptr) convert(args.dx, args.rounded);
 }
 }  // namespace deltafox::cpu
 #endif

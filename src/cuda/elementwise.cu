@@ -1,9 +1,7 @@
 // The ops that touch each element once: activations, gates, norms of rows, the embedding. All are
 // bound by memory; see the headers of ops/ for the equations. Every element or row is computed by
 // itself, so neighbours change nothing.
-#include "cuda/check.h"
-#include "cuda/rows.cuh"
-#include "cuda/stream.h"
+#include "cuda/each_four.cuh"
 #include "ops/activation.h"
 #include "ops/embedding.h"
 #include "ops/gate.h"
@@ -13,26 +11,7 @@
 namespace deltafox::cuda {
 namespace {
 
-constexpr int kThreads = 256;
-
-unsigned blocks_for(std::int64_t tasks, int threads = kThreads) {
-  return static_cast<unsigned>((tasks + threads - 1) / threads);
-}
-
-// f(first, count) for each four elements; count as in load_four.
-template <typename F>
-__global__ void __launch_bounds__(kThreads) each_four_kernel(std::int64_t size, bool aligned, F f) {
-  const std::int64_t i = (static_cast<std::int64_t>(blockIdx.x) * kThreads + threadIdx.x) * 4;
-  if (i >= size) return;
-  f(i, aligned && i + 4 <= size ? kVector : static_cast<int>(min(std::int64_t{4}, size - i)));
-}
-
-template <typename F>
-void each_four(Context& ctx, const char* op, std::int64_t size, bool aligned, F f) {
-  if (size == 0) return;
-  each_four_kernel<<<blocks_for((size + 3) / 4), kThreads, 0, stream_of(ctx)>>>(size, aligned, f);
-  check_launch(op);
-}
+constexpr int kThreads = kElementThreads;
 
 struct RmsNormParams {
   Elements x, y, gate;

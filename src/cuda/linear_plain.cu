@@ -11,8 +11,8 @@ constexpr int kWarps = 8;
 constexpr int kRows = 16;
 
 __global__ void __launch_bounds__(kWarps * 32)
-    linear_plain_kernel(Elements x, Elements w, Elements y, int tokens, int outputs, int k,
-                        bool aligned, bool accumulate) {
+    linear_plain_kernel(Elements x, Elements w, Elements y, int tokens, int outputs, int stride,
+                        int k, bool aligned, bool accumulate) {
   const int lane = threadIdx.x % 32;
   const int n = static_cast<int>(blockIdx.x) * kWarps + threadIdx.x / 32;
   const int first = static_cast<int>(blockIdx.y) * kRows;
@@ -36,7 +36,7 @@ __global__ void __launch_bounds__(kWarps * 32)
     if (first + r >= tokens) continue;
     float sum[4] = {warp_sum(sums[r])};
     if (lane != 0) continue;
-    const std::int64_t at = static_cast<std::int64_t>(first + r) * outputs + n;
+    const std::int64_t at = static_cast<std::int64_t>(first + r) * stride + n;
     if (accumulate) {
       float old[4];
       y.load(old, at, 1);
@@ -46,13 +46,15 @@ __global__ void __launch_bounds__(kWarps * 32)
   }
 }
 
-__global__ void add_bias_kernel(Elements y, const float* bias, std::int64_t size, int width) {
+__global__ void add_bias_kernel(Elements y, const float* bias, std::int64_t size, int width,
+                                int stride) {
   const std::int64_t i = static_cast<std::int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
   if (i >= size) return;
+  const std::int64_t at = i / width * stride + i % width;
   float v[4];
-  y.load(v, i, 1);
+  y.load(v, at, 1);
   v[0] += bias[i % width];
-  y.store(v, i, 1);
+  y.store(v, at, 1);
 }
 
 }  // namespace
@@ -65,15 +67,16 @@ void linear_plain(Context& ctx, const LinearArgs& args) {
   const Elements w(args.w);
   const dim3 grid((outputs + kWarps - 1) / kWarps, (tokens + kRows - 1) / kRows);
   linear_plain_kernel<<<grid, kWarps * 32, 0, stream_of(ctx)>>>(
-      x, w, Elements(args.y), tokens, outputs, k, k % 4 == 0 && x.aligned() && w.aligned(),
-      args.accumulate);
+      x, w, Elements(args.y), tokens, outputs, static_cast<int>(args.y.shape[1]), k,
+      k % 4 == 0 && x.aligned() && w.aligned(), args.accumulate);
   check_launch("linear");
 }
 
 void add_bias(Context& ctx, const TensorView& y, const ConstTensorView& bias) {
-  const std::int64_t size = y.shape.size();
+  const std::int64_t width = bias.shape[0];
+  const std::int64_t size = y.shape[0] * width;
   add_bias_kernel<<<static_cast<unsigned>((size + 255) / 256), 256, 0, stream_of(ctx)>>>(
-      Elements(y), bias.f32(), size, static_cast<int>(y.shape[1]));
+      Elements(y), bias.f32(), size, static_cast<int>(width), static_cast<int>(y.shape[1]));
   check_launch("add_bias");
 }
 

@@ -10,8 +10,10 @@
 
 namespace deltafox::cuda {
 
-void rope(Context& ctx, const RopeArgs& args) {
-  if (args.q.dtype != args.k.dtype) fail("rope: CUDA needs q and k of one dtype");
+namespace {
+
+void turn(Context& ctx, const char* op, const RopeArgs& args, bool back) {
+  if (args.q.dtype != args.k.dtype) fail("{}: CUDA needs q and k of one dtype", op);
   if (args.sequences.tokens() == 0) return;
   const std::int64_t dim = args.q.shape[2];
   std::vector<float> frequencies;
@@ -31,6 +33,7 @@ void rope(Context& ctx, const RopeArgs& args) {
       .heads = static_cast<int>(args.q.shape[1]),
       .kv_heads = static_cast<int>(args.k.shape[1]),
       .dim = static_cast<int>(dim),
+      .back = back,
       .tokens = args.sequences.tokens(),
       .sequences = nullptr,
       .sequence_count = static_cast<int>(sequences.size()),
@@ -41,7 +44,23 @@ void rope(Context& ctx, const RopeArgs& args) {
     problem.frequencies = upload(ctx, std::span(frequencies));
   });
   launch_rope(problem, stream_of(ctx));
-  check_launch("rope");
+  check_launch(op);
+}
+
+}  // namespace
+
+void rope(Context& ctx, const RopeArgs& args) {
+  turn(ctx, "rope", args, false);
+}
+
+void rope_backward(Context& ctx, const RopeBackwardArgs& args) {
+  turn(ctx, "rope_backward",
+       {.q = args.dq,
+        .k = args.dk,
+        .sequences = args.sequences,
+        .positions = args.positions,
+        .base = args.base},
+       true);
 }
 
 }  // namespace deltafox::cuda

@@ -40,6 +40,7 @@ __global__ __launch_bounds__(kThreads) void rope(const __grid_constant__ RopePro
   const int half = problem.dim / 2;
   for (int i = static_cast<int>(threadIdx.x); i < half; i += kThreads) {
     sincosf(position * problem.frequencies[i], &turns[i].y, &turns[i].x);
+    if (problem.back) turns[i].y = -turns[i].y;
   }
   __syncthreads();
   turn(static_cast<T*>(problem.q) + row * problem.heads * problem.dim, problem.heads, half, turns);

@@ -19,6 +19,7 @@ struct RopeProblem {
   int heads;
   int kv_heads;
   int dim;
+  bool back;  // by the negative angles
   std::int64_t tokens;
   const RopeSequence* sequences;  // [B], in device memory
   int sequence_count;

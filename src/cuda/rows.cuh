@@ -29,6 +29,29 @@ struct Elements {
       load_four(to, static_cast<const float*>(data) + i, count);
     }
   }
+  // Four elements as they lie in memory: nothing waits for a load before it is widened, so several
+  // can be under way.
+  __device__ uint4 fetch(std::int64_t i, int count) const {
+    if (count == kVector) {
+      if (!is_bf16) return *reinterpret_cast<const uint4*>(static_cast<const float*>(data) + i);
+      const uint2 bits = *reinterpret_cast<const uint2*>(static_cast<const bf16*>(data) + i);
+      return make_uint4(bits.x, bits.y, 0, 0);
+    }
+    float x[4];
+    load(x, i, count);
+    uint4 bits = make_uint4(__float_as_uint(x[0]), __float_as_uint(x[1]), __float_as_uint(x[2]),
+                            __float_as_uint(x[3]));
+    if (is_bf16) {  // exact: these are bfloat16 widened
+      bits = make_uint4(bits.x >> 16 | bits.y, bits.z >> 16 | bits.w, 0, 0);
+    }
+    return bits;
+  }
+  __device__ void widen(float (&to)[4], const uint4& bits) const {
+    to[0] = __uint_as_float(is_bf16 ? bits.x << 16 : bits.x);
+    to[1] = __uint_as_float(is_bf16 ? bits.x & 0xffff0000U : bits.y);
+    to[2] = __uint_as_float(is_bf16 ? bits.y << 16 : bits.z);
+    to[3] = __uint_as_float(is_bf16 ? bits.y & 0xffff0000U : bits.w);
+  }
   __device__ void store(const float (&from)[4], std::int64_t i, int count) const {
     if (is_bf16) {
       store_four(static_cast<bf16*>(data) + i, from, count);
@@ -56,6 +79,25 @@ __device__ inline float activate(Activation activation, float x) {
       return x > 0 ? x + 1 : expf(x);
   }
   return x;
+}
+
+// act'(x)
+__device__ inline float activation_slope(Activation activation, float x) {
+  switch (activation) {
+    case Activation::kIdentity:
+      return 1;
+    case Activation::kSilu: {
+      const float s = sigmoid(x);
+      return s * (1 + x * (1 - s));
+    }
+    case Activation::kSigmoid:
+      return sigmoid(x) * sigmoid(-x);
+    case Activation::kRelu:
+      return x > 0 ? 1 : 0;
+    case Activation::kEluPlusOne:
+      return x > 0 ? 1 : expf(x);
+  }
+  return 1;
 }
 
 // The sum over a warp, the same in all lanes.

@@ -27,4 +27,27 @@ void token_shift(Context& ctx, const TokenShiftArgs& args) {
       });
 }
 
+void token_shift_backward(Context& ctx, const TokenShiftBackwardArgs& args) {
+  if (args.dy.dtype != args.x.dtype || args.dx.dtype != args.x.dtype) {
+    fail("token_shift_backward: CUDA needs x, dy and dx of one dtype");
+  }
+  const TokenShiftBackwardProblem problem{
+      .x = args.x.data,
+      .alpha = args.alpha.f32(),
+      .dy = args.dy.data,
+      .dx = args.dx.data,
+      .dalpha = args.dalpha.f32(),
+      .is_bf16 = args.x.dtype == DType::kBF16,
+      .heads = static_cast<int>(args.x.shape[1]),
+      .dim = static_cast<int>(args.x.shape[2]),
+  };
+  for_each_batch(
+      args.sequences, {},
+      [](int length) { return (length + kTokenShiftRows - 1) / kTokenShiftRows; },
+      [&](const SequenceBatch& batch) {
+        launch_token_shift_backward(problem, batch, stream_of(ctx));
+        check_launch("token_shift_backward");
+      });
+}
+
 }  // namespace deltafox::cuda

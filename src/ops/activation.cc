@@ -47,48 +47,54 @@ void feature_map(Context& ctx, const FeatureMapArgs& args) {
 }
 
 void activation_backward(Context& ctx, const ActivationBackwardArgs& args) {
-  check("activation_backward", "dy", args.dy, args.x.shape);
-  check("activation_backward", "dx", args.dx, args.x.shape);
+  const OpTimer timer("activation_backward");
+  check_activation(ctx, "activation_backward", "dy", args.dy, args.x.shape);
+  check_activation(ctx, "activation_backward", "dx", args.dx, args.x.shape);
   switch (ctx.device()) {
     case Device::kCpu:
       return cpu::activation_backward(ctx, args);
     case Device::kCuda:
-      fail_on_cuda("activation_backward");
+      return cuda::activation_backward(ctx, args);
   }
 }
 
 void glu_backward(Context& ctx, const GluBackwardArgs& args) {
-  check("glu_backward", "gate_up", args.gate_up, {args.dy.shape[0], 2 * args.dy.shape[1]});
-  check("glu_backward", "dgate_up", args.dgate_up, args.gate_up.shape);
+  const OpTimer timer("glu_backward");
+  check_activation(ctx, "glu_backward", "gate_up", args.gate_up,
+                   {args.dy.shape[0], 2 * args.dy.shape[1]});
+  check_activation(ctx, "glu_backward", "dgate_up", args.dgate_up, args.gate_up.shape);
+  if (args.y.data != nullptr) check_activation(ctx, "glu_backward", "y", args.y, args.dy.shape);
   switch (ctx.device()) {
     case Device::kCpu:
       return cpu::glu_backward(ctx, args);
     case Device::kCuda:
-      fail_on_cuda("glu_backward");
+      return cuda::glu_backward(ctx, args);
   }
 }
 
 void forget_gate_backward(Context& ctx, const ForgetGateBackwardArgs& args) {
-  check("forget_gate_backward", "k", args.k, args.g.shape);
-  check("forget_gate_backward", "dg", args.dg, args.g.shape);
-  check("forget_gate_backward", "dk", args.dk, args.g.shape);
-  check("forget_gate_backward", "dx", args.dx, args.g.shape);
+  const OpTimer timer("forget_gate_backward");
+  check_activation(ctx, "forget_gate_backward", "k", args.k, args.g.shape);
+  check_activation(ctx, "forget_gate_backward", "dg", args.dg, args.g.shape);
+  check_activation(ctx, "forget_gate_backward", "dk", args.dk, args.g.shape);
+  check_activation(ctx, "forget_gate_backward", "dx", args.dx, args.g.shape);
   switch (ctx.device()) {
     case Device::kCpu:
       return cpu::forget_gate_backward(ctx, args);
     case Device::kCuda:
-      fail_on_cuda("forget_gate_backward");
+      return cuda::forget_gate_backward(ctx, args);
   }
 }
 
 void feature_map_backward(Context& ctx, const FeatureMapBackwardArgs& args) {
-  check("feature_map_backward", "dy", args.dy, args.x.shape);
-  check("feature_map_backward", "dx", args.dx, args.x.shape);
+  const OpTimer timer("feature_map_backward");
+  check_activation(ctx, "feature_map_backward", "dy", args.dy, args.x.shape);
+  check_activation(ctx, "feature_map_backward", "dx", args.dx, args.x.shape);
   switch (ctx.device()) {
     case Device::kCpu:
       return cpu::feature_map_backward(ctx, args);
     case Device::kCuda:
-      fail_on_cuda("feature_map_backward");
+      return cuda::feature_map_backward(ctx, args);
   }
 }
 

@@ -1,4 +1,6 @@
 // Elementwise functions of the blocks.
+//
+// On a GPU each tensor is F32 or of the Context's activation dtype, gradients as well.
 #pragma once
 
 #include "core/context.h"
@@ -48,7 +50,8 @@ struct GluBackwardArgs {
   Activation activation = Activation::kSilu;
   ConstTensorView gate_up;  // [T, 2F]
   ConstTensorView dy;       // [T, F]
-  TensorView dgate_up;      // [T, 2F], =
+  TensorView dgate_up;      // [T, 2F], =, may be gate_up
+  TensorView y = {};        // [T, F], =, what glu gives, once more; or no data
 };
 
 // dx = (dg − dk) · g · k
@@ -93,6 +96,10 @@ void activation(Context& ctx, const ActivationArgs& args);
 void glu(Context& ctx, const GluArgs& args);
 void forget_gate(Context& ctx, const ForgetGateArgs& args);
 void feature_map(Context& ctx, const FeatureMapArgs& args);
+void activation_backward(Context& ctx, const ActivationBackwardArgs& args);
+void glu_backward(Context& ctx, const GluBackwardArgs& args);
+void forget_gate_backward(Context& ctx, const ForgetGateBackwardArgs& args);
+void feature_map_backward(Context& ctx, const FeatureMapBackwardArgs& args);
 }  // namespace cuda
 namespace reference {
 float activate(Activation activation, float x);

@@ -14,7 +14,27 @@ void adamw(Context& ctx, const AdamWArgs& args) {
     case Device::kCpu:
       return cpu::adamw(ctx, args);
     case Device::kCuda:
-      fail_on_cuda("adamw");
+      return cuda::adamw(ctx, args);
+  }
+}
+
+void adamw_step(Context& ctx, const AdamWStepArgs& args) {
+  for (const AdamWParam& param : args.params) {
+    check("adamw_step", "grad", param.grad, param.w.shape);
+    check("adamw_step", "w", param.w, param.w.shape);
+    check("adamw_step", "m", param.m, param.w.shape);
+    check("adamw_step", "v", param.v, param.w.shape);
+    if (param.rounded.data != nullptr) {
+      check("adamw_step", "rounded", param.rounded, param.w.shape, DType::kBF16);
+    }
+  }
+  check("adamw_step", "norm", args.norm, {1});
+  if (args.step < 1) fail("adamw_step: step must be at least 1, got {}", args.step);
+  switch (ctx.device()) {
+    case Device::kCpu:
+      return cpu::adamw_step(ctx, args);
+    case Device::kCuda:
+      return cuda::adamw_step(ctx, args);
   }
 }
 
@@ -24,7 +44,7 @@ double sum_of_squares(Context& ctx, const ConstTensorView& x) {
     case Device::kCpu:
       return cpu::sum_of_squares(ctx, x);
     case Device::kCuda:
-      fail_on_cuda("sum_of_squares");
+      return cuda::sum_of_squares(ctx, x);
   }
   return 0;
 }

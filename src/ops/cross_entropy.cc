@@ -17,8 +17,16 @@ void cross_entropy(Context& ctx, const CrossEntropyArgs& args) {
 }
 
 void cross_entropy_backward(Context& ctx, const CrossEntropyBackwardArgs& args) {
+  const OpTimer timer("cross_entropy_backward");
   const auto tokens = static_cast<std::int64_t>(args.labels.size());
-  check("cross_entropy_backward", "logits", args.logits, {tokens, args.logits.shape[1]});
+  const std::int64_t columns = args.logits.shape[1];
+  check_activation(ctx, "cross_entropy_backward", "logits", args.logits, {tokens, columns});
+  if (args.classes < 0 || args.classes > columns) {
+    fail("cross_entropy_backward: {} classes in {} columns", args.classes, columns);
+  }
+  if (ctx.device() == Device::kCpu && args.classes != 0 && args.classes != columns) {
+    fail("cross_entropy_backward: rows longer than {} classes are for a GPU", args.classes);
+  }
   if (args.loss.size() != args.labels.size()) {
     fail("cross_entropy_backward: {} labels and room for {} losses", args.labels.size(),
          args.loss.size());
@@ -27,7 +35,7 @@ void cross_entropy_backward(Context& ctx, const CrossEntropyBackwardArgs& args) 
     case Device::kCpu:
       return cpu::cross_entropy_backward(ctx, args);
     case Device::kCuda:
-      fail_on_cuda("cross_entropy_backward");
+      return cuda::cross_entropy_backward(ctx, args);
   }
 }
 

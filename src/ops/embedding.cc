@@ -17,14 +17,15 @@ void embedding(Context& ctx, const EmbeddingArgs& args) {
 }
 
 void embedding_backward(Context& ctx, const EmbeddingBackwardArgs& args) {
+  const OpTimer timer("embedding_backward");
   const auto tokens = static_cast<std::int64_t>(args.ids.size());
-  check("embedding_backward", "dy", args.dy, {tokens, args.dtable.shape[1]});
+  check_activation(ctx, "embedding_backward", "dy", args.dy, {tokens, args.dtable.shape[1]});
   check("embedding_backward", "dtable", args.dtable, {args.dtable.shape[0], args.dtable.shape[1]});
   switch (ctx.device()) {
     case Device::kCpu:
       return cpu::embedding_backward(ctx, args);
     case Device::kCuda:
-      fail_on_cuda("embedding_backward");
+      return cuda::embedding_backward(ctx, args);
   }
 }
 

@@ -16,9 +16,9 @@ struct EmbeddingArgs {
 
 // dtable_n += Σ_{t: ids_t = n} dy_t, in the order of the tokens
 struct EmbeddingBackwardArgs {
-  std::span<const std::int32_t> ids;  // [T]
-  ConstTensorView dy;                 // [T, C]
-  TensorView dtable;                  // [N, C]
+  std::span<const std::int32_t> ids;  // [T], each in [0, N); on a GPU in its memory
+  ConstTensorView dy;                 // [T, C] F32, on a GPU also of the activation dtype
+  TensorView dtable;                  // [N, C] F32
 };
 
 namespace ops {
@@ -31,7 +31,8 @@ void embedding_backward(Context& ctx, const EmbeddingBackwardArgs& args);
 }  // namespace cpu
 namespace cuda {
 void embedding(Context& ctx, const EmbeddingArgs& args);
-}
+void embedding_backward(Context& ctx, const EmbeddingBackwardArgs& args);
+}  // namespace cuda
 namespace reference {
 void embedding_backward(const EmbeddingBackwardArgs& args);
 }

@@ -16,15 +16,16 @@ void gate(Context& ctx, const GateArgs& args) {
 }
 
 void gate_backward(Context& ctx, const GateBackwardArgs& args) {
-  check("gate_backward", "x", args.x, args.gate.shape);
-  check("gate_backward", "dy", args.dy, args.gate.shape);
-  check("gate_backward", "dx", args.dx, args.gate.shape);
-  check("gate_backward", "dgate", args.dgate, args.gate.shape);
+  const OpTimer timer("gate_backward");
+  check_activation(ctx, "gate_backward", "x", args.x, args.gate.shape);
+  check_activation(ctx, "gate_backward", "dy", args.dy, args.gate.shape);
+  check_activation(ctx, "gate_backward", "dx", args.dx, args.gate.shape);
+  check_activation(ctx, "gate_backward", "dgate", args.dgate, args.gate.shape);
   switch (ctx.device()) {
     case Device::kCpu:
       return cpu::gate_backward(ctx, args);
     case Device::kCuda:
-      fail_on_cuda("gate_backward");
+      return cuda::gate_backward(ctx, args);
   }
 }
 

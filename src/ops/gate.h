@@ -1,4 +1,6 @@
 // x = x · act(gate), in place
+//
+// On a GPU each tensor is F32 or of the Context's activation dtype.
 #pragma once
 
 #include "core/context.h"
@@ -32,7 +34,8 @@ void gate_backward(Context& ctx, const GateBackwardArgs& args);
 }  // namespace cpu
 namespace cuda {
 void gate(Context& ctx, const GateArgs& args);
-}
+void gate_backward(Context& ctx, const GateBackwardArgs& args);
+}  // namespace cuda
 namespace reference {
 void gate(const GateArgs& args);
 void gate_backward(const GateBackwardArgs& args);

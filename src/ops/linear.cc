@@ -3,11 +3,22 @@
 #include "ops/check.h"
 
 namespace deltafox::ops {
+namespace {
+
+// [rows, columns], on a GPU with rows of at least `columns`.
+Shape shape_of_rows(const Context& ctx, const ConstTensorView& view, std::int64_t rows,
+                    std::int64_t columns) {
+  const bool longer = ctx.device() == Device::kCuda && view.shape.rank() == 2;
+  return {rows, longer ? std::max(columns, view.shape[1]) : columns};
+}
+
+}  // namespace
 
 void linear(Context& ctx, const LinearArgs& args) {
   const OpTimer timer("linear");
   check_activation(ctx, "linear", "x", args.x, {args.x.shape[0], args.w.shape[1]});
-  check_activation(ctx, "linear", "y", args.y, {args.x.shape[0], args.w.shape[0]});
+  check_activation(ctx, "linear", "y", args.y,
+                   shape_of_rows(ctx, args.y, args.x.shape[0], args.w.shape[0]));
   if (args.bias.data != nullptr) check("linear", "bias", args.bias, {args.w.shape[0]});
   switch (ctx.device()) {
     case Device::kCpu:
@@ -18,18 +29,22 @@ void linear(Context& ctx, const LinearArgs& args) {
 }
 
 void linear_backward(Context& ctx, const LinearBackwardArgs& args) {
-  const Shape outputs{args.x.shape[0], args.w.shape[0]};
-  check("linear_backward", "w", args.w, {args.w.shape[0], args.w.shape[1]});
-  check("linear_backward", "x", args.x, {args.x.shape[0], args.w.shape[1]});
-  check("linear_backward", "dy", args.dy, outputs);
-  if (args.dx.data != nullptr) check("linear_backward", "dx", args.dx, args.x.shape);
+  const OpTimer timer("linear_backward");
+  const std::int64_t outputs = args.w.shape[0];
+  check("linear_backward", "w", args.w, {outputs, args.w.shape[1]}, args.x.dtype);
+  check_activation(ctx, "linear_backward", "x", args.x, {args.x.shape[0], args.w.shape[1]});
+  check_activation(ctx, "linear_backward", "dy", args.dy,
+                   shape_of_rows(ctx, args.dy, args.x.shape[0], outputs));
+  if (args.dx.data != nullptr) {
+    check_activation(ctx, "linear_backward", "dx", args.dx, args.x.shape);
+  }
   if (args.dw.data != nullptr) check("linear_backward", "dw", args.dw, args.w.shape);
-  if (args.dbias.data != nullptr) check("linear_backward", "dbias", args.dbias, {args.w.shape[0]});
+  if (args.dbias.data != nullptr) check("linear_backward", "dbias", args.dbias, {outputs});
   switch (ctx.device()) {
     case Device::kCpu:
       return cpu::linear_backward(ctx, args);
     case Device::kCuda:
-      fail_on_cuda("linear_backward");
+      return cuda::linear_backward(ctx, args);
   }
 }
 

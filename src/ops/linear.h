@@ -9,6 +9,10 @@
 // Each element is the sum of its K products in an order that depends on K and the instruction set
 // alone: not on T, N, the position in the matrix or the number of threads. So a token's result does
 // not depend on the tokens beside it.
+//
+// On a GPU w and x are both F32 or both BF16, y is F32 or of the Context's activation dtype. There
+// rows of y (and of dy) may be longer than N: what lies behind is not touched. Rows that start
+// aligned make products with an odd N, such as a vocabulary's, several times as fast.
 #pragma once
 
 #include "core/context.h"
@@ -17,7 +21,7 @@ namespace deltafox {
 
 struct LinearArgs {
   ConstTensorView x;          // [T, K] F32
-  ConstTensorView w;          // [N, K] of any kind below
+  ConstTensorView w;          // [N, K] of any kind above
   TensorView y;               // [T, N] F32
   bool accumulate = false;    // y += x wᵀ
   ConstTensorView bias = {};  // [N] F32 or no data
@@ -25,11 +29,12 @@ struct LinearArgs {
 
 // dx = dy w, or dx += dy w; dw += dyᵀ x; dbias += Σ_t dy_t
 //
-// The order of each sum depends on its length alone, as in linear.
+// The order of each sum depends on its length alone, as in linear. On a GPU dy and dx are F32 or of
+// the Context's activation dtype; dy is rounded to the dtype of x and w; dw and dbias are F32.
 struct LinearBackwardArgs {
   ConstTensorView dy;          // [T, N]
   ConstTensorView x;           // [T, K]
-  ConstTensorView w;           // [N, K] F32
+  ConstTensorView w;           // [N, K] F32, on a GPU also BF16
   TensorView dx = {};          // [T, K] or no data
   bool accumulate_dx = false;  // dx += dy w
   TensorView dw = {};          // [N, K] or no data
@@ -46,7 +51,8 @@ void linear_backward(Context& ctx, const LinearBackwardArgs& args);
 }  // namespace cpu
 namespace cuda {
 void linear(Context& ctx, const LinearArgs& args);
-}
+void linear_backward(Context& ctx, const LinearBackwardArgs& args);
+}  // namespace cuda
 namespace reference {
 void linear(const LinearArgs& args);
 void linear_backward(const LinearBackwardArgs& args);

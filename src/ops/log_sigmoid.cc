@@ -17,6 +17,7 @@ void log_sigmoid(Context& ctx, const LogSigmoidArgs& args) {
 }
 
 void log_sigmoid_backward(Context& ctx, const LogSigmoidBackwardArgs& args) {
+  const OpTimer timer("log_sigmoid_backward");
   check("log_sigmoid_backward", "dy", args.dy, args.y.shape);
   if (args.dx.data != nullptr) check("log_sigmoid_backward", "dx", args.dx, args.y.shape);
   if (args.dbias.data != nullptr)
@@ -25,7 +26,7 @@ void log_sigmoid_backward(Context& ctx, const LogSigmoidBackwardArgs& args) {
     case Device::kCpu:
       return cpu::log_sigmoid_backward(ctx, args);
     case Device::kCuda:
-      fail_on_cuda("log_sigmoid_backward");
+      return cuda::log_sigmoid_backward(ctx, args);
   }
 }
 

@@ -29,7 +29,8 @@ void log_sigmoid_backward(Context& ctx, const LogSigmoidBackwardArgs& args);
 }  // namespace cpu
 namespace cuda {
 void log_sigmoid(Context& ctx, const LogSigmoidArgs& args);
-}
+void log_sigmoid_backward(Context& ctx, const LogSigmoidBackwardArgs& args);
+}  // namespace cuda
 namespace reference {
 void log_sigmoid(const LogSigmoidArgs& args);
 void log_sigmoid_backward(const LogSigmoidBackwardArgs& args);

@@ -25,6 +25,7 @@ void rms_norm(Context& ctx, const RmsNormArgs& args) {
 }
 
 void rms_norm_backward(Context& ctx, const RmsNormBackwardArgs& args) {
+  const OpTimer timer("rms_norm_backward");
   const std::int64_t width = args.x.shape[1];
   if (args.w.data != nullptr) {
     const std::int64_t groups = std::max<std::int64_t>(1, args.w.shape.size() / width);
@@ -33,18 +34,21 @@ void rms_norm_backward(Context& ctx, const RmsNormBackwardArgs& args) {
       fail("rms_norm_backward: {} rows are not whole sets of {} groups", args.x.shape[0], groups);
     }
   }
-  check("rms_norm_backward", "dy", args.dy, args.x.shape);
-  check("rms_norm_backward", "dx", args.dx, args.x.shape);
+  check_activation(ctx, "rms_norm_backward", "dy", args.dy, args.x.shape);
+  check_activation(ctx, "rms_norm_backward", "dx", args.dx, args.x.shape);
+  if (args.rounded.data != nullptr) {
+    check("rms_norm_backward", "rounded", args.rounded, args.x.shape, DType::kBF16);
+  }
   if (args.dw.data != nullptr) check("rms_norm_backward", "dw", args.dw, args.w.shape);
   if (args.gate.data != nullptr) {
-    check("rms_norm_backward", "gate", args.gate, args.x.shape);
-    check("rms_norm_backward", "dgate", args.dgate, args.x.shape);
+    check_activation(ctx, "rms_norm_backward", "gate", args.gate, args.x.shape);
+    check_activation(ctx, "rms_norm_backward", "dgate", args.dgate, args.x.shape);
   }
   switch (ctx.device()) {
     case Device::kCpu:
       return cpu::rms_norm_backward(ctx, args);
     case Device::kCuda:
-      fail_on_cuda("rms_norm_backward");
+      return cuda::rms_norm_backward(ctx, args);
   }
 }
 

@@ -1,6 +1,9 @@
 // y = x · rsqrt(mean(x²) + eps) · w [· act(gate)], over the last dimension
 //
 // With `gate_first` the gate comes before the norm: x · act(gate) takes the place of x.
+//
+// On a GPU x, y, the gate and their gradients are each F32 or of the Context's activation dtype; w
+// and dw are F32.
 #pragma once
 
 #include "core/context.h"
@@ -30,6 +33,7 @@ struct RmsNormBackwardArgs {
   ConstTensorView dy;          // [R, D]
   TensorView dx;               // [R, D], may be dy
   bool accumulate_dx = false;  // dx +=, where dx is not dy
+  TensorView rounded = {};     // [R, D] BF16, =: dx once more, for products; or no data
   TensorView dw = {};          // [G·D] or no data
   TensorView dgate = {};       // [R, D], =; with a gate
 };
@@ -44,7 +48,8 @@ void rms_norm_backward(Context& ctx, const RmsNormBackwardArgs& args);
 }  // namespace cpu
 namespace cuda {
 void rms_norm(Context& ctx, const RmsNormArgs& args);
-}
+void rms_norm_backward(Context& ctx, const RmsNormBackwardArgs& args);
+}  // namespace cuda
 namespace reference {
 void rms_norm(const RmsNormArgs& args);
 void rms_norm_backward(const RmsNormBackwardArgs& args);

@@ -20,16 +20,17 @@ void rope(Context& ctx, const RopeArgs& args) {
 }
 
 void rope_backward(Context& ctx, const RopeBackwardArgs& args) {
+  const OpTimer timer("rope_backward");
   const std::int64_t tokens = args.sequences.tokens();
   const std::int64_t dim = args.dq.shape[2];
-  check("rope_backward", "dq", args.dq, {tokens, args.dq.shape[1], dim});
-  check("rope_backward", "dk", args.dk, {tokens, args.dk.shape[1], dim});
+  check_activation(ctx, "rope_backward", "dq", args.dq, {tokens, args.dq.shape[1], dim});
+  check_activation(ctx, "rope_backward", "dk", args.dk, {tokens, args.dk.shape[1], dim});
   if (dim % 2 != 0) fail("rope_backward: head size {} is odd", dim);
   switch (ctx.device()) {
     case Device::kCpu:
       return cpu::rope_backward(ctx, args);
     case Device::kCuda:
-      fail_on_cuda("rope_backward");
+      return cuda::rope_backward(ctx, args);
   }
 }
 

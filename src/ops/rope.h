@@ -23,7 +23,7 @@ struct RopeArgs {
 
 // In place of dq and dk: the turn back by the same angles.
 struct RopeBackwardArgs {
-  TensorView dq;  // [T, H, D]
+  TensorView dq;  // [T, H, D], on a GPU F32 or of the activation dtype, as in rope
   TensorView dk;  // [T, G, D]
   Sequences sequences;
   std::span<const std::int64_t> positions;  // [B]
@@ -40,7 +40,8 @@ void rope_backward(Context& ctx, const RopeBackwardArgs& args);
 }  // namespace cpu
 namespace cuda {
 void rope(Context& ctx, const RopeArgs& args);
-}
+void rope_backward(Context& ctx, const RopeBackwardArgs& args);
+}  // namespace cuda
 namespace reference {
 void rope(const RopeArgs& args);
 void rope_backward(const RopeBackwardArgs& args);

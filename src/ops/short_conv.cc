@@ -20,19 +20,20 @@ void short_conv(Context& ctx, const ShortConvArgs& args) {
 }
 
 void short_conv_backward(Context& ctx, const ShortConvBackwardArgs& args) {
+  const OpTimer timer("short_conv_backward");
   const std::int64_t channels = args.x.shape[1];
-  check("short_conv_backward", "x", args.x, {args.sequences.tokens(), channels});
+  check_activation(ctx, "short_conv_backward", "x", args.x, {args.sequences.tokens(), channels});
   check("short_conv_backward", "w", args.w, {channels, args.w.shape[1]});
   if (args.bias.data != nullptr) check("short_conv_backward", "bias", args.bias, {channels});
-  check("short_conv_backward", "dy", args.dy, args.x.shape);
-  check("short_conv_backward", "dx", args.dx, args.x.shape);
+  check_activation(ctx, "short_conv_backward", "dy", args.dy, args.x.shape);
+  check_activation(ctx, "short_conv_backward", "dx", args.dx, args.x.shape);
   if (args.dw.data != nullptr) check("short_conv_backward", "dw", args.dw, args.w.shape);
   if (args.dbias.data != nullptr) check("short_conv_backward", "dbias", args.dbias, {channels});
   switch (ctx.device()) {
     case Device::kCpu:
       return cpu::short_conv_backward(ctx, args);
     case Device::kCuda:
-      fail_on_cuda("short_conv_backward");
+      return cuda::short_conv_backward(ctx, args);
   }
 }
 

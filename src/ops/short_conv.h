@@ -4,6 +4,8 @@
 // What lies before the first row comes from the sequence's state: the last W inputs of each
 // channel, oldest first, as the official cache keeps them. The state is updated. Sums run from the
 // oldest input to the newest, starting from the bias.
+//
+// On a GPU x, y and their gradients are F32 or of the Context's activation dtype; the rest is F32.
 #pragma once
 
 #include <span>
@@ -49,7 +51,8 @@ void short_conv_backward(Context& ctx, const ShortConvBackwardArgs& args);
 }  // namespace cpu
 namespace cuda {
 void short_conv(Context& ctx, const ShortConvArgs& args);
-}
+void short_conv_backward(Context& ctx, const ShortConvBackwardArgs& args);
+}  // namespace cuda
 namespace reference {
 void short_conv(const ShortConvArgs& args);
 void short_conv_backward(const ShortConvBackwardArgs& args);

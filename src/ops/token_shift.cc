@@ -20,18 +20,19 @@ void token_shift(Context& ctx, const TokenShiftArgs& args) {
 }
 
 void token_shift_backward(Context& ctx, const TokenShiftBackwardArgs& args) {
+  const OpTimer timer("token_shift_backward");
   const std::int64_t tokens = args.sequences.tokens();
   const std::int64_t heads = args.x.shape[1];
-  check("token_shift_backward", "x", args.x, {tokens, heads, args.x.shape[2]});
+  check_activation(ctx, "token_shift_backward", "x", args.x, {tokens, heads, args.x.shape[2]});
   check("token_shift_backward", "alpha", args.alpha, {tokens, heads});
-  check("token_shift_backward", "dy", args.dy, args.x.shape);
-  check("token_shift_backward", "dx", args.dx, args.x.shape);
+  check_activation(ctx, "token_shift_backward", "dy", args.dy, args.x.shape);
+  check_activation(ctx, "token_shift_backward", "dx", args.dx, args.x.shape);
   check("token_shift_backward", "dalpha", args.dalpha, args.alpha.shape);
   switch (ctx.device()) {
     case Device::kCpu:
       return cpu::token_shift_backward(ctx, args);
     case Device::kCuda:
-      fail_on_cuda("token_shift_backward");
+      return cuda::token_shift_backward(ctx, args);
   }
 }
 

@@ -2,6 +2,9 @@
 //
 // What lies before the first row comes from the sequence's state, the last row of x, which is
 // updated. (Lin et al., "Forgetting Transformer", 2025, KV-shift.)
+//
+// On a GPU x, y and their gradients are F32 or of the Context's activation dtype; alpha and dalpha
+// are F32.
 #pragma once
 
 #include <span>
@@ -40,7 +43,8 @@ void token_shift_backward(Context& ctx, const TokenShiftBackwardArgs& args);
 }  // namespace cpu
 namespace cuda {
 void token_shift(Context& ctx, const TokenShiftArgs& args);
-}
+void token_shift_backward(Context& ctx, const TokenShiftBackwardArgs& args);
+}  // namespace cuda
 namespace reference {
 void token_shift(const TokenShiftArgs& args);
 void token_shift_backward(const TokenShiftBackwardArgs& args);

@@ -93,6 +93,102 @@ TEST_P(CudaLinear, ARowDoesNotDependOnTheOthersOfItsBucket) {
   }
 }
 
+TEST_P(CudaLinear, BackwardEqualsPlainOnAllShapes) {
+  Random random(5);
+  Gpu gpu(GetParam());
+  const std::int64_t widths[] = {256, 768, 8, 64, 33, 1};
+  for (int round = 0; round < 24; ++round) {
+    const std::int64_t tokens = random.integer(1, 200);
+    const std::int64_t outputs = round % 4 == 0 ? 8 * random.integer(1, 20) : random.integer(1, 99);
+    const std::int64_t k = widths[round % 6];
+    Tensor dy = random.normal_tensor({tokens, outputs});
+    Tensor x = random.normal_tensor({tokens, k});
+    Tensor w = random.normal_tensor({outputs, k});
+    Tensor dx = random.normal_tensor({tokens, k});
+    Tensor dw = random.normal_tensor({outputs, k});
+    Tensor dbias = random.normal_tensor({outputs});
+    const bool accumulate = round % 3 == 0;
+    const DType dx_dtype = round % 2 == 0 ? DType::kF32 : gpu.dtype();
+    // A float32 gradient that bfloat16 holds exactly is rounded without a trace.
+    Tensor gpu_dy = gpu.upload(dy, gpu.dtype());
+    if (round % 5 == 0) gpu_dy = gpu.upload(dy);
+    const Tensor gpu_x = gpu.upload(x, gpu.dtype());
+    const Tensor gpu_w = gpu.upload(w, gpu.dtype());
+    Tensor gpu_dx = gpu.upload(dx, dx_dtype);
+    Tensor gpu_dw = gpu.upload(dw);
+    Tensor gpu_dbias = gpu.upload(dbias);
+    reference::linear_backward({.dy = dy.view(),
+                                .x = x.view(),
+                                .w = w.view(),
+                                .dx = dx.view(),
+                                .accumulate_dx = accumulate,
+                                .dw = dw.view(),
+                                .dbias = dbias.view()});
+    ops::linear_backward(gpu.ctx(), {.dy = gpu_dy.view(),
+                                     .x = gpu_x.view(),
+                                     .w = gpu_w.view(),
+                                     .dx = gpu_dx.view(),
+                                     .accumulate_dx = accumulate,
+                                     .dw = gpu_dw.view(),
+                                     .dbias = gpu_dbias.view()});
+    SCOPED_TRACE(testing::Message() << tokens << " x " << outputs << " x " << k);
+    expect_close(gpu.download(gpu_dx), dx, tolerance(dx_dtype, outputs));
+    expect_close(gpu.download(gpu_dw), dw, tolerance(DType::kF32, tokens));
+    expect_close(gpu.download(gpu_dbias), dbias, tolerance(DType::kF32, tokens));
+  }
+}
+
+TEST_P(CudaLinear, RowsMayBeLongerThanTheirOutputs) {
+  Random random(6);
+  Gpu gpu(GetParam());
+  const std::int64_t k = 64;
+  const std::int64_t outputs = 37;
+  const std::int64_t stride = 40;
+  for (const std::int64_t tokens : {5, 70}) {
+    Tensor x = random.normal_tensor({tokens, k});
+    Tensor w = random.normal_tensor({outputs, k});
+    Tensor bias = random.normal_tensor({outputs});
+    Tensor wide = random.normal_tensor({tokens, stride});
+    Tensor y(DType::kF32, {tokens, outputs});
+    const Tensor gpu_x = gpu.upload(x, gpu.dtype());
+    const Tensor gpu_w = gpu.upload(w, gpu.dtype());
+    const Tensor gpu_bias = gpu.upload(bias);
+    Tensor gpu_wide = gpu.upload(wide);
+    ops::linear(
+        gpu.ctx(),
+        {.x = gpu_x.view(), .w = gpu_w.view(), .y = gpu_wide.view(), .bias = gpu_bias.view()});
+    reference::linear({.x = x.view(), .w = w.view(), .y = y.view(), .bias = bias.view()});
+    const auto narrow = [&](const Tensor& rows) {
+      Tensor result(DType::kF32, {tokens, outputs});
+      for (std::int64_t t = 0; t < tokens; ++t) {
+        std::copy_n(rows.f32() + t * stride, outputs, result.f32() + t * outputs);
+      }
+      return result;
+    };
+    const Tensor got = gpu.download(gpu_wide);
+    expect_close(narrow(got), y, tolerance(DType::kF32, k));
+    for (std::int64_t t = 0; t < tokens; ++t) {
+      ASSERT_EQ(got.f32()[t * stride + outputs], wide.f32()[t * stride + outputs]) << "row " << t;
+    }
+
+    gpu_wide = gpu.upload(wide, gpu.dtype());
+    Tensor dy = narrow(wide);
+    Tensor dx(DType::kF32, {tokens, k});
+    Tensor dw(DType::kF32, {outputs, k});
+    Tensor gpu_dx = device(gpu.dtype(), {tokens, k});
+    Tensor gpu_dw = device(DType::kF32, {outputs, k});
+    reference::linear_backward(
+        {.dy = dy.view(), .x = x.view(), .w = w.view(), .dx = dx.view(), .dw = dw.view()});
+    ops::linear_backward(gpu.ctx(), {.dy = gpu_wide.view(),
+                                     .x = gpu_x.view(),
+                                     .w = gpu_w.view(),
+                                     .dx = gpu_dx.view(),
+                                     .dw = gpu_dw.view()});
+    expect_close(gpu.download(gpu_dx), dx, tolerance(gpu.dtype(), outputs));
+    expect_close(gpu.download(gpu_dw), dw, tolerance(DType::kF32, tokens));
+  }
+}
+
 INSTANTIATE_TEST_SUITE_P(DTypes, CudaLinear, testing::Values(DType::kF32, DType::kBF16),
                          [](const auto& p) { return std::string(name_of(p.param)); });
 

@@ -5,7 +5,9 @@
 
 #include <cmath>
 #include <cstdint>
+#include <utility>
 
+#include "core/float_convert.h"
 #include "support/random.h"
 #include "support/tensors.h"
 
@@ -80,6 +82,57 @@ TEST(AdamW, SumOfSquaresIsTheSum) {
     const auto expected = static_cast<double>(sum);
     EXPECT_NEAR(ops::sum_of_squares(ctx, x.view()), expected, 1e-12 * expected);
   }
+}
+
+TEST(AdamW, AStepOfAllClipsByTheirCommonNorm) {
+  Random random(4);
+  ThreadPool threads(1);
+  Context ctx(threads);
+  const Tensor grads[] = {random.normal_tensor({30}), random.normal_tensor({7, 5})};
+  Parameter together[] = {Parameter(random, {30}), Parameter(random, {7, 5})};
+  Parameter alone[] = {together[0], together[1]};
+  Tensor rounded(DType::kBF16, {30});
+  Tensor norm(DType::kF32, {1});
+  const auto step = [&](const Tensor& first, const Tensor& second) {
+    const AdamWParam params[] = {{.grad = first.view(),
+                                  .w = together[0].w.view(),
+                                  .m = together[0].m.view(),
+                                  .v = together[0].v.view(),
+                                  .rounded = rounded.view(),
+                                  .weight_decay = 0.1},
+                                 {.grad = second.view(),
+                                  .w = together[1].w.view(),
+                                  .m = together[1].m.view(),
+                                  .v = together[1].v.view()}};
+    ops::adamw_step(ctx, {.params = params,
+                          .lr = 0.01,
+                          .beta2 = 0.95,
+                          .max_norm = 2,
+                          .step = 3,
+                          .norm = norm.view()});
+  };
+  step(grads[0], grads[1]);
+  const double expected = std::sqrt(ops::sum_of_squares(ctx, grads[0].view()) +
+                                    ops::sum_of_squares(ctx, grads[1].view()));
+  EXPECT_FLOAT_EQ(norm.f32()[0], static_cast<float>(expected));
+  for (int i = 0; i < 2; ++i) {
+    AdamWArgs args = alone[i].args(grads[i]);
+    args.weight_decay = i == 0 ? 0.1 : 0;
+    args.scale = 2 / (expected + 1e-6);
+    ops::adamw(ctx, args);
+    expect_near(together[i].w, alone[i].w, 0);
+    expect_near(together[i].m, alone[i].m, 0);
+    expect_near(together[i].v, alone[i].v, 0);
+  }
+  for (int i = 0; i < 30; ++i) {
+    EXPECT_EQ(load_f32(std::as_const(rounded).view(), i),
+              bf16_to_f32(f32_to_bf16(alone[0].w.f32()[i])));
+  }
+  Tensor infinite = grads[1];
+  infinite.f32()[3] = INFINITY;
+  step(grads[0], infinite);
+  EXPECT_TRUE(std::isinf(norm.f32()[0]));
+  for (int i = 0; i < 2; ++i) expect_near(together[i].w, alone[i].w, 0);
 }
 
 }  // namespace

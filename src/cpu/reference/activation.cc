@@ -88,14 +88,17 @@ void activation_backward(const ActivationBackwardArgs& args) {
 
 void glu_backward(const GluBackwardArgs& args) {
   const std::int64_t width = args.dy.shape[1];
+  if (args.y.data != nullptr) {
+    glu({.activation = args.activation, .gate_up = args.gate_up, .y = args.y});
+  }
   for (std::int64_t t = 0; t < args.dy.shape[0]; ++t) {
     const float* gate = args.gate_up.f32() + t * 2 * width;
     float* dgate = args.dgate_up.f32() + t * 2 * width;
     for (std::int64_t i = 0; i < width; ++i) {
       const double dy = args.dy.f32()[t * width + i];
-      dgate[i] =
-          static_cast<float>(dy * gate[width + i] * activation_slope(args.activation, gate[i]));
-      dgate[width + i] = static_cast<float>(dy * activate(args.activation, gate[i]));
+      const float x = gate[i];
+      dgate[i] = static_cast<float>(dy * gate[width + i] * activation_slope(args.activation, x));
+      dgate[width + i] = static_cast<float>(dy * activate(args.activation, x));
     }
   }
 }

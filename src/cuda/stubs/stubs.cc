@@ -2,6 +2,7 @@
 #include "core/device.h"
 #include "core/error.h"
 #include "ops/activation.h"
+#include "ops/adamw.h"
 #include "ops/cross_entropy.h"
 #include "ops/delta_rule.h"
 #include "ops/embedding.h"
@@ -70,7 +71,31 @@ void forget_gate(Context& /*ctx*/, const ForgetGateArgs& /*args*/) {
 void feature_map(Context& /*ctx*/, const FeatureMapArgs& /*args*/) {
   fail_without_cuda();
 }
+void activation_backward(Context& /*ctx*/, const ActivationBackwardArgs& /*args*/) {
+  fail_without_cuda();
+}
+void forget_gate_backward(Context& /*ctx*/, const ForgetGateBackwardArgs& /*args*/) {
+  fail_without_cuda();
+}
+void feature_map_backward(Context& /*ctx*/, const FeatureMapBackwardArgs& /*args*/) {
+  fail_without_cuda();
+}
+void glu_backward(Context& /*ctx*/, const GluBackwardArgs& /*args*/) {
+  fail_without_cuda();
+}
+void adamw(Context& /*ctx*/, const AdamWArgs& /*args*/) {
+  fail_without_cuda();
+}
+void adamw_step(Context& /*ctx*/, const AdamWStepArgs& /*args*/) {
+  fail_without_cuda();
+}
+double sum_of_squares(Context& /*ctx*/, const ConstTensorView& /*x*/) {
+  fail_without_cuda();
+}
 void cross_entropy(Context& /*ctx*/, const CrossEntropyArgs& /*args*/) {
+  fail_without_cuda();
+}
+void cross_entropy_backward(Context& /*ctx*/, const CrossEntropyBackwardArgs& /*args*/) {
   fail_without_cuda();
 }
 void delta_rule(Context& /*ctx*/, const DeltaRuleArgs& /*args*/) {
@@ -82,10 +107,16 @@ void delta_rule_backward(Context& /*ctx*/, const DeltaRuleBackwardArgs& /*args*/
 void embedding(Context& /*ctx*/, const EmbeddingArgs& /*args*/) {
   fail_without_cuda();
 }
+void embedding_backward(Context& /*ctx*/, const EmbeddingBackwardArgs& /*args*/) {
+  fail_without_cuda();
+}
 void forgetting_attention(Context& /*ctx*/, const ForgettingAttentionArgs& /*args*/) {
   fail_without_cuda();
 }
 void gate(Context& /*ctx*/, const GateArgs& /*args*/) {
+  fail_without_cuda();
+}
+void gate_backward(Context& /*ctx*/, const GateBackwardArgs& /*args*/) {
   fail_without_cuda();
 }
 void gla(Context& /*ctx*/, const GlaArgs& /*args*/) {
@@ -97,13 +128,25 @@ void kv_append(Context& /*ctx*/, const KvAppendArgs& /*args*/) {
 void linear(Context& /*ctx*/, const LinearArgs& /*args*/) {
   fail_without_cuda();
 }
+void linear_backward(Context& /*ctx*/, const LinearBackwardArgs& /*args*/) {
+  fail_without_cuda();
+}
 void log_sigmoid(Context& /*ctx*/, const LogSigmoidArgs& /*args*/) {
+  fail_without_cuda();
+}
+void log_sigmoid_backward(Context& /*ctx*/, const LogSigmoidBackwardArgs& /*args*/) {
   fail_without_cuda();
 }
 void rms_norm(Context& /*ctx*/, const RmsNormArgs& /*args*/) {
   fail_without_cuda();
 }
+void rms_norm_backward(Context& /*ctx*/, const RmsNormBackwardArgs& /*args*/) {
+  fail_without_cuda();
+}
 void rope(Context& /*ctx*/, const RopeArgs& /*args*/) {
+  fail_without_cuda();
+}
+void rope_backward(Context& /*ctx*/, const RopeBackwardArgs& /*args*/) {
   fail_without_cuda();
 }
 void selective_scan(Context& /*ctx*/, const SelectiveScanArgs& /*args*/) {
@@ -112,10 +155,16 @@ void selective_scan(Context& /*ctx*/, const SelectiveScanArgs& /*args*/) {
 void short_conv(Context& /*ctx*/, const ShortConvArgs& /*args*/) {
   fail_without_cuda();
 }
+void short_conv_backward(Context& /*ctx*/, const ShortConvBackwardArgs& /*args*/) {
+  fail_without_cuda();
+}
 void ssd(Context& /*ctx*/, const SsdArgs& /*args*/) {
   fail_without_cuda();
 }
 void token_shift(Context& /*ctx*/, const TokenShiftArgs& /*args*/) {
+  fail_without_cuda();
+}
+void token_shift_backward(Context& /*ctx*/, const TokenShiftBackwardArgs& /*args*/) {
   fail_without_cuda();
 }
 
