@@ -57,7 +57,7 @@ class Training : public testing::Test {
       losses.push_back(report.loss);
       if (report.tokens == tokens) stop = true;
     };
-    Trainer trainer(config, threads, listener);
+    Trainer trainer(config, threads, Device::kCpu, listener);
     EXPECT_EQ(trainer.run(stop), tokens < 0 ? Outcome::kFinished : Outcome::kStopped);
     return losses;
   }

@@ -49,12 +49,15 @@ void Hgrn2Mixer::forward(Context& ctx, const ConstTensorView& x, const Sequences
   const Shape keys{tokens, config_.num_heads, config_.expand_ratio};
   const Shape values{tokens, config_.num_heads, config_.hidden_size / config_.num_heads};
   ScratchScope scratch(ctx, saved != nullptr);
+  ScratchScope state_scratch(ctx);
   Saved kept;
   const auto projected = [&](const Param& proj, const std::optional<Param>& conv,
                              Tensor State::*conv_state, Activation activation, TensorView& before,
                              DType dtype) {
     return project_and_convolve(ctx, scratch, x, proj, conv, sequences,
-                                state_pointers(scratch, states, conv_state), activation,
+                                state_pointers(ctx, state_scratch, sequences, states, conv_state,
+                                               {proj.shape[0], config_.conv_size}),
+                                activation,
                                 saved != nullptr ? &before : nullptr, dtype);
   };
   const DType kept_in = ctx.activation_dtype();
@@ -76,7 +79,8 @@ void Hgrn2Mixer::forward(Context& ctx, const ConstTensorView& x, const Sequences
                  .g = g,
                  .v = v,
                  .sequences = sequences,
-                 .states = state_pointers(scratch, states, &State::recurrent),
+                 .states = state_pointers(ctx, state_scratch, sequences, states, &State::recurrent,
+                                          {config_.num_heads, keys[2], values[2]}),
                  .o = o});
   const TensorView rows = o.reshaped(hidden.shape);  // [T, C]
   const TensorView output = saved != nullptr ? scratch.activation(rows.shape) : rows;
@@ -97,7 +101,7 @@ void Hgrn2Mixer::backward(Context& ctx, const ConstTensorView& x, const Sequence
                           const Saved& saved, const TensorView& dy, const TensorView& dx,
                           Gradients& gradients) const {
   ScratchScope scratch(ctx);
-  const TensorView d_o = scratch.tensor(saved.o.shape);  // [T, C]
+  const TensorView d_o = scratch.like(saved.o);  // [T, C]
   ops::linear_backward(ctx, {.dy = dy,
                              .x = saved.output,
                              .w = weights_.o_proj.value,
@@ -109,10 +113,10 @@ void Hgrn2Mixer::backward(Context& ctx, const ConstTensorView& x, const Sequence
                                .dy = d_o,
                                .dx = d_o,
                                .dw = gradients.of(weights_.g_norm)});
-  const TensorView dq = scratch.tensor(saved.q.shape);  // [T, H, K]
-  const TensorView dk = scratch.tensor(saved.k.shape);  // [T, H, K]
-  const TensorView dg = scratch.tensor(saved.g.shape);  // [T, H, K]
-  const TensorView dv = scratch.tensor(saved.v.shape);  // [T, H, V]
+  const TensorView dq = scratch.like(saved.q);  // [T, H, K]
+  const TensorView dk = scratch.like(saved.k);  // [T, H, K]
+  const TensorView dg = scratch.like(saved.g);  // [T, H, K]
+  const TensorView dv = scratch.like(saved.v);  // [T, H, V]
   ops::gla_backward(ctx, {.q = saved.q,
                           .k = saved.k,
                           .g = saved.g,

@@ -73,7 +73,8 @@ class Mamba2Mixer {
 
   State new_state(Device device = Device::kCpu, DType activation_dtype = DType::kF32) const;
 
-  // hidden [T, C] += mixer(x [T, C]), continuing each sequence from its state.
+  // hidden [T, C] += mixer(x [T, C]), continuing each sequence from its state, or from new ones
+  // where there are no states.
   void forward(Context& ctx, const ConstTensorView& x, const Sequences& sequences,
                std::span<State* const> states, const TensorView& hidden,
                Saved* saved = nullptr) const;

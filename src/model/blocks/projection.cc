@@ -45,6 +45,19 @@ TensorView copy_of(Context& ctx, ScratchScope& scratch, const ConstTensorView& f
   return to;
 }
 
+std::span<float*> zero_states(Context& ctx, ScratchScope& scratch, const Sequences& sequences,
+                              const Shape& shape) {
+  constexpr std::int64_t kAlignment = 64;  // elements
+  const std::int64_t size = (shape.size() + kAlignment - 1) / kAlignment * kAlignment;
+  const TensorView all = scratch.tensor({sequences.count(), size});
+  ctx.zero(all.data, bytes_of(all.dtype, all.shape));
+  const std::span<float*> pointers = scratch.array<float*>(sequences.count());
+  for (std::size_t b = 0; b < pointers.size(); ++b) {
+    pointers[b] = all.f32() + static_cast<std::int64_t>(b) * size;
+  }
+  return pointers;
+}
+
 TensorView project(Context& ctx, ScratchScope& scratch, const ConstTensorView& x,
                    const ConstTensorView& w, const ConstTensorView& bias,
                    std::optional<DType> dtype) {
@@ -108,7 +121,7 @@ void project_and_convolve_backward(Context& ctx, const ConstTensorView& x,
   ScratchScope scratch(ctx);
   TensorView dprojected = dy;  // [T, N]
   if (conv) {
-    dprojected = scratch.tensor(dy.shape);
+    dprojected = scratch.like(dy);
     convolve_backward(ctx, projected, *conv, std::nullopt, sequences, activation, dy, dprojected,
                       gradients);
   } else if (activation != Activation::kIdentity) {
