@@ -1,12 +1,13 @@
 // Training steps of a model of the paper with random weights: forward, backward and AdamW. Prints
-// JSON: seconds, tokens/s, FLOP/s counting 6 for each token and parameter but the embedding's, medians
-// of the runs, and memory. On a CPU in float32 beside the peak of the machine's float32 arithmetic, on
-// a GPU as with bf16-mixed.
+// JSON: seconds, tokens/s, FLOP/s counting 6 for each token and parameter but the embedding's,
+// medians of the runs, and memory. On a CPU in float32 beside the peak of the machine's float32
+// arithmetic, on a GPU as with bf16-mixed.
 //
-//   bench_training [MODEL [TOKENS [RUNS [THREADS]]]] [recompute] [cuda] [float32] [ops] [sequences=N]
+//   bench_training [MODEL [TOKENS [RUNS [THREADS]]]] [recompute] [cuda] [float32] [ops]
+//   [sequences=N]
 //
-// sequences: TOKENS fall into N of one length. ops: one step more, with the time of each op, on a GPU
-// with a wait behind each.
+// sequences: TOKENS fall into N of one length. ops: one step more, with the time of each op, on a
+// GPU with a wait behind each.
 #include <fmt/format.h>
 
 #include <algorithm>
@@ -148,8 +149,7 @@ void run(const Options& options) {
       {"flops_per_second", flops / median(seconds)},
       {"step_seconds", median(step_seconds)},
       {"step_tokens_per_second", static_cast<double>(options.tokens) / median(step_seconds)},
-      {"scratch_bytes",
-       ctx.scratch().capacity() + (on_gpu ? ctx.tensor_scratch().capacity() : 0)},
+      {"scratch_bytes", ctx.scratch().capacity() + (on_gpu ? ctx.tensor_scratch().capacity() : 0)},
       {"kept_bytes", ctx.kept_scratch().capacity()},
   };
   if (on_gpu) {

@@ -116,8 +116,8 @@ void bind_training(py::module_& module) {
   module.def("loss_and_gradients", &loss_and_gradients, arg("model"), arg("ids").noconvert(),
              arg("cu_seqlens").noconvert(), arg("labels").noconvert(), arg("loss").noconvert(),
              arg("recompute"));
-  module.def("train", &run_training, arg("path"), arg("overrides"), arg("threads"),
-             arg("device"), arg("on_step"), arg("on_note"), arg("on_validation"));
+  module.def("train", &run_training, arg("path"), arg("overrides"), arg("threads"), arg("device"),
+             arg("on_step"), arg("on_note"), arg("on_validation"));
 }
 
 }  // namespace deltafox::python

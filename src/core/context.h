@@ -98,8 +98,8 @@ class Context {
   Statistics statistics_;
 };
 
-// Hands out scratch memory that lives as long as it does; or, with `keep`, tensors that live as long
-// as the KeptScope around it.
+// Hands out scratch memory that lives as long as it does; or, with `keep`, tensors that live as
+// long as the KeptScope around it.
 class ScratchScope {
  public:
   explicit ScratchScope(Context& ctx, bool keep = false)

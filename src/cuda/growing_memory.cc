@@ -1,6 +1,6 @@
 // Memory that grows in place (core/device.h): a range of addresses as large as the device, into
-// which memory is mapped from its beginning on, in pieces. The functions are the driver's, asked for
-// through the runtime: only the driver itself has them.
+// which memory is mapped from its beginning on, in pieces. The functions are the driver's, asked
+// for through the runtime: only the driver itself has them.
 #include <cuda.h>
 
 #include <vector>
@@ -103,9 +103,10 @@ class GrowingMemory {
       std::size_t free = 0;
       std::size_t total = 0;
       check(cudaMemGetInfo(&free, &total), "cudaMemGetInfo");
-      fail("out of GPU memory: {} bytes of scratch memory are needed beside {} that are there, {} "
-           "of {} are free",
-           bytes - pieces_.size() * kPiece, pieces_.size() * kPiece, free, total);
+      fail(
+          "out of GPU memory: {} bytes of scratch memory are needed beside {} that are there, {} "
+          "of {} are free",
+          bytes - pieces_.size() * kPiece, pieces_.size() * kPiece, free, total);
     }
     return reinterpret_cast<std::byte*>(begin_);
   }

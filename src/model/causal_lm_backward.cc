@@ -129,8 +129,8 @@ void CausalLM::head_backward(Context& ctx, const TensorView& hidden,
              : config_.vocab_size;
   const Param& weight = lm_head_ ? *lm_head_ : embeddings_;
   ScratchScope scratch(ctx);
-  const TensorView normed = scratch.activation(hidden.shape);       // [T, C]
-  const TensorView dnormed = scratch.activation(hidden.shape);      // [T, C]
+  const TensorView normed = scratch.activation(hidden.shape);        // [T, C]
+  const TensorView dnormed = scratch.activation(hidden.shape);       // [T, C]
   const TensorView memory = scratch.activation({at_once, columns});  // logits and their gradient
   final_norm(ctx, hidden, normed);
   for (std::int64_t begin = 0; begin < rows; begin += at_once) {

@@ -50,8 +50,7 @@ Parameters::Parameters(Context& ctx, const std::string& config_json, const Decay
       norm_(DType::kF32, {1}, ctx.device()) {
   const Device device = ctx.device();
   model_->visit_params([&](const std::string& name, Param& param) {
-    Entry entry{
-        .name = name, .param = &param, .weight = Tensor(DType::kF32, param.shape, device)};
+    Entry entry{.name = name, .param = &param, .weight = Tensor(DType::kF32, param.shape, device)};
     entry.trained = param.trainable;
     entry.decayed = decays(name, rule);
     if (param.is_matrix && ctx.activation_dtype() == DType::kBF16) {
@@ -121,8 +120,7 @@ void Parameters::load(const std::string& directory) {
   // A model of its own: checkpoints may spread weights otherwise than ours, and loading knows how.
   const io::Checkpoint checkpoint = io::Checkpoint::open(directory);
   CausalLM source = build_model(io::JsonObject::parse(config_json_, "the model's config"));
-  const std::vector<Tensor> buffers =
-      bind_params(source, checkpoint, DType::kF32, ctx_.threads());
+  const std::vector<Tensor> buffers = bind_params(source, checkpoint, DType::kF32, ctx_.threads());
   std::size_t i = 0;
   source.visit_params([&](const std::string& name, Param& param) {
     if (i >= entries_.size() || entries_[i].name != name) {

@@ -1,5 +1,6 @@
 // A model with what training keeps of each parameter: the float32 master weight, its gradient, and
-// AdamW's two moments; on a GPU that computes in bfloat16 also a copy of each matrix to compute with.
+// AdamW's two moments; on a GPU that computes in bfloat16 also a copy of each matrix to compute
+// with.
 #pragma once
 
 #include <cstdint>
@@ -56,8 +57,7 @@ class Parameters {
   // Clips the gradients, all of them together, to the norm `max_grad_norm`, and makes AdamW's step
   // number `step` (from 1). Returns the norm before clipping; if that is not finite, nothing is
   // changed. Waits for all ops before it.
-  double step(const OptimizerConfig& optimizer, double lr, double max_grad_norm,
-              std::int64_t step);
+  double step(const OptimizerConfig& optimizer, double lr, double max_grad_norm, std::int64_t step);
 
  private:
   void refresh_host(Entry& entry) const;

@@ -231,8 +231,8 @@ void Trainer::Impl::start() {
                {{"model_info/total_params", parameters.size()},
                 {"model_info/non_embedding_params", parameters.non_embedding_size()}});
   metrics->log("resume", progress.tokens, {{"resume/resume_step", progress.tokens}});
-  peak_flops = ctx.device() == Device::kCuda ? measure_products(ctx)
-                                             : cpu::measure_float32_peak(threads);
+  peak_flops =
+      ctx.device() == Device::kCuda ? measure_products(ctx) : cpu::measure_float32_peak(threads);
   throughput.add(progress);
 }
 
@@ -270,8 +270,8 @@ void Trainer::Impl::one_step(const Batch& batch) {
   const double lr = config.schedule(progress.tokens);
   accumulate_gradients(batch);
   // Without a norm that is finite, it changes nothing; losses are there when it returns.
-  const double norm = parameters.step(config.optimizer, lr, config.max_grad_norm,
-                                      progress.steps + 1);
+  const double norm =
+      parameters.step(config.optimizer, lr, config.max_grad_norm, progress.steps + 1);
   const double mean = std::accumulate(step_losses.begin(), step_losses.end(), 0.0) /
                       static_cast<double>(step_losses.size());
   if (!std::isfinite(mean)) refuse_to_go_on("loss", mean);

@@ -68,8 +68,8 @@ DeltaNetMixer::Inputs DeltaNetMixer::inputs(Context& ctx, ScratchScope& scratch,
       ops::activation(ctx, {.activation = activation, .x = y});
       return y;
     }
-    const std::span<float*> conv_states = state_pointers(ctx, scratch, sequences, states,
-                                                         conv_state, state_shape(*conv));
+    const std::span<float*> conv_states =
+        state_pointers(ctx, scratch, sequences, states, conv_state, state_shape(*conv));
     return convolve(ctx, scratch, projected, *conv, {}, sequences, conv_states, activation);
   };
   const std::int64_t heads = config_.num_heads;
@@ -204,7 +204,7 @@ void DeltaNetMixer::backward(Context& ctx, const ConstTensorView& x, const Seque
   const TensorView d_o = scratch.like(saved.o);  // [T, H, V]
   const TensorView dgate = weights_.g_proj ? scratch.like(saved.gate) : TensorView{};
   output_backward(ctx, saved, dy, d_o, dgate, gradients);
-  const ConstTensorView input = normed(ctx, scratch, x);                            // [T, C]
+  const ConstTensorView input = normed(ctx, scratch, x);                       // [T, C]
   const TensorView dinput = weights_.norm ? scratch.activation(x.shape) : dx;  // [T, C]
   if (weights_.g_proj) {
     ops::linear_backward(ctx, {.dy = dgate,

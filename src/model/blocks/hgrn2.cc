@@ -57,8 +57,7 @@ void Hgrn2Mixer::forward(Context& ctx, const ConstTensorView& x, const Sequences
     return project_and_convolve(ctx, scratch, x, proj, conv, sequences,
                                 state_pointers(ctx, state_scratch, sequences, states, conv_state,
                                                {proj.shape[0], config_.conv_size}),
-                                activation,
-                                saved != nullptr ? &before : nullptr, dtype);
+                                activation, saved != nullptr ? &before : nullptr, dtype);
   };
   const DType kept_in = ctx.activation_dtype();
   const TensorView q = projected(weights_.q_proj, weights_.q_conv1d, &State::q_conv,

@@ -80,7 +80,7 @@ void MambaMixer::forward(Context& ctx, const ConstTensorView& x, const Sequences
                             .gate = z,
                             .sequences = sequences,
                             .states = state_pointers(ctx, state_scratch, sequences, states,
-                                                      &State::ssm, {size, inner}),
+                                                     &State::ssm, {size, inner}),
                             .y = y});
   ops::linear(ctx, {.x = y,
                     .w = weights_.out_proj.value,

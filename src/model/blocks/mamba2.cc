@@ -66,19 +66,19 @@ void Mamba2Mixer::forward(Context& ctx, const ConstTensorView& x, const Sequence
                config_.conv_activation);
 
   const TensorView y = scratch.activation({tokens, config_.num_heads, config_.head_dim});
-  ops::ssd(ctx, {.xbc = xbc,
-                 .dt = dt,
-                 .dt_bias = weights_.dt_bias.value,
-                 .a_log = weights_.a_log.value,
-                 .d = weights_.d.value,
-                 .dt_min = config_.dt_min,
-                 .dt_max = config_.dt_max,
-                 .num_groups = config_.num_groups,
-                 .sequences = sequences,
-                 .states = state_pointers(
-                     ctx, state_scratch, sequences, states, &State::ssm,
-                     {config_.num_heads, config_.state_size, config_.head_dim}),
-                 .y = y});
+  ops::ssd(ctx,
+           {.xbc = xbc,
+            .dt = dt,
+            .dt_bias = weights_.dt_bias.value,
+            .a_log = weights_.a_log.value,
+            .d = weights_.d.value,
+            .dt_min = config_.dt_min,
+            .dt_max = config_.dt_max,
+            .num_groups = config_.num_groups,
+            .sequences = sequences,
+            .states = state_pointers(ctx, state_scratch, sequences, states, &State::ssm,
+                                     {config_.num_heads, config_.state_size, config_.head_dim}),
+            .y = y});
   const Shape groups{tokens * config_.num_groups, inner / config_.num_groups};
   const TensorView output = saved != nullptr ? scratch.activation(y.shape) : y;
   ops::rms_norm(ctx, {.x = y.reshaped(groups),

@@ -78,9 +78,9 @@ void Mlp::backward(Context& ctx, const ConstTensorView& x, const Saved& saved, c
   const TensorView product = scratch.activation({x.shape[0], config_.intermediate_size});
   const TensorView dproduct = scratch.like(product);  // [T, F]
   // Without dw only the shape of x matters: the product is not there yet.
-  ops::linear_backward(
-      ctx, {.dy = dy, .x = product, .w = weights_.down_proj.value, .dx = dproduct});
-  const ConstTensorView input = normed(ctx, scratch, x);                            // [T, C]
+  ops::linear_backward(ctx,
+                       {.dy = dy, .x = product, .w = weights_.down_proj.value, .dx = dproduct});
+  const ConstTensorView input = normed(ctx, scratch, x);                       // [T, C]
   const TensorView dinput = weights_.norm ? scratch.activation(x.shape) : dx;  // [T, C]
   const TensorView dgate =
       weights_.up_proj ? scratch.like(saved.gate) : saved.gate;  // as saved.gate
