@@ -26,9 +26,8 @@ constexpr std::int64_t kGpuColumns = 8;
 struct CausalLM::LayerSaved {
   using MixerSaved = std::variant<DeltaNetMixer::Saved, AttentionMixer::Saved, Hgrn2Mixer::Saved,
                                   Mamba2Mixer::Saved, MambaMixer::Saved>;
-  TensorView before_mixer;  // [T, C] the residual stream
+  TensorView stream;  // [T, C] what the layer read; behind the mixer it is computed again
   MixerSaved mixer;
-  TensorView before_mlp;  // [T, C] the residual stream
   Mlp::Saved mlp;
 };
 
@@ -48,12 +47,14 @@ ConstTensorView CausalLM::layer_input(Context& ctx, ScratchScope& scratch,
 }
 
 void CausalLM::forward_layer(Context& ctx, const Layer& layer, const Sequences& sequences,
-                             const TensorView& hidden, LayerSaved* saved) const {
-  ScratchScope kept(ctx, saved != nullptr);
-  if (saved != nullptr) saved->before_mixer = copy_of(ctx, kept, hidden);
+                             const TensorView& in, const TensorView& out, LayerSaved* saved) const {
+  ScratchScope scratch(ctx);
+  // What the MLP reads lies where it adds, if it does.
+  const bool only_saved = out.data == nullptr && layer.mlp.has_value();
+  const TensorView between = only_saved ? scratch.tensor(in.shape) : out;  // [T, C]
   {
-    ScratchScope scratch(ctx);
-    const ConstTensorView x = layer_input(ctx, scratch, layer.mixer_norm, hidden);
+    ScratchScope mixer_scratch(ctx);
+    const ConstTensorView x = layer_input(ctx, mixer_scratch, layer.mixer_norm, in);
     std::visit(
         [&]<typename M>(const M& mixer) {
           using Saved = typename M::Saved;
@@ -68,15 +69,14 @@ void CausalLM::forward_layer(Context& ctx, const Layer& layer, const Sequences& 
             }
           }
           Saved* of_mixer = saved != nullptr ? &saved->mixer.template emplace<Saved>() : nullptr;
-          mixer.forward(ctx, x, sequences, pointers, hidden, of_mixer);
+          mixer.forward(ctx, x, sequences, pointers, between, of_mixer, in);
         },
         layer.mixer);
   }
+  if (saved != nullptr) saved->stream = in;
   if (!layer.mlp) return;
-  if (saved != nullptr) saved->before_mlp = copy_of(ctx, kept, hidden);
-  ScratchScope scratch(ctx);
-  const ConstTensorView x = layer_input(ctx, scratch, layer.mlp_norm, hidden);
-  layer.mlp->forward(ctx, x, hidden, saved != nullptr ? &saved->mlp : nullptr);
+  const ConstTensorView x = layer_input(ctx, scratch, layer.mlp_norm, between);
+  layer.mlp->forward(ctx, x, out, saved != nullptr ? &saved->mlp : nullptr);
 }
 
 void CausalLM::backward_layer(Context& ctx, const Layer& layer, const Sequences& sequences,
@@ -101,12 +101,19 @@ void CausalLM::backward_layer(Context& ctx, const Layer& layer, const Sequences&
                                  .dw = gradients.of(norm)});
   };
   if (layer.mlp) {
-    through(layer.mlp_norm, saved.before_mlp,
+    ScratchScope scratch(ctx);
+    const TensorView between = scratch.tensor(saved.stream.shape);  // [T, C]
+    std::visit(
+        [&]<typename M>(const M& mixer) {
+          mixer.add_again(ctx, std::get<typename M::Saved>(saved.mixer), saved.stream, between);
+        },
+        layer.mixer);
+    through(layer.mlp_norm, between,
             [&](const ConstTensorView& x, const TensorView& dy, const TensorView& dx) {
               layer.mlp->backward(ctx, x, saved.mlp, dy, dx, gradients);
             });
   }
-  through(layer.mixer_norm, saved.before_mixer,
+  through(layer.mixer_norm, saved.stream,
           [&](const ConstTensorView& x, const TensorView& dy, const TensorView& dx) {
             std::visit(
                 [&]<typename M>(const M& mixer) {
@@ -170,18 +177,21 @@ void CausalLM::forward_backward(Context& ctx, std::span<const std::int32_t> ids,
                         return layer.mixer_norm && (!layer.mlp || layer.mlp_norm);
                       });
   KeptScope kept(ctx);
+  ScratchScope kept_scratch(ctx, true);
   ScratchScope scratch(ctx);
-  const TensorView hidden = scratch.tensor(stream);  // [T, C]
+  TensorView hidden = kept_scratch.tensor(stream);  // [T, C]
   ops::embedding(ctx, {.ids = ids, .table = embeddings_.value, .y = hidden});
   // What layers read, for those that are computed once more; else what they keep.
   std::vector<TensorView> inputs;
   std::vector<LayerSaved> saved(options.recompute ? 0 : layers_.size());
   for (std::size_t l = 0; l < layers_.size(); ++l) {
+    inputs.push_back(hidden);
+    hidden = kept_scratch.tensor(stream);
     if (options.recompute) {
-      ScratchScope kept_scratch(ctx, true);
-      inputs.push_back(copy_of(ctx, kept_scratch, hidden));
+      forward_layer(ctx, layers_[l], sequences, inputs[l], hidden, nullptr);
+    } else {
+      forward_layer(ctx, layers_[l], sequences, inputs[l], hidden, &saved[l]);
     }
-    forward_layer(ctx, layers_[l], sequences, hidden, options.recompute ? nullptr : &saved[l]);
   }
   const StreamGradient dhidden{
       .exact = scratch.tensor(stream),
@@ -195,7 +205,7 @@ void CausalLM::forward_backward(Context& ctx, std::span<const std::int32_t> ids,
     }
     KeptScope of_layer(ctx);
     LayerSaved once_more;
-    forward_layer(ctx, layers_[l], sequences, inputs[l], &once_more);
+    forward_layer(ctx, layers_[l], sequences, inputs[l], {}, &once_more);
     backward_layer(ctx, layers_[l], sequences, once_more, dhidden, gradients);
   }
   if (const TensorView dtable = gradients.of(embeddings_); dtable.data != nullptr) {

@@ -197,8 +197,8 @@ void AttentionMixer::attend(Context& ctx, const TensorView& q, const TensorView&
 }
 
 void AttentionMixer::forward(Context& ctx, const ConstTensorView& x, const Sequences& sequences,
-                             std::span<State* const> states, const TensorView& hidden,
-                             Saved* saved) const {
+                             std::span<State* const> states, const TensorView& hidden, Saved* saved,
+                             const ConstTensorView& residual) const {
   const std::int64_t tokens = x.shape[0];
   const std::int64_t heads = config_.num_heads;
   const std::int64_t width = heads * config_.head_dim;
@@ -246,7 +246,7 @@ void AttentionMixer::forward(Context& ctx, const ConstTensorView& x, const Seque
   } else if (weights_.ogate_proj) {
     ops::gate(ctx, {.activation = config_.output_gate_activation, .gate = gate, .x = output});
   }
-  ops::linear(ctx, {.x = output, .w = weights_.o_proj.value, .y = hidden, .accumulate = true});
+  add_output(ctx, output, weights_.o_proj, {}, residual, hidden);
   if (saved == nullptr) return;
   kept.q = q;
   kept.k = k;
@@ -255,6 +255,11 @@ void AttentionMixer::forward(Context& ctx, const ConstTensorView& x, const Seque
   kept.gate = gate;
   kept.output = output;
   *saved = kept;
+}
+
+void AttentionMixer::add_again(Context& ctx, const Saved& saved, const ConstTensorView& residual,
+                               const TensorView& hidden) const {
+  add_output(ctx, saved.output, weights_.o_proj, {}, residual, hidden);
 }
 
 void AttentionMixer::output_backward(Context& ctx, const Saved& saved, const TensorView& dy,

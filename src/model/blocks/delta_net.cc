@@ -110,8 +110,8 @@ TensorView DeltaNetMixer::output(Context& ctx, ScratchScope& scratch, const Save
 }
 
 void DeltaNetMixer::forward(Context& ctx, const ConstTensorView& x, const Sequences& sequences,
-                            std::span<State* const> states, const TensorView& hidden,
-                            Saved* saved) const {
+                            std::span<State* const> states, const TensorView& hidden, Saved* saved,
+                            const ConstTensorView& residual) const {
   const std::int64_t tokens = x.shape[0];
   const std::int64_t heads = config_.num_heads;
   ScratchScope kept_scratch(ctx, saved != nullptr);
@@ -142,10 +142,9 @@ void DeltaNetMixer::forward(Context& ctx, const ConstTensorView& x, const Sequen
                                                    &State::recurrent, state),
                           .o = kept.o});
   }
-  ops::linear(ctx, {.x = output(ctx, scratch, kept),
-                    .w = weights_.o_proj.value,
-                    .y = hidden,
-                    .accumulate = true});
+  if (hidden.data != nullptr) {
+    add_output(ctx, output(ctx, scratch, kept), weights_.o_proj, {}, residual, hidden);
+  }
   if (saved != nullptr) *saved = kept;
 }
 
@@ -195,6 +194,12 @@ void DeltaNetMixer::step(Context& ctx, const ConstTensorView& norm, float eps,
   ops::step_linear(
       ctx,
       {.x = o, .norm = weights_.o_norm.value, .norm_eps = config_.norm_eps, .parts = {&output, 1}});
+}
+
+void DeltaNetMixer::add_again(Context& ctx, const Saved& saved, const ConstTensorView& residual,
+                              const TensorView& hidden) const {
+  ScratchScope scratch(ctx);
+  add_output(ctx, output(ctx, scratch, saved), weights_.o_proj, {}, residual, hidden);
 }
 
 void DeltaNetMixer::backward(Context& ctx, const ConstTensorView& x, const Sequences& sequences,

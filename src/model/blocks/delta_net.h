@@ -72,17 +72,21 @@ class DeltaNetMixer {
 
   State new_state(Device device = Device::kCpu, DType activation_dtype = DType::kF32) const;
 
-  // hidden [T, C] += mixer(x [T, C]), continuing each sequence from its state, or from new ones
-  // where there are no states; x may be hidden with norm_first.
+  // hidden [T, C] += mixer(x [T, C]), or = residual [T, C] + that, continuing each sequence from
+  // its state, or from new ones where there are no states; x may be hidden with norm_first.
   void forward(Context& ctx, const ConstTensorView& x, const Sequences& sequences,
-               std::span<State* const> states, const TensorView& hidden,
-               Saved* saved = nullptr) const;
+               std::span<State* const> states, const TensorView& hidden, Saved* saved = nullptr,
+               const ConstTensorView& residual = {}) const;
 
   // The fused way of a GPU for one token of each of a few sequences: hidden [B, C] +=
   // mixer(rms_norm(hidden) with the weight `norm` and `eps`).
   bool has_step() const;
   void step(Context& ctx, const ConstTensorView& norm, float eps, std::span<State* const> states,
             const TensorView& hidden) const;
+
+  // hidden [T, C] = residual [T, C] + what forward added: the last product of forward once more.
+  void add_again(Context& ctx, const Saved& saved, const ConstTensorView& residual,
+                 const TensorView& hidden) const;
 
   // Of whole sequences, given dy [T, C], the gradient of what forward added: dx [T, C] =, or with
   // norm_first +=, and then dx may be dy.

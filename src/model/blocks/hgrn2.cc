@@ -43,8 +43,8 @@ Hgrn2Mixer::State Hgrn2Mixer::new_state(Device device, DType /*activation_dtype*
 }
 
 void Hgrn2Mixer::forward(Context& ctx, const ConstTensorView& x, const Sequences& sequences,
-                         std::span<State* const> states, const TensorView& hidden,
-                         Saved* saved) const {
+                         std::span<State* const> states, const TensorView& hidden, Saved* saved,
+                         const ConstTensorView& residual) const {
   const std::int64_t tokens = x.shape[0];
   const Shape keys{tokens, config_.num_heads, config_.expand_ratio};
   const Shape values{tokens, config_.num_heads, config_.hidden_size / config_.num_heads};
@@ -85,7 +85,7 @@ void Hgrn2Mixer::forward(Context& ctx, const ConstTensorView& x, const Sequences
   const TensorView output = saved != nullptr ? scratch.activation(rows.shape) : rows;
   ops::rms_norm(ctx,
                 {.x = rows, .w = value_of(weights_.g_norm), .y = output, .eps = config_.norm_eps});
-  ops::linear(ctx, {.x = output, .w = weights_.o_proj.value, .y = hidden, .accumulate = true});
+  add_output(ctx, output, weights_.o_proj, {}, residual, hidden);
   if (saved == nullptr) return;
   kept.q = q;
   kept.g = g;
@@ -94,6 +94,11 @@ void Hgrn2Mixer::forward(Context& ctx, const ConstTensorView& x, const Sequences
   kept.o = rows;
   kept.output = output;
   *saved = kept;
+}
+
+void Hgrn2Mixer::add_again(Context& ctx, const Saved& saved, const ConstTensorView& residual,
+                           const TensorView& hidden) const {
+  add_output(ctx, saved.output, weights_.o_proj, {}, residual, hidden);
 }
 
 void Hgrn2Mixer::backward(Context& ctx, const ConstTensorView& x, const Sequences& sequences,

@@ -42,8 +42,8 @@ MambaMixer::State MambaMixer::new_state(Device device, DType /*activation_dtype*
 }
 
 void MambaMixer::forward(Context& ctx, const ConstTensorView& x, const Sequences& sequences,
-                         std::span<State* const> states, const TensorView& hidden,
-                         Saved* saved) const {
+                         std::span<State* const> states, const TensorView& hidden, Saved* saved,
+                         const ConstTensorView& residual) const {
   const std::int64_t inner = config_.inner_size;
   const std::int64_t size = config_.state_size;
   ScratchScope scratch(ctx, saved != nullptr);
@@ -82,11 +82,7 @@ void MambaMixer::forward(Context& ctx, const ConstTensorView& x, const Sequences
                             .states = state_pointers(ctx, state_scratch, sequences, states,
                                                      &State::ssm, {size, inner}),
                             .y = y});
-  ops::linear(ctx, {.x = y,
-                    .w = weights_.out_proj.value,
-                    .y = hidden,
-                    .accumulate = true,
-                    .bias = value_of(weights_.out_bias)});
+  add_output(ctx, y, weights_.out_proj, value_of(weights_.out_bias), residual, hidden);
   if (saved == nullptr) return;
   *saved = {.input = input,
             .z = z,
@@ -96,6 +92,11 @@ void MambaMixer::forward(Context& ctx, const ConstTensorView& x, const Sequences
             .c = c,
             .dt = dt,
             .y = y};
+}
+
+void MambaMixer::add_again(Context& ctx, const Saved& saved, const ConstTensorView& residual,
+                           const TensorView& hidden) const {
+  add_output(ctx, saved.y, weights_.out_proj, value_of(weights_.out_bias), residual, hidden);
 }
 
 void MambaMixer::backward(Context& ctx, const ConstTensorView& x, const Sequences& sequences,

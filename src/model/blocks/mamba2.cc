@@ -42,8 +42,8 @@ Mamba2Mixer::State Mamba2Mixer::new_state(Device device, DType /*activation_dtyp
 }
 
 void Mamba2Mixer::forward(Context& ctx, const ConstTensorView& x, const Sequences& sequences,
-                          std::span<State* const> states, const TensorView& hidden,
-                          Saved* saved) const {
+                          std::span<State* const> states, const TensorView& hidden, Saved* saved,
+                          const ConstTensorView& residual) const {
   const std::int64_t tokens = x.shape[0];
   const std::int64_t inner = config_.inner();
   ScratchScope scratch(ctx, saved != nullptr);
@@ -89,13 +89,14 @@ void Mamba2Mixer::forward(Context& ctx, const ConstTensorView& x, const Sequence
                       .y = output.reshaped(groups),
                       .eps = config_.norm_eps});
   const TensorView output_rows = output.reshaped({tokens, inner});
-  ops::linear(ctx, {.x = output_rows,
-                    .w = weights_.out_proj.value,
-                    .y = hidden,
-                    .accumulate = true,
-                    .bias = value_of(weights_.out_bias)});
+  add_output(ctx, output_rows, weights_.out_proj, value_of(weights_.out_bias), residual, hidden);
   if (saved == nullptr) return;
   *saved = {.z = z, .inputs = inputs, .xbc = xbc, .dt = dt, .y = y, .output = output_rows};
+}
+
+void Mamba2Mixer::add_again(Context& ctx, const Saved& saved, const ConstTensorView& residual,
+                            const TensorView& hidden) const {
+  add_output(ctx, saved.output, weights_.out_proj, value_of(weights_.out_bias), residual, hidden);
 }
 
 void Mamba2Mixer::backward(Context& ctx, const ConstTensorView& x, const Sequences& sequences,

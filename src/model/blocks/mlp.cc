@@ -41,17 +41,18 @@ void Mlp::forward(Context& ctx, const ConstTensorView& x, const TensorView& hidd
   const ConstTensorView input = normed(ctx, scratch, x);  // [T, C]
   Saved kept;
   kept.gate = project(ctx, kept_scratch, input, weights_.gate_proj.value);
+  if (weights_.up_proj) kept.up = project(ctx, kept_scratch, input, weights_.up_proj->value);
+  if (saved != nullptr) *saved = kept;
+  if (hidden.data == nullptr) return;
   TensorView product;  // [T, F]
   if (weights_.up_proj) {
-    kept.up = project(ctx, kept_scratch, input, weights_.up_proj->value);
     product = saved != nullptr ? copy_of(ctx, scratch, kept.up) : kept.up;
     ops::gate(ctx, {.activation = config_.activation, .gate = kept.gate, .x = product});
   } else {
     product = scratch.activation({x.shape[0], config_.intermediate_size});
     ops::glu(ctx, {.activation = config_.activation, .gate_up = kept.gate, .y = product});
   }
-  ops::linear(ctx, {.x = product, .w = weights_.down_proj.value, .y = hidden, .accumulate = true});
-  if (saved != nullptr) *saved = kept;
+  add_output(ctx, product, weights_.down_proj, {}, {}, hidden);
 }
 
 bool Mlp::has_step() const {

@@ -67,6 +67,14 @@ TensorView project(Context& ctx, ScratchScope& scratch, const ConstTensorView& x
   return y;
 }
 
+void add_output(Context& ctx, const ConstTensorView& y, const Param& w, const ConstTensorView& bias,
+                const ConstTensorView& residual, const TensorView& hidden) {
+  if (hidden.data == nullptr) return;
+  ops::linear(
+      ctx,
+      {.x = y, .w = w.value, .y = hidden, .accumulate = true, .bias = bias, .added = residual});
+}
+
 TensorView convolve(Context& ctx, ScratchScope& scratch, const ConstTensorView& x,
                     const Param& conv, const ConstTensorView& bias, const Sequences& sequences,
                     std::span<float* const> states, Activation activation) {
