@@ -44,6 +44,18 @@ void launch_delta_rule_chunks(const DeltaRuleProblem& problem, const SequenceBat
                               float* maps, cudaStream_t stream,
                               ProductKind kind = ProductKind::kAutomatic);
 
+// The maps of the segments alone, joined: the part N of a segment's map becomes the state behind
+// it.
+void launch_delta_rule_maps(const DeltaRuleProblem& problem, const SequenceBatch& batch,
+                            float* maps, cudaStream_t stream,
+                            ProductKind kind = ProductKind::kAutomatic);
+
+// The same for gradients of states, from each segment's last chunk to its first: dS ← Mᵀ dS + N'.
+// `d_maps` [maps, H, 128, K'] holds N'ᵀ of the segments but each sequence's first, K' being K
+// padded as in the maps; a slot becomes the gradient of the state before that segment.
+void launch_delta_rule_join_gradients(const DeltaRuleProblem& problem, const SequenceBatch& batch,
+                                      float* maps, float* d_maps, cudaStream_t stream);
+
 struct DeltaRuleBackwardProblem {
   const void* q = nullptr;      // [T, H, K]
   const void* k = nullptr;      // [T, H, K]
@@ -73,5 +85,21 @@ struct DeltaRuleBackwardWorkspace {
 void launch_delta_rule_backward_plain(const DeltaRuleBackwardProblem& problem,
                                       const DeltaRuleBackwardWorkspace& workspace,
                                       const SequenceBatch& batch, cudaStream_t stream);
+
+// In chunks on the tensor cores: bfloat16, K and V multiples of 8, at most 128.
+bool delta_rule_backward_chunks_fit(const DeltaRuleBackwardProblem& problem);
+
+// Into how many segments it cuts a sequence.
+int delta_rule_backward_segments(const DeltaRuleBackwardProblem& problem, int length,
+                                 int multiprocessors);
+
+// Workspace bytes for a batch.
+std::size_t delta_rule_backward_chunks_bytes(const DeltaRuleBackwardProblem& problem,
+                                             const SequenceBatch& batch);
+
+void launch_delta_rule_backward_chunks(const DeltaRuleBackwardProblem& problem,
+                                       const SequenceBatch& batch, void* workspace,
+                                       cudaStream_t stream,
+                                       ProductKind kind = ProductKind::kAutomatic);
 
 }  // namespace deltafox::cuda

@@ -35,6 +35,9 @@ std::shared_ptr<Stream> make_stream() {
 void synchronize(Stream& /*stream*/) {
   fail_without_cuda();
 }
+double seconds_of(Stream& /*stream*/, const std::function<void()>& /*work*/) {
+  fail_without_cuda();
+}
 void* allocate(std::size_t /*bytes*/) {
   fail_without_cuda();
 }
