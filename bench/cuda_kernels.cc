@@ -13,6 +13,7 @@
 #include <random>
 
 #include "core/context.h"
+#include "core/device_clock.h"
 #include "core/error.h"
 #include "core/float_convert.h"
 #include "ops/delta_rule.h"

@@ -19,8 +19,6 @@ class Stream;
 std::shared_ptr<Stream> make_stream();
 // Waits until all that was issued to the stream is done.
 void synchronize(Stream& stream);
-// Runs `work` and waits for it: the seconds that the GPU took, by its own clock.
-double seconds_of(Stream& stream, const std::function<void()>& work);
 
 // Memory is ordered by itself: allocations, releases and copies wait for what streams were given
 // before, and what streams are given afterwards waits for them.

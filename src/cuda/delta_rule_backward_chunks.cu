@@ -37,8 +37,8 @@ constexpr float kLeastBeta = 0x1p-40F;
 // What the passes keep, in bfloat16 but the maps. [c, h] counts the chunks of the whole batch; K'
 // is the padded K.
 struct Workspace {
-  float* maps;     // see launch_delta_rule_maps
-  float* d_maps;   // see launch_delta_rule_join_gradients
+  float* maps;     // see launch_delta_rule_joins
+  float* d_maps;   // likewise
   bf16* inverses;  // [c, h] tiles [64, 64] of −Tᵀ
   bf16* scores;    // [c, h] tiles [64, 64] of P
   bf16* updates;   // [c, h, 128, 64], Uᵀ
@@ -237,14 +237,15 @@ __global__ void __launch_bounds__(128) prepare(const __grid_constant__ BackwardP
 // ---- Walks over the chunks of a segment -------------------------------------------------------
 
 enum class Walk {
-  kStates,     // forwards
-  kGradients,  // backwards
-  kMaps,       // backwards from zero, for N'
+  kMaps,          // forwards, [M | N] of all segments but each sequence's last
+  kStates,        // forwards
+  kGradientMaps,  // backwards, N' of all segments but each sequence's first
+  kGradients,     // backwards
 };
 
 template <int kKeys, Walk kWalk>
 struct WalkLayout {
-  static constexpr bool kReverse = kWalk != Walk::kStates;
+  static constexpr bool kReverse = kWalk == Walk::kGradientMaps || kWalk == Walk::kGradients;
   static constexpr int kKeyTile = kKeys / 64 * kTileBlockBytes;
   static constexpr int kValueTile = kValues / 64 * kTileBlockBytes;
   static constexpr int kK = 0;
@@ -259,9 +260,9 @@ struct WalkLayout {
 };
 
 // The step'th chunk of a walk.
-template <Walk kWalk>
+template <bool kReverse>
 __device__ Chunk walk_chunk(const Segment& segment, int step) {
-  const int c = kWalk == Walk::kStates ? step : segment.chunks - 1 - step;
+  const int c = kReverse ? segment.chunks - 1 - step : step;
   return {segment.first_chunk + c, segment.begin + c * kChunk,
           min(kChunk, segment.rows - c * kChunk)};
 }
@@ -278,7 +279,7 @@ __device__ void load_chunks(const BackwardParams& p, const Segment& segment, int
   for (int step = 0; step <= segment.chunks; ++step) {
     if (step < segment.chunks) {
       if (round > 0) barrier_wait(barriers + (2 * stage + 1) * 8, (round - 1) & 1);
-      const Chunk chunk = walk_chunk<kWalk>(segment, step);
+      const Chunk chunk = walk_chunk<L::kReverse>(segment, step);
       const std::uint32_t base = stages + stage * L::kStage;
       const std::size_t image = p.place(chunk.index, head, kChunk * kChunk);
       load_rows<kKeys / 8>(base + L::kK, problem.k, chunk, problem.heads, head, problem.key_dim);
@@ -304,34 +305,11 @@ __device__ void load_chunks(const BackwardParams& p, const Segment& segment, int
   }
 }
 
-// The stages as those who read them see them.
-template <int kStageBytes>
-struct Stages {
-  std::uint32_t tiles;
-  std::uint32_t barriers;
-  int count;
-  int stage = 0;
-  int parity = 0;
-
-  // Of the next chunk, once it is there.
-  __device__ std::uint32_t wait() const {
-    barrier_wait(barriers + 2 * stage * 8, parity);
-    return tiles + stage * kStageBytes;
-  }
-  __device__ void give_back() {
-    barrier_arrive(barriers + (2 * stage + 1) * 8);
-    if (++stage == count) {
-      stage = 0;
-      parity ^= 1;
-    }
-  }
-};
-
 template <class Products, int kKeys>
 __device__ void walk_states(const BackwardParams& p, const Segment& segment, int head,
                             std::uint32_t tiles, std::uint32_t barriers) {
   using L = WalkLayout<kKeys, Walk::kStates>;
-  const int row = threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4;
+  const int row = state_row();
   float s[kKeys / 8][4];
   if (segment.index == 0) {
     clear(s);
@@ -380,7 +358,7 @@ __device__ void walk_gradients(const BackwardParams& p, const Segment& segment, 
   using L = WalkLayout<kKeys, kWalk>;
   constexpr bool kResults = kWalk == Walk::kGradients;
   const DeltaRuleBackwardProblem& problem = p.problem;
-  const int row = threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4;
+  const int row = state_row();
   const int first_map = segment.entry->first_map + segment.index;
   float ds[kKeys / 8][4];
   if (kResults && !segment.last) {
@@ -390,7 +368,7 @@ __device__ void walk_gradients(const BackwardParams& p, const Segment& segment, 
   }
   Stages<L::kStage> stages{tiles, barriers, p.stages};
   for (int step = 0; step < segment.chunks; ++step) {
-    const Chunk chunk = walk_chunk<kWalk>(segment, step);
+    const Chunk chunk = walk_chunk<L::kReverse>(segment, step);
     std::uint32_t dsf[kKeys / 16][4];
     to_operand(dsf, ds);
     if (kResults) {
@@ -445,12 +423,11 @@ __global__ void __launch_bounds__(kWalkThreads, 1) walk(const __grid_constant__ 
     const std::uint32_t tiles = shared_address(align_tiles(shared));
     const std::uint32_t barriers = tiles + p.stages * L::kStage;
     const int head = blockIdx.x;
-    // For the maps, a sequence's first segment is left out.
-    constexpr auto kFirst =
-        kWalk == Walk::kMaps ? &BatchEntry::first_map : &BatchEntry::first_block;
+    constexpr bool kMap = kWalk == Walk::kMaps || kWalk == Walk::kGradientMaps;
+    constexpr auto kFirst = kMap ? &BatchEntry::first_map : &BatchEntry::first_block;
     const BatchEntry& entry = find_entry(p.batch, kFirst, blockIdx.y);
-    const Segment segment = segment_of(
-        entry, static_cast<int>(blockIdx.y) - entry.*kFirst + (kWalk == Walk::kMaps ? 1 : 0));
+    const int part = static_cast<int>(blockIdx.y) - entry.*kFirst;
+    const Segment segment = segment_of(entry, part + (kWalk == Walk::kGradientMaps ? 1 : 0));
     if (threadIdx.x == 0) {
       for (int s = 0; s < p.stages; ++s) {
         barrier_init(barriers + 2 * s * 8, 128);
@@ -463,7 +440,14 @@ __global__ void __launch_bounds__(kWalkThreads, 1) walk(const __grid_constant__ 
       load_chunks<Products, kKeys, kWalk>(p, segment, head, tiles, barriers);
     } else {
       if constexpr (Products::kGroup) take_registers<224>();
-      if constexpr (kWalk == Walk::kStates) {
+      if constexpr (kWalk == Walk::kMaps) {
+        float n[kKeys / 8][4];
+        clear(n);
+        const int map = entry.first_map + part;
+        walk_maps<Products, L, kKeys>(
+            n, segment, {tiles, barriers, p.stages},
+            p.workspace.maps + p.place(map, head, static_cast<int>(map_floats(kKeys))));
+      } else if constexpr (kWalk == Walk::kStates) {
         walk_states<Products, kKeys>(p, segment, head, tiles, barriers);
       } else {
         walk_gradients<Products, kKeys, kWalk>(p, segment, head, tiles, barriers);
@@ -553,11 +537,10 @@ __global__ void __launch_bounds__(kGradientThreads, 2)
 
     const int lane = threadIdx.x % 32;
     const int row = threadIdx.x / 32 * 16 + lane / 4;
-    std::uint32_t d_o[8][4];
-    std::uint32_t d_e[8][4];
+    // Left operands are loaded again where they are needed again: registers are scarce.
+    std::uint32_t left[8][4];
     std::uint32_t u[8][4];
-    load_operand(d_o, base + L::kDo);
-    load_operand(d_e, base + L::kDe);
+    load_operand(left, base + L::kDo);
     load_columns(u, base + L::kU);
     std::uint32_t n[4][4];  // tril(dO Uᵀ)
     std::uint32_t n_transposed[4][4];
@@ -566,7 +549,7 @@ __global__ void __launch_bounds__(kGradientThreads, 2)
     float y[8][4];
     Products::begin(x);
     Products::begin(y);
-    times_values<Products, true>(x, d_o, base + L::kU);
+    times_values<Products, true>(x, left, base + L::kU);
     Products::template times_transposed<true>(y, u, base + L::kDo);
     Products::commit();
     Products::template wait<0>();
@@ -576,9 +559,10 @@ __global__ void __launch_bounds__(kGradientThreads, 2)
     mask(y, [](int r, int c) { return c >= r; });
     to_operand(n, x);
     to_operand(n_transposed, y);
+    load_operand(left, base + L::kDe);
     Products::begin(x);
     Products::begin(y);
-    times_values<Products, true>(x, d_e, base + L::kU);
+    times_values<Products, true>(x, left, base + L::kU);
     Products::template times_transposed<true>(y, u, base + L::kDe);
     Products::commit();
     Products::template wait<0>();
@@ -624,12 +608,13 @@ __global__ void __launch_bounds__(kGradientThreads, 2)
                     problem.key_dim - first_key);
     };
     // x: √K dQ; y: √K (U dSᵀ + tril(dO Uᵀ)ᵀ Q), then −dK
+    load_operand(left, base + L::kDo);
     Products::begin(x);
     Products::begin(y);
     times_values<Products, true>(y, u, base + L::kDs);
     Products::template times<false>(y, n_transposed, base + L::kQ);
     Products::commit();
-    times_values<Products, true>(x, d_o, base + L::kS);
+    times_values<Products, true>(x, left, base + L::kS);
     Products::template times<false>(x, n, base + L::kK);
     Products::commit();
     Products::template wait<1>();
@@ -639,8 +624,9 @@ __global__ void __launch_bounds__(kGradientThreads, 2)
 #pragma unroll
       for (int i = 0; i < 4; ++i) y[j][i] *= -p.scale;
     }
+    load_operand(u, base + L::kDe);
     Products::begin(y);
-    times_values<Products, false>(y, d_e, base + L::kS);
+    times_values<Products, false>(y, u, base + L::kS);
     Products::template times<false>(y, m, base + L::kK);
     Products::commit();
     Products::template wait<1>();
@@ -719,11 +705,10 @@ void launch_delta_rule_backward_chunks(const DeltaRuleBackwardProblem& problem,
   for_products_and_keys(c, kind, problem.key_dim, [&]<class Products, int kKeys>() {
     launch_chunks(prepare<Products, kKeys>, params, 1, PrepareLayout<kKeys>::kBytes, stream);
     if (batch.maps > 0) {
-      const DeltaRuleProblem forward = forward_problem(problem);
-      launch_delta_rule_maps(forward, batch, params.workspace.maps, stream, kind);
       launch_walk<Products, kKeys, Walk::kMaps>(params, c, batch.maps, stream);
-      launch_delta_rule_join_gradients(forward, batch, params.workspace.maps,
-                                       params.workspace.d_maps, stream);
+      launch_walk<Products, kKeys, Walk::kGradientMaps>(params, c, batch.maps, stream);
+      launch_delta_rule_joins(forward_problem(problem), batch, params.workspace.maps,
+                              params.workspace.d_maps, stream);
     }
     launch_walk<Products, kKeys, Walk::kStates>(params, c, batch.blocks, stream);
     launch_walk<Products, kKeys, Walk::kGradients>(params, c, batch.blocks, stream);

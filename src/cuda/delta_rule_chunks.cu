@@ -78,10 +78,6 @@ __device__ Segment find_segment(const SequenceBatch& batch, int block) {
   return segment_of(entry, block - entry.*kFirst);
 }
 
-__device__ std::size_t map_floats(int keys) {
-  return static_cast<std::size_t>(kValues + keys) * keys;
-}
-
 // ---- The group that prepares ------------------------------------------------------------------
 
 template <class Products, int kKeys, bool kMaps>
@@ -316,88 +312,24 @@ __device__ void walk_outputs(const ChunkParams& p, const Segment& segment, int h
   }
 }
 
-// One chunk's change of 64 columns of [M | N].
-template <class Products, int kKeys, bool kHasValues>
-__device__ void advance_map(float (&s)[kKeys / 8][4], std::uint32_t base) {
-  using L = Layout<Products, kKeys, true>;
-  float r[8][4];
-  std::uint32_t f[4][4];
-  if (kHasValues) load_negated_columns(r, base + L::kV);
-    // In parts, lest [M | N] and its rounded copy outgrow the registers.
-#pragma unroll
-  for (int i = 0; i < kKeys / 64; ++i) {
-    const auto& part = reinterpret_cast<const float(&)[8][4]>(s[8 * i]);
-    to_operand(f, part);
-    Products::begin(r);
-    if (i == 0 && !kHasValues) {
-      Products::template times_transposed<true>(r, f, base + L::kK);
-    } else {
-      Products::template times_transposed<false>(r, f, base + L::kK + i * kTileBlockBytes);
-    }
-    Products::commit();
-    Products::template wait<0>();
-    Products::end(r);
-  }
-  to_operand(f, r);
-  Products::begin(r);
-  Products::template times<true>(r, f, base + L::kT);
-  Products::commit();
-  Products::template wait<0>();
-  Products::end(r);
-  to_operand(f, r);
-  Products::begin(s);
-  Products::template times<false>(s, f, base + L::kK);
-  Products::commit();
-  Products::template wait<0>();
-  Products::end(s);
-}
-
 template <class Products, int kKeys>
-__device__ void walk_maps(const ChunkParams& p, const Segment& segment, int head,
-                          unsigned char* stages, unsigned char* fixed) {
+__device__ void walk_segment_maps(const ChunkParams& p, const Segment& segment, int head,
+                                  unsigned char* stages, unsigned char* fixed) {
   using L = Layout<Products, kKeys, true>;
   const DeltaRuleProblem& problem = p.problem;
-  const int lane = threadIdx.x % 32;
-  const int warp = threadIdx.x / 32;  // of eight
-  const int row = 16 * warp + lane / 4;
-  const std::uint32_t barriers = shared_address(fixed + L::kBarriers);
-  const bool has_map = segment.index > 0 && warp / 4 * 64 < kKeys;
-
   float n[kKeys / 8][4];
-  float m[kKeys / 8][4];
-  if (segment.index == 0 && segment.entry->state != nullptr) {
+  if (segment.index == 0) {
     load_state(n,
                segment.entry->state +
                    static_cast<std::ptrdiff_t>(head) * problem.key_dim * problem.value_dim,
-               problem.key_dim, problem.value_dim, row);
+               problem.key_dim, problem.value_dim, state_row());
   } else {
-#pragma unroll
-    for (int j = 0; j < kKeys / 8; ++j) n[j][0] = n[j][1] = n[j][2] = n[j][3] = 0;
-  }
-#pragma unroll
-  for (int j = 0; j < kKeys / 8; ++j) {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      m[j][i] = 8 * j + 2 * (lane % 4) + i % 2 == row + i / 2 * 8 ? 1.0F : 0.0F;
-    }
-  }
-  int stage = 0;
-  int parity = 0;
-  for (int c = 0; c < segment.chunks; ++c) {
-    const std::uint32_t base = shared_address(stages) + stage * L::kStage;
-    barrier_wait(barriers + 2 * stage * 8, parity);
-    advance_map<Products, kKeys, true>(n, base);
-    if (has_map) advance_map<Products, kKeys, false>(m, base);
-    barrier_arrive(barriers + (2 * stage + 1) * 8);
-    if (++stage == p.stages) {
-      stage = 0;
-      parity ^= 1;
-    }
+    WarpProducts::clear(n);
   }
   const std::size_t slot = segment.entry->first_map + segment.index;
-  float* map = p.maps + (slot * problem.heads + head) * map_floats(kKeys);
-  store_transposed(n, map, row);
-  if (has_map) store_transposed(m, map + kValues * kKeys, row);
+  walk_maps<Products, L, kKeys>(
+      n, segment, {shared_address(stages), shared_address(fixed + L::kBarriers), p.stages},
+      p.maps + (slot * problem.heads + head) * map_floats(kKeys));
 }
 
 // ---- Kernels ----------------------------------------------------------------------------------
@@ -440,7 +372,7 @@ __global__ void __launch_bounds__((kThreads<Products, kMaps>), 1)
     } else {
       if constexpr (Products::kGroup) take_registers<kMaps ? 208 : 176>();
       if constexpr (kMaps) {
-        walk_maps<Products, kKeys>(p, segment, head, stages, fixed);
+        walk_segment_maps<Products, kKeys>(p, segment, head, stages, fixed);
       } else {
         walk_outputs<Products, kKeys>(p, segment, head, first_value, stages, fixed);
       }
@@ -473,8 +405,7 @@ struct JoinLayout {
 };
 
 template <int kKeys, int kMaps, bool kReverse>
-__global__ void __launch_bounds__(kJoinThreads)
-    join_segments(const __grid_constant__ ChunkParams p) {
+__device__ void join(const ChunkParams& p, int row_block) {
   using L = JoinLayout<kKeys, kMaps>;
   constexpr int kColumns = kKeys / 8;  // of a warp
   constexpr int kTiles = kColumns / 8;
@@ -496,7 +427,7 @@ __global__ void __launch_bounds__(kJoinThreads)
   const auto at = [&](int step, int i, int j) {
     float* n = kReverse ? p.d_maps + slot(step) * kValues * kKeys
                         : p.maps + slot(step) * map_floats(kKeys);
-    return n + (kJoinRows * blockIdx.x + 16 * i + row) * kKeys + column + 8 * j;
+    return n + (kJoinRows * row_block + 16 * i + row) * kKeys + column + 8 * j;
   };
   const auto load_n = [&](float(&n)[2][kTiles][4], int step) {
 #pragma unroll
@@ -611,6 +542,19 @@ __global__ void __launch_bounds__(kJoinThreads)
   }
 }
 
+// With kGradients, half of the blocks join the states and half their gradients.
+template <int kKeys, int kMaps, bool kGradients>
+__global__ void __launch_bounds__(kJoinThreads)
+    join_segments(const __grid_constant__ ChunkParams p) {
+  const int blocks = kGradients ? gridDim.x / 2 : gridDim.x;
+  const int block = blockIdx.x;
+  if (kGradients && block >= blocks) {
+    join<kKeys, kMaps, true>(p, block - blocks);
+  } else {
+    join<kKeys, kMaps, false>(p, block);
+  }
+}
+
 template <class Products, int kKeys, bool kMaps>
 void launch_walk(ChunkParams params, const Card& card, int most_stages, cudaStream_t stream) {
   using L = Layout<Products, kKeys, kMaps>;
@@ -627,37 +571,33 @@ void launch_walk(ChunkParams params, const Card& card, int most_stages, cudaStre
   check_launch("delta_rule");
 }
 
-template <int kKeys, int kMaps, bool kReverse>
+template <int kKeys, int kMaps, bool kGradients>
 void launch_join(const ChunkParams& params, cudaStream_t stream) {
   constexpr int kBytes = JoinLayout<kKeys, kMaps>::kBytes;
-  const auto kernel = join_segments<kKeys, kMaps, kReverse>;
+  const auto kernel = join_segments<kKeys, kMaps, kGradients>;
   check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes),
         "cudaFuncSetAttribute");
   const int value_blocks = (params.problem.value_dim + kJoinRows - 1) / kJoinRows;
-  kernel<<<dim3(value_blocks, params.problem.heads, params.batch.count), kJoinThreads, kBytes,
-           stream>>>(params);
+  kernel<<<dim3((kGradients ? 2 : 1) * value_blocks, params.problem.heads, params.batch.count),
+           kJoinThreads, kBytes, stream>>>(params);
   check_launch("join_segments");
 }
 
-template <int kKeys, bool kReverse>
+template <int kKeys, bool kGradients>
 void launch_join(const ChunkParams& params, const Card& card, cudaStream_t stream) {
   if (card.shared_bytes >= JoinLayout<kKeys, 3>::kBytes) {
-    launch_join<kKeys, 3, kReverse>(params, stream);
+    launch_join<kKeys, 3, kGradients>(params, stream);
   } else {
-    launch_join<kKeys, 2, kReverse>(params, stream);
+    launch_join<kKeys, 2, kGradients>(params, stream);
   }
 }
 
 template <class Products, int kKeys>
-void launch_maps(const ChunkParams& params, const Card& card, cudaStream_t stream) {
-  if (params.batch.maps == 0) return;
-  launch_walk<Products, kKeys, true>(params, card, 4, stream);
-  launch_join<kKeys, false>(params, card, stream);
-}
-
-template <class Products, int kKeys>
 void launch(const ChunkParams& params, const Card& card, cudaStream_t stream) {
-  launch_maps<Products, kKeys>(params, card, stream);
+  if (params.batch.maps > 0) {
+    launch_walk<Products, kKeys, true>(params, card, 4, stream);
+    launch_join<kKeys, false>(params, card, stream);
+  }
   launch_walk<Products, kKeys, false>(params, card, 3, stream);
 }
 
@@ -700,16 +640,8 @@ void launch_delta_rule_chunks(const DeltaRuleProblem& problem, const SequenceBat
   });
 }
 
-void launch_delta_rule_maps(const DeltaRuleProblem& problem, const SequenceBatch& batch,
-                            float* maps, cudaStream_t stream, ProductKind kind) {
-  const Card c = card();
-  for_products_and_keys(c, kind, problem.key_dim, [&]<class Products, int kKeys>() {
-    launch_maps<Products, kKeys>(chunk_params(problem, batch, maps), c, stream);
-  });
-}
-
-void launch_delta_rule_join_gradients(const DeltaRuleProblem& problem, const SequenceBatch& batch,
-                                      float* maps, float* d_maps, cudaStream_t stream) {
+void launch_delta_rule_joins(const DeltaRuleProblem& problem, const SequenceBatch& batch,
+                             float* maps, float* d_maps, cudaStream_t stream) {
   ChunkParams params = chunk_params(problem, batch, maps);
   params.d_maps = d_maps;
   if (padded_keys(problem.key_dim) == 64) {

@@ -16,14 +16,14 @@ constexpr int kInverseStride = 20;
 constexpr int kInverseBlock = 16 * kInverseStride;  // floats of a 16×16 block, padded
 
 // The thread's index, read anew: keeps what depends on it out of the registers between chunks.
-__device__ int read_thread() {
+__device__ inline int read_thread() {
   int thread;
   asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
   return thread;
 }
 
 // The same for a value that the whole block shares.
-__device__ int read_again(int value) {
+__device__ inline int read_again(int value) {
   asm volatile("" : "+r"(value));
   return value;
 }
@@ -328,6 +328,102 @@ __device__ inline void store_columns(const float (&o)[8][4], float factor, std::
     if (first_row + 16 * i < rows && column < columns) *reinterpret_cast<uint4*>(out) = data;
     out += 16 * static_cast<std::ptrdiff_t>(stride);
   }
+}
+
+// The row of a transposed state that this lane's first elements of the accumulators belong to.
+__device__ inline int state_row() {
+  return static_cast<int>(threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4);
+}
+
+// The stages as those who read them see them.
+template <int kStageBytes>
+struct Stages {
+  std::uint32_t tiles;
+  std::uint32_t barriers;
+  int count;
+  int stage = 0;
+  int parity = 0;
+
+  // Of the next chunk, once it is there.
+  __device__ std::uint32_t wait() const {
+    barrier_wait(barriers + 2 * stage * 8, parity);
+    return tiles + stage * kStageBytes;
+  }
+  __device__ void give_back() {
+    barrier_arrive(barriers + (2 * stage + 1) * 8);
+    if (++stage == count) {
+      stage = 0;
+      parity ^= 1;
+    }
+  }
+};
+
+__device__ inline std::size_t map_floats(int keys) {
+  return static_cast<std::size_t>(kValues + keys) * keys;
+}
+
+// One chunk's change of 64 columns of [M | N].
+template <class Products, int kKeys, bool kHasValues>
+__device__ void advance_map(float (&s)[kKeys / 8][4], std::uint32_t k, std::uint32_t v,
+                            std::uint32_t t) {
+  float r[8][4];
+  std::uint32_t f[4][4];
+  if (kHasValues) load_negated_columns(r, v);
+    // In parts, lest [M | N] and its rounded copy outgrow the registers.
+#pragma unroll
+  for (int i = 0; i < kKeys / 64; ++i) {
+    const auto& part = reinterpret_cast<const float(&)[8][4]>(s[8 * i]);
+    to_operand(f, part);
+    Products::begin(r);
+    if (i == 0 && !kHasValues) {
+      Products::template times_transposed<true>(r, f, k);
+    } else {
+      Products::template times_transposed<false>(r, f, k + i * kTileBlockBytes);
+    }
+    Products::commit();
+    Products::template wait<0>();
+    Products::end(r);
+  }
+  to_operand(f, r);
+  Products::begin(r);
+  Products::template times<true>(r, f, t);
+  Products::commit();
+  Products::template wait<0>();
+  Products::end(r);
+  to_operand(f, r);
+  Products::begin(s);
+  Products::template times<false>(s, f, k);
+  Products::commit();
+  Products::template wait<0>();
+  Products::end(s);
+}
+
+// The map of a segment, L being the layout of its stages: `n` holds the state before it, or 0.
+// Nᵀ [kValues, K'] and, but for a sequence's first segment, Mᵀ [K', K'] go to `map`.
+template <class Products, class L, int kKeys>
+__device__ void walk_maps(float (&n)[kKeys / 8][4], const Segment& segment,
+                          Stages<L::kStage> stages, float* map) {
+  const int lane = threadIdx.x % 32;
+  const int row = state_row();
+  const bool has_map = segment.index > 0 && static_cast<int>(threadIdx.x / 128) * 64 < kKeys;
+  float m[kKeys / 8][4];
+#pragma unroll
+  for (int j = 0; j < kKeys / 8; ++j) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      m[j][i] = 8 * j + 2 * (lane % 4) + i % 2 == row + i / 2 * 8 ? 1.0F : 0.0F;
+    }
+  }
+  for (int c = 0; c < segment.chunks; ++c) {
+    const std::uint32_t base = stages.wait();
+    advance_map<Products, kKeys, true>(n, base + L::kK, base + L::kV, base + L::kT);
+    if (has_map) {
+      advance_map<Products, kKeys, false>(m, base + L::kK, base + L::kV, base + L::kT);
+    }
+    stages.give_back();
+  }
+  store_transposed(n, map, row);
+  if (has_map) store_transposed(m, map + kValues * kKeys, row);
 }
 
 struct Card {

@@ -44,17 +44,14 @@ void launch_delta_rule_chunks(const DeltaRuleProblem& problem, const SequenceBat
                               float* maps, cudaStream_t stream,
                               ProductKind kind = ProductKind::kAutomatic);
 
-// The maps of the segments alone, joined: the part N of a segment's map becomes the state behind
-// it.
-void launch_delta_rule_maps(const DeltaRuleProblem& problem, const SequenceBatch& batch,
-                            float* maps, cudaStream_t stream,
-                            ProductKind kind = ProductKind::kAutomatic);
-
-// The same for gradients of states, from each segment's last chunk to its first: dS ← Mᵀ dS + N'.
-// `d_maps` [maps, H, 128, K'] holds N'ᵀ of the segments but each sequence's first, K' being K
-// padded as in the maps; a slot becomes the gradient of the state before that segment.
-void launch_delta_rule_join_gradients(const DeltaRuleProblem& problem, const SequenceBatch& batch,
-                                      float* maps, float* d_maps, cudaStream_t stream);
+// The joins of the backward, states in order and their gradients against it. K' is K rounded up to
+// 64 or 128.
+//   maps    [maps, H, 128 + K', K']: Nᵀ and Mᵀ of S ← M S + N over each segment but a sequence's
+//           last; Nᵀ becomes the transposed state behind the segment
+//   d_maps  [maps, H, 128, K']: N'ᵀ of dS ← Mᵀ dS + N' over each segment but a sequence's first; it
+//           becomes the transposed gradient of the state before the segment
+void launch_delta_rule_joins(const DeltaRuleProblem& problem, const SequenceBatch& batch,
+                             float* maps, float* d_maps, cudaStream_t stream);
 
 struct DeltaRuleBackwardProblem {
   const void* q = nullptr;      // [T, H, K]

@@ -11,6 +11,7 @@
 #include <cstring>
 #include <map>
 
+#include "core/device_clock.h"
 #include "core/error.h"
 #include "cuda/check.h"
 

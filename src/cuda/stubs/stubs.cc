@@ -1,5 +1,5 @@
 // Linked where the CUDA back end is not built: whoever asks for a GPU gets one clear line.
-#include "core/device.h"
+#include "core/device_clock.h"
 #include "core/error.h"
 #include "ops/activation.h"
 #include "ops/adamw.h"
