@@ -145,6 +145,8 @@ void Memory::copy(void* to, const void* from, std::size_t bytes) {
   if (on_host(to) || on_host(from)) check(cudaStreamSynchronize(stream_), "cudaMemcpy");
 }
 
+}  // namespace
+
 void require_device() {
   int count = 0;
   const cudaError_t status = cudaGetDeviceCount(&count);
@@ -156,8 +158,6 @@ void require_device() {
   }
   check(status, "cudaGetDeviceCount");
 }
-
-}  // namespace
 
 void fail_cuda(cudaError_t status, const char* what) {
   cudaGetLastError();  // one that can be recovered from is not reported twice
@@ -361,6 +361,17 @@ void copy(void* to, const void* from, std::size_t bytes) {
 
 void copy(Stream& stream, void* to, const void* from, std::size_t bytes) {
   check(cudaMemcpyAsync(to, from, bytes, cudaMemcpyDefault, stream.handle()), "cudaMemcpyAsync");
+}
+
+void zero(Stream& stream, void* memory, std::size_t bytes) {
+  check(cudaMemsetAsync(memory, 0, bytes, stream.handle()), "cudaMemsetAsync");
+}
+
+std::size_t memory_in_use() {
+  std::size_t free = 0;
+  std::size_t total = 0;
+  check(cudaMemGetInfo(&free, &total), "cudaMemGetInfo");
+  return total - free;
 }
 
 }  // namespace deltafox::cuda

@@ -48,6 +48,18 @@ void copy(void* /*to*/, const void* /*from*/, std::size_t /*bytes*/) {
 void copy(Stream& /*stream*/, void* /*to*/, const void* /*from*/, std::size_t /*bytes*/) {
   fail_without_cuda();
 }
+void zero(Stream& /*stream*/, void* /*memory*/, std::size_t /*bytes*/) {
+  fail_without_cuda();
+}
+std::size_t memory_in_use() {
+  fail_without_cuda();
+}
+std::shared_ptr<GrowingMemory> make_growing_memory() {
+  fail_without_cuda();
+}
+std::byte* grow(GrowingMemory& /*memory*/, std::size_t /*bytes*/) {
+  fail_without_cuda();
+}
 
 void upload(ThreadPool& /*threads*/, std::span<const Piece> /*pieces*/) {
   fail_without_cuda();
