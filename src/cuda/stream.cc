@@ -11,6 +11,7 @@
 #include <cstring>
 #include <map>
 
+#include "core/device_clock.h"
 #include "core/error.h"
 #include "cuda/check.h"
 
@@ -329,6 +330,19 @@ std::shared_ptr<Stream> make_stream() {
 
 void synchronize(Stream& stream) {
   stream.synchronize();
+}
+
+double seconds_of(Stream& stream, const std::function<void()>& work) {
+  std::array<cudaEvent_t, 2> events{};
+  for (cudaEvent_t& event : events) check(cudaEventCreate(&event), "cudaEventCreate");
+  check(cudaEventRecord(events[0], stream.handle()), "cudaEventRecord");
+  work();
+  check(cudaEventRecord(events[1], stream.handle()), "cudaEventRecord");
+  stream.synchronize();
+  float milliseconds = 0;
+  check(cudaEventElapsedTime(&milliseconds, events[0], events[1]), "cudaEventElapsedTime");
+  for (const cudaEvent_t event : events) cudaEventDestroy(event);
+  return milliseconds / 1e3;
 }
 
 void* allocate(std::size_t bytes) {

@@ -1,5 +1,5 @@
 // Linked where the CUDA back end is not built: whoever asks for a GPU gets one clear line.
-#include "core/device.h"
+#include "core/device_clock.h"
 #include "core/error.h"
 #include "ops/activation.h"
 #include "ops/adamw.h"
@@ -33,6 +33,9 @@ std::shared_ptr<Stream> make_stream() {
   fail_without_cuda();
 }
 void synchronize(Stream& /*stream*/) {
+  fail_without_cuda();
+}
+double seconds_of(Stream& /*stream*/, const std::function<void()>& /*work*/) {
   fail_without_cuda();
 }
 void* allocate(std::size_t /*bytes*/) {
