@@ -196,6 +196,26 @@ void AttentionMixer::attend(Context& ctx, const TensorView& q, const TensorView&
   for (KvCache* cache : caches) cache->drop_unseen();
 }
 
+TensorView AttentionMixer::output(Context& ctx, ScratchScope& scratch, const Saved& saved) const {
+  const TensorView& o = saved.o;
+  const Shape flat{o.shape[0], o.shape[1] * o.shape[2]};
+  if (weights_.output_norm) {
+    const TensorView y = scratch.like(o);
+    const Shape rows{o.shape[0] * o.shape[1], o.shape[2]};
+    ops::rms_norm(ctx, {.x = o.reshaped(rows),
+                        .w = weights_.output_norm->value,
+                        .gate = weights_.ogate_proj ? saved.gate.reshaped(rows) : TensorView{},
+                        .gate_activation = config_.output_gate_activation,
+                        .y = y.reshaped(rows),
+                        .eps = config_.norm_eps});
+    return y.reshaped(flat);
+  }
+  if (!weights_.ogate_proj) return o.reshaped(flat);
+  const TensorView y = copy_of(ctx, scratch, o.reshaped(flat));
+  ops::gate(ctx, {.activation = config_.output_gate_activation, .gate = saved.gate, .x = y});
+  return y;
+}
+
 void AttentionMixer::forward(Context& ctx, const ConstTensorView& x, const Sequences& sequences,
                              std::span<State* const> states, const TensorView& hidden, Saved* saved,
                              const ConstTensorView& residual) const {
@@ -233,27 +253,15 @@ void AttentionMixer::forward(Context& ctx, const ConstTensorView& x, const Seque
     gate = scratch.activation({tokens, width});
     ops::linear(ctx, {.x = x, .w = weights_.ogate_proj->value, .y = gate});
   }
-  kept.o = keep(o);
-  const TensorView output = o.reshaped({tokens, width});
-  if (weights_.output_norm) {
-    const Shape rows{tokens * heads, config_.head_dim};
-    ops::rms_norm(ctx, {.x = o.reshaped(rows),
-                        .w = weights_.output_norm->value,
-                        .gate = weights_.ogate_proj ? gate.reshaped(rows) : TensorView{},
-                        .gate_activation = config_.output_gate_activation,
-                        .y = o.reshaped(rows),
-                        .eps = config_.norm_eps});
-  } else if (weights_.ogate_proj) {
-    ops::gate(ctx, {.activation = config_.output_gate_activation, .gate = gate, .x = output});
-  }
-  add_output(ctx, output, weights_.o_proj, {}, residual, hidden);
+  kept.o = o;
+  kept.gate = gate;
+  ScratchScope output_scratch(ctx);
+  add_output(ctx, output(ctx, output_scratch, kept), weights_.o_proj, {}, residual, hidden);
   if (saved == nullptr) return;
   kept.q = q;
   kept.k = k;
   kept.v = v;
   kept.log_gates = gates;
-  kept.gate = gate;
-  kept.output = output;
   *saved = kept;
 }
 

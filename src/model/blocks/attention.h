@@ -105,7 +105,7 @@ class AttentionMixer {
     TensorView log_gates;        // [T, H]
     TensorView o;                // [T, H, D] before norm and gate
     TensorView gate;             // [T, H·D], with ogate_proj
-    TensorView output;           // [T, H·D] before o_proj
+    TensorView output;           // [T, H·D] what o_proj reads; see restore_output
   };
 
   explicit AttentionMixer(const Config& config);
@@ -118,11 +118,17 @@ class AttentionMixer {
                std::span<State* const> states, const TensorView& hidden, Saved* saved = nullptr,
                const ConstTensorView& residual = {}) const;
 
-  // hidden [T, C] = residual [T, C] + what forward added: the last product of forward once more.
+  // saved.output, which forward does not keep, in scratch memory.
+  void restore_output(Context& ctx, ScratchScope& scratch, Saved& saved) const {
+    saved.output = output(ctx, scratch, saved);
+  }
+  // hidden [T, C] = residual [T, C] + what forward added: its last product once more, after
+  // restore_output.
   void add_again(Context& ctx, const Saved& saved, const ConstTensorView& residual,
                  const TensorView& hidden) const;
 
-  // Of whole sequences: dx [T, C] =, given dy [T, C], the gradient of what forward added.
+  // Of whole sequences, after restore_output: dx [T, C] =, given dy [T, C], the gradient of what
+  // forward added.
   void backward(Context& ctx, const ConstTensorView& x, const Sequences& sequences,
                 const Saved& saved, const TensorView& dy, const TensorView& dx,
                 Gradients& gradients) const;
@@ -160,6 +166,8 @@ class AttentionMixer {
                         const Param& proj, const std::optional<Param>& shift_proj,
                         const Saved::Shifted& before, const TensorView& d, const TensorView& dx,
                         Gradients& gradients) const;
+  // What o_proj reads [T, H·D], from o.
+  TensorView output(Context& ctx, ScratchScope& scratch, const Saved& saved) const;
   // Norm, gate and projection of the output: d_o [T, H, D] = and dgate [T, H·D] =, given dy [T, C].
   void output_backward(Context& ctx, const Saved& saved, const TensorView& dy,
                        const TensorView& d_o, const TensorView& dgate, Gradients& gradients) const;
