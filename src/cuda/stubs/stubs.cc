@@ -128,6 +128,10 @@ void embedding_backward(Context& /*ctx*/, const EmbeddingBackwardArgs& /*args*/)
 void forgetting_attention(Context& /*ctx*/, const ForgettingAttentionArgs& /*args*/) {
   fail_without_cuda();
 }
+void forgetting_attention_backward(Context& /*ctx*/,
+                                   const ForgettingAttentionBackwardArgs& /*args*/) {
+  fail_without_cuda();
+}
 void gate(Context& /*ctx*/, const GateArgs& /*args*/) {
   fail_without_cuda();
 }
