@@ -169,7 +169,7 @@ std::span<const float> AttentionMixer::score_bounds(ScratchScope& scratch) const
 void AttentionMixer::attend(Context& ctx, const TensorView& q, const TensorView& k,
                             const TensorView& v, const TensorView& gates,
                             const Sequences& sequences, std::span<State* const> states,
-                            const TensorView& o) const {
+                            const TensorView& o, const TensorView& lse) const {
   ScratchScope scratch(ctx);
   const std::span<KvCache*> caches = scratch.array<KvCache*>(sequences.count());
   const std::span<std::int64_t> positions = scratch.array<std::int64_t>(sequences.count());
@@ -192,7 +192,8 @@ void AttentionMixer::attend(Context& ctx, const TensorView& q, const TensorView&
                                   .caches = caches,
                                   .log_pruning_tolerance = config_.log_pruning_tolerance,
                                   .score_bounds = score_bounds(scratch),
-                                  .o = o});
+                                  .o = o,
+                                  .lse = lse});
   for (KvCache* cache : caches) cache->drop_unseen();
 }
 
@@ -246,7 +247,10 @@ void AttentionMixer::forward(Context& ctx, const ConstTensorView& x, const Seque
 
   const TensorView o = scratch.activation(q.shape);  // [T, H, D]
   const TensorView gates = log_gates(ctx, scratch, x);
-  attend(ctx, q, k, v, gates, sequences, states, o);
+  // The CPU's backward finds it again.
+  const bool keeps_lse = saved != nullptr && ctx.device() == Device::kCuda;
+  if (keeps_lse) kept.lse = scratch.tensor({tokens, heads});
+  attend(ctx, q, k, v, gates, sequences, states, o, kept.lse);
 
   TensorView gate;  // [T, H·D]
   if (weights_.ogate_proj) {
@@ -315,6 +319,7 @@ void AttentionMixer::attend_backward(Context& ctx, const Sequences& sequences, c
                                            .log_pruning_tolerance = config_.log_pruning_tolerance,
                                            .score_bounds = score_bounds(scratch),
                                            .o = saved.o,
+                                           .lse = saved.lse,
                                            .d_o = d_o,
                                            .dq = dq,
                                            .dk = dk,

@@ -103,6 +103,7 @@ class AttentionMixer {
     Shifted k_before, v_before;  // of k and v
     TensorView k, v;             // [T, G, D]
     TensorView log_gates;        // [T, H]
+    TensorView lse;              // [T, H] of the scores, on a GPU
     TensorView o;                // [T, H, D] before norm and gate
     TensorView gate;             // [T, H·D], with ogate_proj
     TensorView output;           // [T, H·D] what o_proj reads; see restore_output
@@ -179,10 +180,10 @@ class AttentionMixer {
   TensorView log_gates(Context& ctx, ScratchScope& scratch, const ConstTensorView& x) const;
   // The bounds of |q·k| / √D that the norms' weights give, [H]; empty without them.
   std::span<const float> score_bounds(ScratchScope& scratch) const;
-  // o [T, H, D]
+  // o [T, H, D], and lse [T, H] if it has data
   void attend(Context& ctx, const TensorView& q, const TensorView& k, const TensorView& v,
               const TensorView& gates, const Sequences& sequences, std::span<State* const> states,
-              const TensorView& o) const;
+              const TensorView& o, const TensorView& lse) const;
 
   Config config_;
   Weights weights_;
