@@ -283,6 +283,16 @@ void sequence_ops(Bench& bench) {
                                    .dx = dx.view(),
                                    .dw = dw.view()});
   });
+  bench.time("short_conv, silu and l2", elements * 6, 0, [&](Context& ctx) {
+    ops::short_conv_backward(ctx, {.x = x.view(),
+                                   .w = w.view(),
+                                   .sequences = Sequences(cu),
+                                   .activation = Activation::kSilu,
+                                   .norm_width = kHeadDim,
+                                   .dy = dy.view(),
+                                   .dx = dx.view(),
+                                   .dw = dw.view()});
+  });
   const Shape heads{bench.tokens(), kHeads, kHeadDim};
   Tensor alpha = bench.uniform({bench.tokens(), kHeads}, 0, 1);
   Tensor dalpha = bench.zeros(DType::kF32, {bench.tokens(), kHeads});
@@ -350,22 +360,33 @@ void loss(Bench& bench) {
     };
     bench.time(fmt::format("cross_entropy of {} rows", rows),
                static_cast<double>(rows * kVocabulary) * 4, 0, gradient);
-    const double flops = 6.0 * static_cast<double>(bench.tokens() * kVocabulary * kHidden);
+    const double flops = 2.0 * static_cast<double>(rows * kVocabulary * kHidden);
     const auto part = [&](const TensorView& all, std::int64_t begin) {
       return TensorView{
           static_cast<std::byte*>(all.data) + begin * kHidden * 2, DType::kBF16, {rows, kHidden}};
     };
-    bench.time(fmt::format("head: products and loss, {} rows at a time", rows), 0, flops,
-               [&](Context& ctx) {
+    const auto forward = [&](Context& ctx, std::int64_t begin) {
+      ops::linear(ctx, {.x = part(x.view(), begin), .w = w.view(), .y = logits.view()});
+    };
+    const auto backward = [&](Context& ctx, std::int64_t begin, bool of_x, bool of_w) {
+      ops::linear_backward(ctx, {.dy = logits.view(),
+                                 .x = part(x.view(), begin),
+                                 .w = w.view(),
+                                 .dx = of_x ? part(dx.view(), begin) : TensorView{},
+                                 .dw = of_w ? dw.view() : TensorView{}});
+    };
+    const auto time_product = [&](const char* name, const std::function<void(Context&)>& op) {
+      bench.time(fmt::format("head: {} of {} rows", name, rows), 0, flops, op);
+    };
+    time_product("logits", [&](Context& ctx) { forward(ctx, 0); });
+    time_product("dx", [&](Context& ctx) { backward(ctx, 0, true, false); });
+    time_product("dw", [&](Context& ctx) { backward(ctx, 0, false, true); });
+    bench.time(fmt::format("head: products and loss of all, {} rows at a time", rows), 0,
+               3 * flops * static_cast<double>(bench.tokens() / rows), [&](Context& ctx) {
                  for (std::int64_t begin = 0; begin + rows <= bench.tokens(); begin += rows) {
-                   const TensorView input = part(x.view(), begin);
-                   ops::linear(ctx, {.x = input, .w = w.view(), .y = logits.view()});
+                   forward(ctx, begin);
                    gradient(ctx);
-                   ops::linear_backward(ctx, {.dy = logits.view(),
-                                              .x = input,
-                                              .w = w.view(),
-                                              .dx = part(dx.view(), begin),
-                                              .dw = dw.view()});
+                   backward(ctx, begin, true, true);
                  }
                });
   }

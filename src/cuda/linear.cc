@@ -34,6 +34,27 @@ void product(Context& ctx, const Product& p) {
   if (!product_blas(ctx, p, p.m)) product_plain(ctx, p);
 }
 
+// Sums over a vocabulary's odd number of classes are slow unless most of them are whole vectors.
+void product_over_outputs(Context& ctx, const Product& p) {
+  constexpr std::int64_t kWhole = 64;
+  const std::int64_t rest = p.k % kWhole;
+  if (p.k % 8 == 0 || p.k < 16 * kWhole) return product(ctx, p);
+  Product whole = p;
+  whole.k = p.k - rest;
+  product(ctx, whole);
+  const auto behind = [&](const ConstTensorView& matrix, std::int64_t elements) {
+    return ConstTensorView{static_cast<const std::byte*>(matrix.data) +
+                               static_cast<std::size_t>(elements) * size_of(matrix.dtype),
+                           matrix.dtype, matrix.shape};
+  };
+  Product last = p;
+  last.k = rest;
+  last.accumulate = true;
+  last.a = behind(p.a, whole.k);                 // columns
+  last.b = behind(p.b, whole.k * p.b.shape[1]);  // rows
+  product(ctx, last);
+}
+
 }  // namespace
 
 void linear(Context& ctx, const LinearArgs& args) {
@@ -65,13 +86,13 @@ void linear_backward(Context& ctx, const LinearBackwardArgs& args) {
   const std::int64_t outputs = args.w.shape[0];
   const std::int64_t inputs = args.w.shape[1];
   if (args.dx.data != nullptr) {
-    product(ctx, {.a = dy,
-                  .b = args.w,
-                  .c = args.dx,
-                  .m = tokens,
-                  .n = inputs,
-                  .k = outputs,
-                  .accumulate = args.accumulate_dx});
+    product_over_outputs(ctx, {.a = dy,
+                               .b = args.w,
+                               .c = args.dx,
+                               .m = tokens,
+                               .n = inputs,
+                               .k = outputs,
+                               .accumulate = args.accumulate_dx});
   }
   if (args.dw.data != nullptr) {
     product(ctx, {.a = dy,

@@ -208,7 +208,10 @@ TEST_P(CudaGla, EqualsPlainOnRaggedBatches) {
   Gpu gpu(GetParam());
   const std::int64_t sizes[][2] = {{128, 128}, {64, 40}, {30, 33}, {256, 64}};
   for (const auto& size : sizes) {
-    const std::vector<std::int64_t> cu = random.lengths(3, 60);
+    // The second sequence is long enough for chunks.
+    const std::int64_t first = random.integer(1, 60);
+    const std::int64_t second = first + random.integer(64, 200);
+    const std::vector<std::int64_t> cu{0, first, second, second + random.integer(1, 60)};
     const Shape keys{cu.back(), 2, size[0]};
     const Shape values{cu.back(), 2, size[1]};
     Tensor q = random.normal_tensor(keys);
