@@ -340,7 +340,7 @@ void embedding(Bench& bench) {
 }
 
 void loss(Bench& bench) {
-  for (const std::int64_t rows : {std::int64_t{1024}, std::int64_t{2048}, std::int64_t{4096}}) {
+  for (const std::int64_t rows : {std::int64_t{2048}, std::int64_t{4096}, std::int64_t{8192}}) {
     Tensor logits = bench.normal(DType::kBF16, {rows, kVocabularyRow});
     Tensor x = bench.normal(DType::kBF16, {bench.tokens(), kHidden});
     const Tensor w = bench.normal(DType::kBF16, {kVocabulary, kHidden});

@@ -14,45 +14,55 @@ namespace {
 
 constexpr std::int64_t kMinBucket = 32;
 
-bool linear_blas(Context& ctx, const LinearArgs& args) {
+ConstTensorView behind(const ConstTensorView& matrix, std::int64_t elements) {
+  return {static_cast<const std::byte*>(matrix.data) +
+              static_cast<std::size_t>(elements) * size_of(matrix.dtype),
+          matrix.dtype, matrix.shape};
+}
+
+// By how many elements a product's matrices go on with its m, n or k.
+struct Steps {
+  std::int64_t a, b, c;
+};
+
+// Products over a vocabulary's odd number of classes are several times as slow as those over whole
+// vectors: these first, the rest by itself.
+void product_in_parts(Context& ctx, const Product& p, std::int64_t Product::*size,
+                      const Steps& steps, std::int64_t algorithm_rows) {
+  constexpr std::int64_t kWhole = 64;
+  const auto run = [&](const Product& part) {
+    const std::int64_t rows = size == &Product::m ? part.m : algorithm_rows;
+    if (!product_blas(ctx, part, rows)) product_plain(ctx, part);
+  };
+  const std::int64_t rest = p.*size % 8 == 0 || p.*size < 16 * kWhole ? 0 : p.*size % kWhole;
+  Product whole = p;
+  whole.*size -= rest;
+  run(whole);
+  if (rest == 0) return;
+  Product last = p;
+  last.*size = rest;
+  last.a = behind(p.a, whole.*size * steps.a);
+  last.b = behind(p.b, whole.*size * steps.b);
+  last.c.data = const_cast<void*>(behind(p.c, whole.*size * steps.c).data);
+  if (size == &Product::k) last.accumulate = true;
+  run(last);
+}
+
+void linear_blas(Context& ctx, const LinearArgs& args) {
   const std::int64_t tokens = args.x.shape[0];
+  const std::int64_t inputs = args.w.shape[1];
   const auto bucket = std::max<std::int64_t>(
       kMinBucket, static_cast<std::int64_t>(std::bit_ceil(static_cast<std::uint64_t>(tokens))));
-  return product_blas(ctx,
-                      {.a = args.x,
-                       .b = args.w,
-                       .c = args.y,
-                       .m = tokens,
-                       .n = args.w.shape[0],
-                       .k = args.w.shape[1],
-                       .transpose_b = true,
-                       .accumulate = args.accumulate},
-                      bucket);
-}
-
-void product(Context& ctx, const Product& p) {
-  if (!product_blas(ctx, p, p.m)) product_plain(ctx, p);
-}
-
-// Sums over a vocabulary's odd number of classes are slow unless most of them are whole vectors.
-void product_over_outputs(Context& ctx, const Product& p) {
-  constexpr std::int64_t kWhole = 64;
-  const std::int64_t rest = p.k % kWhole;
-  if (p.k % 8 == 0 || p.k < 16 * kWhole) return product(ctx, p);
-  Product whole = p;
-  whole.k = p.k - rest;
-  product(ctx, whole);
-  const auto behind = [&](const ConstTensorView& matrix, std::int64_t elements) {
-    return ConstTensorView{static_cast<const std::byte*>(matrix.data) +
-                               static_cast<std::size_t>(elements) * size_of(matrix.dtype),
-                           matrix.dtype, matrix.shape};
-  };
-  Product last = p;
-  last.k = rest;
-  last.accumulate = true;
-  last.a = behind(p.a, whole.k);                 // columns
-  last.b = behind(p.b, whole.k * p.b.shape[1]);  // rows
-  product(ctx, last);
+  product_in_parts(ctx,
+                   {.a = args.x,
+                    .b = args.w,
+                    .c = args.y,
+                    .m = tokens,
+                    .n = args.w.shape[0],
+                    .k = inputs,
+                    .transpose_b = true,
+                    .accumulate = args.accumulate},
+                   &Product::n, {.a = 0, .b = inputs, .c = 1}, bucket);
 }
 
 }  // namespace
@@ -66,8 +76,10 @@ void linear(Context& ctx, const LinearArgs& args) {
   const std::int64_t tokens = args.x.shape[0];
   if (fits_small_linear(args)) {
     small_linear(ctx, args);
-  } else if (tokens <= kSmallLinearRows || !linear_blas(ctx, args)) {
+  } else if (tokens <= kSmallLinearRows) {
     linear_plain(ctx, args);
+  } else {
+    linear_blas(ctx, args);
   }
   if (args.bias.data != nullptr) add_bias(ctx, args.y, args.bias);
 }
@@ -86,23 +98,27 @@ void linear_backward(Context& ctx, const LinearBackwardArgs& args) {
   const std::int64_t outputs = args.w.shape[0];
   const std::int64_t inputs = args.w.shape[1];
   if (args.dx.data != nullptr) {
-    product_over_outputs(ctx, {.a = dy,
-                               .b = args.w,
-                               .c = args.dx,
-                               .m = tokens,
-                               .n = inputs,
-                               .k = outputs,
-                               .accumulate = args.accumulate_dx});
+    product_in_parts(ctx,
+                     {.a = dy,
+                      .b = args.w,
+                      .c = args.dx,
+                      .m = tokens,
+                      .n = inputs,
+                      .k = outputs,
+                      .accumulate = args.accumulate_dx},
+                     &Product::k, {.a = 1, .b = inputs, .c = 0}, tokens);
   }
   if (args.dw.data != nullptr) {
-    product(ctx, {.a = dy,
-                  .b = args.x,
-                  .c = args.dw,
-                  .m = outputs,
-                  .n = inputs,
-                  .k = tokens,
-                  .transpose_a = true,
-                  .accumulate = true});
+    product_in_parts(ctx,
+                     {.a = dy,
+                      .b = args.x,
+                      .c = args.dw,
+                      .m = outputs,
+                      .n = inputs,
+                      .k = tokens,
+                      .transpose_a = true,
+                      .accumulate = true},
+                     &Product::m, {.a = 1, .b = 0, .c = inputs}, outputs);
   }
   if (args.dbias.data != nullptr) add_column_sums(ctx, args.dy, args.dbias);
 }

@@ -14,7 +14,7 @@ namespace deltafox::cuda {
 namespace {
 
 constexpr int kThreads = 64;
-constexpr int kRows = 64;     // of a sequence that a block walks
+constexpr int kRows = 80;     // of a sequence that a block walks
 constexpr int kWidth = 4;     // taps of the fast kernel
 constexpr int kChannels = 8;  // its channels
 
