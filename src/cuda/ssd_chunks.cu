@@ -15,6 +15,7 @@
 
 #include "cuda/check.h"
 #include "cuda/decayed_kernels.h"
+#include "cuda/ssd_decays.cuh"
 #include "cuda/tensor_core.cuh"
 
 namespace deltafox::cuda {
@@ -172,38 +173,21 @@ __device__ void prepare_chunks(const SsdProblem& p, const Block& block, unsigned
 
     Decays* decays = reinterpret_cast<Decays*>(base + L::kDecays);
     if (warp < 2) {
-      // Lane l has rows 2l and 2l + 1.
-      float step[2];
-      float log_decay[2];
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        const int t = 2 * lane + i;
-        step[i] = 0;
-        if (t < valid_rows) {
-          const float raw = p.dt[(row + t) * p.heads + head] + dt_bias;
-          const float softplus = fmaxf(raw, 0.0F) + log1pf(expf(-fabsf(raw)));
-          step[i] = fminf(fmaxf(softplus, p.dt_min), p.dt_max);
-        }
-        log_decay[i] = rate * step[i];
-      }
-      float sum = log_decay[0] + log_decay[1];
-#pragma unroll
-      for (int offset = 1; offset < 32; offset *= 2) {
-        const float before = __shfl_up_sync(0xffffffffU, sum, offset);
-        if (lane >= offset) sum += before;
-      }
-      const float last = __shfl_sync(0xffffffffU, sum, 31);
-      const float lambda[2] = {sum - log_decay[1], sum};
+      const ChunkDecays found = find_decays(rate, valid_rows, [&](int t) {
+        const float raw = p.dt[(row + t) * p.heads + head] + dt_bias;
+        const float softplus = fmaxf(raw, 0.0F) + log1pf(expf(-fabsf(raw)));
+        return fminf(fmaxf(softplus, p.dt_min), p.dt_max);
+      });
       Decays& d = decays[warp];
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         const int t = 2 * lane + i;
-        d.lambda[t] = lambda[i];
-        d.into[t] = expf(lambda[i]);
-        d.weight[t] = step[i];
-        d.out[t] = step[i] * expf(last - lambda[i]);
+        d.lambda[t] = found.lambda[i];
+        d.into[t] = expf(found.lambda[i]);
+        d.weight[t] = found.step[i];
+        d.out[t] = found.step[i] * expf(found.last - found.lambda[i]);
       }
-      if (lane == 0) d.whole = expf(last);
+      if (lane == 0) d.whole = expf(found.last);
     }
     wait_copies<0>();
     Products::publish();
@@ -250,12 +234,6 @@ __device__ void prepare_chunks(const SsdProblem& p, const Block& block, unsigned
     Products::publish();
     barrier_arrive(barriers + 2 * stage * 8);
   }
-}
-
-// Multiplies column 8j + 2(l%4) and the next of an accumulator's or operand's pair by `scale`'s.
-__device__ std::uint32_t scale_pair(std::uint32_t pair, const float2& scale) {
-  const float2 x = __bfloat1622float2(reinterpret_cast<const __nv_bfloat162&>(pair));
-  return pack(x.x * scale.x, x.y * scale.y);
 }
 
 template <class Products, int kStates, bool kSums>

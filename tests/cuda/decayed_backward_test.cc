@@ -25,6 +25,14 @@ double tolerance(DType dtype) {
   return dtype == DType::kBF16 ? test::epsilon(dtype) + sums : sums;
 }
 
+// On the tensor cores BF16 rounds what a chunk adds to a state, the states, the scores, the left
+// operands once they are scaled, and outputs: errors of independent signs, √5 epsilons of what they
+// act on, and twice that for the few numbers of a parameter's gradient, where they need not average
+// out.
+double chunk_tolerance() {
+  return 2 * std::sqrt(5.0) * test::epsilon(DType::kBF16);
+}
+
 // Rows [begin, end) of each tensor.
 Tensor rows_of(const Tensor& tensor, std::int64_t begin, std::int64_t end) {
   const Shape& shape = tensor.view().shape;
@@ -184,10 +192,10 @@ struct SsdCase {
 };
 
 void expect_gradients(const std::vector<Tensor>& got, const std::vector<Tensor>& expected,
-                      std::vector<const char*> names, DType dtype) {
+                      std::vector<const char*> names, double tolerance) {
   for (std::size_t i = 0; i < expected.size(); ++i) {
     SCOPED_TRACE(names[i]);
-    expect_close(got[i], expected[i], tolerance(dtype));
+    expect_close(got[i], expected[i], tolerance);
   }
 }
 
@@ -221,7 +229,7 @@ TEST_P(CudaDecayedBackward, GlaEqualsPlainForAnyHeadSizes) {
     SCOPED_TRACE(size[0]);
     GlaCase c(random, kRagged, 2, size[0], size[1]);
     const std::vector<Tensor> got = c.run(gpu);
-    expect_gradients(got, c.run_plain(), {"dq", "dk", "dg", "dv"}, gpu.dtype());
+    expect_gradients(got, c.run_plain(), {"dq", "dk", "dg", "dv"}, tolerance(gpu.dtype()));
   }
 }
 
@@ -236,23 +244,26 @@ TEST_P(CudaDecayedBackward, SsdEqualsPlainForAnySizes) {
   Random random(3);
   Gpu gpu(GetParam());
   // Several heads each: a parameter's sum over all tokens may come out near zero for one.
-  const std::int64_t sizes[][4] = {
-      {1, 3, 128, 64}, {2, 2, 16, 32}, {1, 2, 5, 7}, {2, 2, 150, 40}, {1, 4, 20, 140}};
+  const std::int64_t sizes[][4] = {{1, 3, 128, 64}, {2, 8, 64, 64},  {2, 2, 16, 32},
+                                   {1, 2, 5, 7},    {2, 2, 150, 40}, {1, 4, 20, 140}};
   for (const auto& size : sizes) {
     SCOPED_TRACE(size[2]);
     SsdCase c(random, kRagged, size[0], size[1], size[2], size[3]);
     if (size[0] == 2) c.dt_min = 0.5F, c.dt_max = 1.5F;
     const std::vector<Tensor> got = c.run(gpu);
+    const bool on_tensor_cores = gpu.dtype() == DType::kBF16 && size[3] == 64;
     expect_gradients(got, c.run_plain(), {"dxbc", "ddt", "d_dt_bias", "d_a_log", "dd"},
-                     gpu.dtype());
+                     on_tensor_cores ? chunk_tolerance() : tolerance(gpu.dtype()));
   }
 }
 
 TEST_P(CudaDecayedBackward, SsdHasTheSameBitsInAnyBatchAndRun) {
   Random random(4);
   Gpu gpu(GetParam());
-  SsdCase c(random, kRagged, 1, 3, 64, 72);
-  expect_the_same_bits(gpu, c, 2);
+  for (const std::int64_t head_dim : {64, 72}) {
+    SsdCase c(random, kRagged, 1, 3, 128, head_dim);
+    expect_the_same_bits(gpu, c, 2);
+  }
 }
 
 INSTANTIATE_TEST_SUITE_P(DTypes, CudaDecayedBackward, testing::Values(DType::kF32, DType::kBF16),
