@@ -180,6 +180,9 @@ void short_conv(Context& /*ctx*/, const ShortConvArgs& /*args*/) {
 void short_conv_backward(Context& /*ctx*/, const ShortConvBackwardArgs& /*args*/) {
   fail_without_cuda();
 }
+bool short_conv_has_norm(const ShortConvArgs& /*args*/) {
+  fail_without_cuda();
+}
 bool short_conv_backward_has_norm(const ShortConvBackwardArgs& /*args*/) {
   fail_without_cuda();
 }

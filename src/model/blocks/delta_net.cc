@@ -1,6 +1,7 @@
 #include "model/blocks/delta_net.h"
 
 #include <array>
+#include <cassert>
 
 #include "model/blocks/projection.h"
 #include "ops/delta_rule.h"
@@ -62,7 +63,8 @@ DeltaNetMixer::Inputs DeltaNetMixer::inputs(Context& ctx, ScratchScope& scratch,
                                             std::span<State* const> states, const Saved& saved,
                                             bool backward) const {
   const auto convolved = [&](const TensorView& projected, const std::optional<Param>& conv,
-                             Tensor State::*conv_state, Activation activation) {
+                             Tensor State::*conv_state, Activation activation,
+                             std::int64_t norm_width) {
     if (!conv) {
       const TensorView y = copy_of(ctx, scratch, projected);
       ops::activation(ctx, {.activation = activation, .x = y});
@@ -70,23 +72,25 @@ DeltaNetMixer::Inputs DeltaNetMixer::inputs(Context& ctx, ScratchScope& scratch,
     }
     const std::span<float*> conv_states =
         state_pointers(ctx, scratch, sequences, states, conv_state, state_shape(*conv));
-    return convolve(ctx, scratch, projected, *conv, {}, sequences, conv_states, activation);
+    return convolve(ctx, scratch, projected, *conv, {}, sequences, conv_states, activation,
+                    norm_width);
   };
   const std::int64_t heads = config_.num_heads;
   const Shape keys{saved.o.shape[0], heads, config_.key_dim / heads};
   const auto mapped = [&](const TensorView& before) {
+    if (conv_norm_width() > 0) return before;
     const TensorView y = backward ? copy_of(ctx, scratch, before) : before;
     ops::feature_map(ctx, {.activation = head_activation(), .norm = config_.qk_norm, .x = y});
     return y;
   };
   Inputs in;
-  in.q_convolved =
-      convolved(saved.q_projected, weights_.q_conv1d, &State::q_conv, qk_conv_activation())
-          .reshaped(keys);
-  in.k_convolved =
-      convolved(saved.k_projected, weights_.k_conv1d, &State::k_conv, qk_conv_activation())
-          .reshaped(keys);
-  in.v = convolved(saved.v_projected, weights_.v_conv1d, &State::v_conv, Activation::kSilu)
+  in.q_convolved = convolved(saved.q_projected, weights_.q_conv1d, &State::q_conv,
+                             qk_conv_activation(), conv_norm_width())
+                       .reshaped(keys);
+  in.k_convolved = convolved(saved.k_projected, weights_.k_conv1d, &State::k_conv,
+                             qk_conv_activation(), conv_norm_width())
+                       .reshaped(keys);
+  in.v = convolved(saved.v_projected, weights_.v_conv1d, &State::v_conv, Activation::kSilu, 0)
              .reshaped(saved.o.shape);
   in.q = mapped(in.q_convolved);
   in.k = mapped(in.k_convolved);
@@ -95,6 +99,13 @@ DeltaNetMixer::Inputs DeltaNetMixer::inputs(Context& ctx, ScratchScope& scratch,
     ops::activation(ctx, {.activation = Activation::kSigmoid, .x = in.beta});
   }
   return in;
+}
+
+ConstTensorView DeltaNetMixer::joined_projections(const Context& ctx) const {
+  const ConstTensorView& q = weights_.q_proj.value;
+  const bool reads_columns = ctx.device() == Device::kCuda && weights_.q_conv1d.has_value();
+  if (!reads_columns || q.dtype != DType::kBF16) return {};
+  return joined({q, weights_.k_proj.value, weights_.v_proj.value});
 }
 
 TensorView DeltaNetMixer::output(Context& ctx, ScratchScope& scratch, const Saved& saved) const {
@@ -121,9 +132,15 @@ void DeltaNetMixer::forward(Context& ctx, const ConstTensorView& x, const Sequen
     return project(ctx, kept_scratch, input, proj.value);
   };
   Saved kept;
-  kept.q_projected = projected(weights_.q_proj);
-  kept.k_projected = projected(weights_.k_proj);
-  kept.v_projected = projected(weights_.v_proj);
+  if (const ConstTensorView w = joined_projections(ctx); w.data != nullptr) {
+    kept.q_projected = project(ctx, kept_scratch, input, w);
+    kept.k_projected = columns_of(kept.q_projected, config_.key_dim);
+    kept.v_projected = columns_of(kept.q_projected, 2 * config_.key_dim);
+  } else {
+    kept.q_projected = projected(weights_.q_proj);
+    kept.k_projected = projected(weights_.k_proj);
+    kept.v_projected = projected(weights_.v_proj);
+  }
   if (weights_.b_proj) {
     kept.beta_logits = project(ctx, kept_scratch, input, weights_.b_proj->value, {}, DType::kF32);
   }
@@ -269,25 +286,14 @@ void DeltaNetMixer::inputs_backward(Context& ctx, const ConstTensorView& input,
                                  .dv = dv,
                                  .dbeta = dbeta});
   const auto through_features = [&](const TensorView& before, const TensorView& d) {
+    if (conv_norm_width() > 0) return;
     ops::feature_map_backward(
         ctx,
         {.activation = head_activation(), .norm = config_.qk_norm, .x = before, .dy = d, .dx = d});
   };
   through_features(in.q_convolved, dq);
   through_features(in.k_convolved, dk);
-  bool accumulate = weights_.g_proj.has_value();
-  const auto through_projection = [&](const TensorView& projected, const Param& proj,
-                                      const std::optional<Param>& conv, Activation activation,
-                                      const TensorView& d) {
-    project_and_convolve_backward(ctx, input, projected, proj, conv, sequences, activation,
-                                  d.reshaped(projected.shape), dinput, accumulate, gradients);
-    accumulate = true;
-  };
-  through_projection(saved.q_projected, weights_.q_proj, weights_.q_conv1d, qk_conv_activation(),
-                     dq);
-  through_projection(saved.k_projected, weights_.k_proj, weights_.k_conv1d, qk_conv_activation(),
-                     dk);
-  through_projection(saved.v_projected, weights_.v_proj, weights_.v_conv1d, Activation::kSilu, dv);
+  projections_backward(ctx, input, sequences, saved, dq, dk, dv, dinput, gradients);
   if (!weights_.b_proj) return;
   ops::activation_backward(
       ctx, {.activation = Activation::kSigmoid, .x = saved.beta_logits, .dy = dbeta, .dx = dbeta});
@@ -297,6 +303,54 @@ void DeltaNetMixer::inputs_backward(Context& ctx, const ConstTensorView& input,
                              .dx = dinput,
                              .accumulate_dx = true,
                              .dw = gradients.of(weights_.b_proj)});
+}
+
+void DeltaNetMixer::projections_backward(Context& ctx, const ConstTensorView& input,
+                                         const Sequences& sequences, const Saved& saved,
+                                         const TensorView& dq, const TensorView& dk,
+                                         const TensorView& dv, const TensorView& dinput,
+                                         Gradients& gradients) const {
+  const std::int64_t tokens = input.shape[0];
+  bool accumulate = weights_.g_proj.has_value();
+  if (const ConstTensorView w = joined_projections(ctx); w.data != nullptr) {
+    // Gradients lie in the order of the weights, and pad no less.
+    const TensorView dq_proj = gradients.of(weights_.q_proj);
+    const TensorView dw{dq_proj.data, dq_proj.dtype, w.shape};
+    assert(joined({dq_proj, gradients.of(weights_.k_proj), gradients.of(weights_.v_proj)}).shape ==
+           w.shape);
+    ScratchScope scratch(ctx);
+    const TensorView d = scratch.like(saved.q_projected);  // [T, 2·H·K + H·V]
+    const auto through_conv = [&](const TensorView& projected, const Param& conv,
+                                  Activation activation, const TensorView& dy, std::int64_t column,
+                                  std::int64_t norm_width) {
+      convolve_backward(ctx, projected, conv, std::nullopt, sequences, activation,
+                        dy.reshaped({tokens, conv.shape[0]}), columns_of(d, column), gradients,
+                        norm_width);
+    };
+    through_conv(saved.q_projected, *weights_.q_conv1d, qk_conv_activation(), dq, 0,
+                 conv_norm_width());
+    through_conv(saved.k_projected, *weights_.k_conv1d, qk_conv_activation(), dk, config_.key_dim,
+                 conv_norm_width());
+    through_conv(saved.v_projected, *weights_.v_conv1d, Activation::kSilu, dv, 2 * config_.key_dim,
+                 0);
+    ops::linear_backward(
+        ctx, {.dy = d, .x = input, .w = w, .dx = dinput, .accumulate_dx = accumulate, .dw = dw});
+    return;
+  }
+  const auto through_projection = [&](const TensorView& projected, const Param& proj,
+                                      const std::optional<Param>& conv, Activation activation,
+                                      const TensorView& d, std::int64_t norm_width) {
+    project_and_convolve_backward(ctx, input, projected, proj, conv, sequences, activation,
+                                  d.reshaped({tokens, proj.shape[0]}), dinput, accumulate,
+                                  gradients, norm_width);
+    accumulate = true;
+  };
+  through_projection(saved.q_projected, weights_.q_proj, weights_.q_conv1d, qk_conv_activation(),
+                     dq, conv_norm_width());
+  through_projection(saved.k_projected, weights_.k_proj, weights_.k_conv1d, qk_conv_activation(),
+                     dk, conv_norm_width());
+  through_projection(saved.v_projected, weights_.v_proj, weights_.v_conv1d, Activation::kSilu, dv,
+                     0);
 }
 
 }  // namespace deltafox

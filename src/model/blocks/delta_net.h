@@ -61,7 +61,8 @@ class DeltaNetMixer {
   // What backward needs of a forward and what is costly to compute again, in the context's kept
   // memory.
   struct Saved {
-    TensorView q_projected, k_projected;  // [T, H·K] before the convolutions
+    // Before the convolutions; of joined_projections, with the rows of all three.
+    TensorView q_projected, k_projected;  // [T, H·K]
     TensorView v_projected;               // [T, H·V]
     TensorView beta_logits;               // [T, H], with b_proj
     TensorView gate;                      // [T, H·V], with g_proj
@@ -129,15 +130,25 @@ class DeltaNetMixer {
     const bool silu = config_.qk_activation == Activation::kSilu;
     return silu ? Activation::kIdentity : config_.qk_activation;
   }
+  // Channels of a head, where the convolutions of q and k take the norm with them, or 0.
+  std::int64_t conv_norm_width() const {
+    const bool both = config_.use_short_conv && head_activation() == Activation::kIdentity &&
+                      config_.qk_norm == FeatureNorm::kL2;
+    return both ? config_.key_dim / config_.num_heads : 0;
+  }
+  // q_proj, k_proj and v_proj as one matrix, where they lie so in a GPU's memory (in bfloat16,
+  // which is kept in one piece) and convolutions read what they give; else no data.
+  ConstTensorView joined_projections(const Context& ctx) const;
   // Of the convolution's state: [channels, W].
   static Shape state_shape(const Param& conv) { return {conv.shape[0], conv.shape[2]}; }
 
   // What the delta rule reads.
   struct Inputs {
-    TensorView q_convolved, k_convolved;  // [T, H, K] before the feature maps
-    TensorView q, k;                      // [T, H, K], in place of those unless for backward
-    TensorView v;                         // [T, H, V]
-    TensorView beta;                      // [T, H], with b_proj
+    TensorView q_convolved,
+        k_convolved;  // [T, H, K] before the feature maps that are by themselves
+    TensorView q, k;  // [T, H, K], in place of those unless for backward
+    TensorView v;     // [T, H, V]
+    TensorView beta;  // [T, H], with b_proj
   };
   // x [T, C] through the norm, with norm_first.
   ConstTensorView normed(Context& ctx, ScratchScope& scratch, const ConstTensorView& x) const;
@@ -154,6 +165,11 @@ class DeltaNetMixer {
   void inputs_backward(Context& ctx, const ConstTensorView& input, const Sequences& sequences,
                        const Saved& saved, const TensorView& d_o, const TensorView& dinput,
                        Gradients& gradients) const;
+  // The same, given the gradients behind the convolutions.
+  void projections_backward(Context& ctx, const ConstTensorView& input, const Sequences& sequences,
+                            const Saved& saved, const TensorView& dq, const TensorView& dk,
+                            const TensorView& dv, const TensorView& dinput,
+                            Gradients& gradients) const;
 
   Config config_;
   Weights weights_;

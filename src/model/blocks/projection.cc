@@ -39,6 +39,27 @@ TensorView rows_of(const TensorView& tensor, std::int64_t begin, std::int64_t co
   return {const_cast<void*>(rows.data), rows.dtype, rows.shape};
 }
 
+ConstTensorView joined(std::initializer_list<ConstTensorView> matrices) {
+  ConstTensorView all = *matrices.begin();
+  std::int64_t rows = 0;
+  for (const ConstTensorView& matrix : matrices) {
+    const Shape before{rows, all.shape[1]};
+    const auto* const end = static_cast<const std::byte*>(all.data) + bytes_of(all.dtype, before);
+    if (matrix.dtype != all.dtype || matrix.shape[1] != all.shape[1] || matrix.data != end) {
+      return {};
+    }
+    rows += matrix.shape[0];
+  }
+  all.shape = {rows, all.shape[1]};
+  return all;
+}
+
+TensorView columns_of(const TensorView& tensor, std::int64_t begin) {
+  return {static_cast<std::byte*>(tensor.data) +
+              static_cast<std::size_t>(begin) * size_of(tensor.dtype),
+          tensor.dtype, tensor.shape};
+}
+
 TensorView copy_of(Context& ctx, ScratchScope& scratch, const ConstTensorView& from) {
   const TensorView to = scratch.tensor(from.shape, from.dtype);
   ctx.copy(to.data, from.data, static_cast<std::size_t>(from.shape.size()) * size_of(from.dtype));
@@ -77,14 +98,16 @@ void add_output(Context& ctx, const ConstTensorView& y, const Param& w, const Co
 
 TensorView convolve(Context& ctx, ScratchScope& scratch, const ConstTensorView& x,
                     const Param& conv, const ConstTensorView& bias, const Sequences& sequences,
-                    std::span<float* const> states, Activation activation) {
-  const TensorView y = scratch.tensor(x.shape, x.dtype);
+                    std::span<float* const> states, Activation activation,
+                    std::int64_t norm_width) {
+  const TensorView y = scratch.tensor({x.shape[0], conv.shape[0]}, x.dtype);
   ops::short_conv(ctx, {.x = x,
                         .w = conv.value.reshaped({conv.shape[0], conv.shape[2]}),
                         .bias = bias,
                         .sequences = sequences,
                         .states = states,
                         .activation = activation,
+                        .norm_width = norm_width,
                         .y = y});
   return y;
 }
@@ -107,7 +130,7 @@ TensorView project_and_convolve(Context& ctx, ScratchScope& scratch, const Const
 void convolve_backward(Context& ctx, const ConstTensorView& x, const Param& conv,
                        const std::optional<Param>& bias, const Sequences& sequences,
                        Activation activation, const TensorView& dy, const TensorView& dx,
-                       Gradients& gradients) {
+                       Gradients& gradients, std::int64_t norm_width) {
   const Shape taps{conv.shape[0], conv.shape[2]};
   const TensorView dw = gradients.of(conv);
   ops::short_conv_backward(ctx, {.x = x,
@@ -115,6 +138,7 @@ void convolve_backward(Context& ctx, const ConstTensorView& x, const Param& conv
                                  .bias = value_of(bias),
                                  .sequences = sequences,
                                  .activation = activation,
+                                 .norm_width = norm_width,
                                  .dy = dy,
                                  .dx = dx,
                                  .dw = dw.reshaped(taps),
@@ -125,13 +149,14 @@ void project_and_convolve_backward(Context& ctx, const ConstTensorView& x,
                                    const ConstTensorView& projected, const Param& proj,
                                    const std::optional<Param>& conv, const Sequences& sequences,
                                    Activation activation, const TensorView& dy,
-                                   const TensorView& dx, bool accumulate_dx, Gradients& gradients) {
+                                   const TensorView& dx, bool accumulate_dx, Gradients& gradients,
+                                   std::int64_t norm_width) {
   ScratchScope scratch(ctx);
   TensorView dprojected = dy;  // [T, N]
   if (conv) {
     dprojected = scratch.like(dy);
     convolve_backward(ctx, projected, *conv, std::nullopt, sequences, activation, dy, dprojected,
-                      gradients);
+                      gradients, norm_width);
   } else if (activation != Activation::kIdentity) {
     ops::activation_backward(ctx, {.activation = activation, .x = projected, .dy = dy, .dx = dy});
   }

@@ -2,6 +2,7 @@
 // convolution, and how the official code initialises them.
 #pragma once
 
+#include <initializer_list>
 #include <optional>
 #include <span>
 
@@ -27,6 +28,12 @@ Param depthwise_convolution(std::int64_t channels, std::int64_t width);
 // Rows [begin, begin + count) of a matrix, or as many elements of a vector.
 ConstTensorView rows_of(const ConstTensorView& tensor, std::int64_t begin, std::int64_t count);
 TensorView rows_of(const TensorView& tensor, std::int64_t begin, std::int64_t count);
+
+// The matrices one below the other as one, where they lie so in memory; else no data.
+ConstTensorView joined(std::initializer_list<ConstTensorView> matrices);
+
+// A view that begins at a column of each row and has the rows of the whole.
+TensorView columns_of(const TensorView& tensor, std::int64_t begin);
 
 // No data for a weight that a block lacks.
 inline ConstTensorView value_of(const std::optional<Param>& param) {
@@ -69,10 +76,11 @@ TensorView project(Context& ctx, ScratchScope& scratch, const ConstTensorView& x
 void add_output(Context& ctx, const ConstTensorView& y, const Param& w, const ConstTensorView& bias,
                 const ConstTensorView& residual, const TensorView& hidden);
 
-// y [T, N] = act(conv(x [T, N])), in scratch memory
+// y [T, N] = act(conv(x [T, N])), in scratch memory; with norm_width see ops/short_conv.h
 TensorView convolve(Context& ctx, ScratchScope& scratch, const ConstTensorView& x,
                     const Param& conv, const ConstTensorView& bias, const Sequences& sequences,
-                    std::span<float* const> states, Activation activation);
+                    std::span<float* const> states, Activation activation,
+                    std::int64_t norm_width = 0);
 
 // y [T, N] = act(conv(x [T, C] wᵀ)), or act(x wᵀ) without a convolution, in scratch memory.
 // `projected` receives x wᵀ, which backward needs.
@@ -86,7 +94,7 @@ TensorView project_and_convolve(Context& ctx, ScratchScope& scratch, const Const
 void convolve_backward(Context& ctx, const ConstTensorView& x, const Param& conv,
                        const std::optional<Param>& bias, const Sequences& sequences,
                        Activation activation, const TensorView& dy, const TensorView& dx,
-                       Gradients& gradients);
+                       Gradients& gradients, std::int64_t norm_width = 0);
 
 // Of project_and_convolve over whole sequences: dx [T, C] = or +=, given dy [T, N], which it
 // overwrites.
@@ -94,6 +102,7 @@ void project_and_convolve_backward(Context& ctx, const ConstTensorView& x,
                                    const ConstTensorView& projected, const Param& proj,
                                    const std::optional<Param>& conv, const Sequences& sequences,
                                    Activation activation, const TensorView& dy,
-                                   const TensorView& dx, bool accumulate_dx, Gradients& gradients);
+                                   const TensorView& dx, bool accumulate_dx, Gradients& gradients,
+                                   std::int64_t norm_width = 0);
 
 }  // namespace deltafox
