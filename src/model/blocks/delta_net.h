@@ -82,14 +82,14 @@ class DeltaNetMixer {
                std::span<State* const> states, const TensorView& hidden,
                Saved* saved = nullptr) const;
 
-  // Of whole sequences, given dy [T, C], the gradient of what forward added: dx [T, C] =, or with
-  // norm_first +=, and then dx may be dy.
   // The fused way of a GPU for one token of each of a few sequences: hidden [B, C] +=
   // mixer(rms_norm(hidden) with the weight `norm` and `eps`).
   bool has_step() const;
   void step(Context& ctx, const ConstTensorView& norm, float eps, std::span<State* const> states,
             const TensorView& hidden) const;
 
+  // Of whole sequences, given dy [T, C], the gradient of what forward added: dx [T, C] =, or with
+  // norm_first +=, and then dx may be dy.
   void backward(Context& ctx, const ConstTensorView& x, const Sequences& sequences,
                 const Saved& saved, const TensorView& dy, const TensorView& dx,
                 Gradients& gradients) const;
@@ -123,6 +123,10 @@ class DeltaNetMixer {
     const bool silu = config_.qk_activation == Activation::kSilu;
     return silu ? Activation::kIdentity : config_.qk_activation;
   }
+  // From the normed input to what o_proj reads, by the passes of ops/delta_mixer.h.
+  bool has_fused(const Context& ctx) const;
+  TensorView fused(Context& ctx, ScratchScope& scratch, const ConstTensorView& input,
+                   const Sequences& sequences, std::span<State* const> states) const;
   // From the gradient of the delta rule's output to those of its inputs and of x's normed rows.
   void backward_inputs(Context& ctx, const Sequences& sequences, const Saved& saved,
                        const TensorView& d_o, const TensorView& dinput, bool accumulate_dinput,
