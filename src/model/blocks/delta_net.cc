@@ -1,8 +1,10 @@
 #include "model/blocks/delta_net.h"
 
 #include <array>
+#include <bit>
 
 #include "model/blocks/projection.h"
+#include "ops/delta_mixer.h"
 #include "ops/delta_rule.h"
 #include "ops/linear.h"
 #include "ops/rms_norm.h"
@@ -117,6 +119,10 @@ void DeltaNetMixer::forward(Context& ctx, const ConstTensorView& x, const Sequen
   ScratchScope kept_scratch(ctx, saved != nullptr);
   ScratchScope scratch(ctx);
   const ConstTensorView input = normed(ctx, scratch, x);  // [T, C]
+  if (saved == nullptr && has_fused(ctx)) {
+    return add_output(ctx, fused(ctx, scratch, input, sequences, states), weights_.o_proj, {},
+                      residual, hidden);
+  }
   const auto projected = [&](const Param& proj) {
     return project(ctx, kept_scratch, input, proj.value);
   };
@@ -146,6 +152,83 @@ void DeltaNetMixer::forward(Context& ctx, const ConstTensorView& x, const Sequen
     add_output(ctx, output(ctx, scratch, kept), weights_.o_proj, {}, residual, hidden);
   }
   if (saved != nullptr) *saved = kept;
+}
+
+bool DeltaNetMixer::has_fused(const Context& ctx) const {
+  const auto keys = static_cast<std::uint64_t>(config_.key_dim / config_.num_heads);
+  return ctx.device() == Device::kCuda && weights_.q_conv1d && weights_.b_proj &&
+         config_.conv_size == kDeltaConvWidth && config_.qk_activation == Activation::kSilu &&
+         config_.qk_norm == FeatureNorm::kL2 && config_.key_dim == config_.value_dim && keys >= 8 &&
+         keys <= 256 && std::has_single_bit(keys) &&
+         joined({&weights_.q_proj, &weights_.k_proj, &weights_.v_proj}).data != nullptr;
+}
+
+TensorView DeltaNetMixer::fused(Context& ctx, ScratchScope& scratch, const ConstTensorView& input,
+                                const Sequences& sequences, std::span<State* const> states) const {
+  const std::int64_t tokens = input.shape[0];
+  const std::int64_t heads = config_.num_heads;
+  const std::int64_t values = config_.value_dim / heads;
+  const TensorView projected =
+      project(ctx, scratch, input,
+              joined({&weights_.q_proj, &weights_.k_proj, &weights_.v_proj}));  // [T, 3·H·K]
+  const TensorView beta =
+      project(ctx, scratch, input, weights_.b_proj->value, {}, DType::kF32);  // [T, H]
+  const auto taps = [](const Param& conv) {
+    return conv.value.reshaped({conv.shape[0], conv.shape[2]});
+  };
+  const auto conv_states = [&](Tensor State::*state, const Param& conv) {
+    return state_pointers(ctx, scratch, sequences, states, state, state_shape(conv));
+  };
+  const DeltaConvolutions convolutions{
+      .q = taps(*weights_.q_conv1d),
+      .k = taps(*weights_.k_conv1d),
+      .v = taps(*weights_.v_conv1d),
+      .q_states = conv_states(&State::q_conv, *weights_.q_conv1d),
+      .k_states = conv_states(&State::k_conv, *weights_.k_conv1d),
+      .v_states = conv_states(&State::v_conv, *weights_.v_conv1d),
+  };
+  const std::span<float* const> recurrent =
+      state_pointers(ctx, scratch, sequences, states, &State::recurrent, {heads, values, values});
+  const TensorView o = scratch.activation({tokens, config_.value_dim});  // [T, H·V]
+  const Shape of_heads{tokens, heads, values};
+  const Shape rows{tokens * heads, values};
+  const bool single = tokens == sequences.count() && values == kDeltaTokenHead;
+  if (single && !weights_.g_proj) {
+    ops::delta_token(ctx, {.projected = projected,
+                           .convolutions = convolutions,
+                           .beta = beta,
+                           .states = recurrent,
+                           .norm = weights_.o_norm.value,
+                           .norm_eps = config_.norm_eps,
+                           .o = o});
+    return o;
+  }
+  const TensorView q = scratch.activation(of_heads);  // [T, H, K]
+  const TensorView k = scratch.activation(of_heads);  // [T, H, K]
+  const TensorView v = scratch.activation(of_heads);  // [T, H, V]
+  ops::delta_inputs(ctx, {.projected = projected,
+                          .convolutions = convolutions,
+                          .sequences = sequences,
+                          .beta = beta,
+                          .q = q,
+                          .k = k,
+                          .v = v});
+  ops::delta_rule(ctx, {.q = q,
+                        .k = k,
+                        .v = v,
+                        .beta = beta,
+                        .sequences = sequences,
+                        .states = recurrent,
+                        .o = o.reshaped(of_heads)});
+  TensorView gate;  // [T, H·V]
+  if (weights_.g_proj) gate = project(ctx, scratch, input, weights_.g_proj->value);
+  ops::rms_norm(ctx, {.x = o.reshaped(rows),
+                      .w = weights_.o_norm.value,
+                      .gate = weights_.g_proj ? gate.reshaped(rows) : TensorView{},
+                      .gate_activation = Activation::kSilu,
+                      .y = o.reshaped(rows),
+                      .eps = config_.norm_eps});
+  return o;
 }
 
 bool DeltaNetMixer::has_step() const {

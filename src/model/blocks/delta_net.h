@@ -133,6 +133,10 @@ class DeltaNetMixer {
     TensorView v;                         // [T, H, V]
     TensorView beta;                      // [T, H], with b_proj
   };
+  // From the normed input to what o_proj reads, by the passes of ops/delta_mixer.h.
+  bool has_fused(const Context& ctx) const;
+  TensorView fused(Context& ctx, ScratchScope& scratch, const ConstTensorView& input,
+                   const Sequences& sequences, std::span<State* const> states) const;
   // x [T, C] through the norm, with norm_first.
   ConstTensorView normed(Context& ctx, ScratchScope& scratch, const ConstTensorView& x) const;
   // From the projections in `saved`.

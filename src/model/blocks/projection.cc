@@ -39,6 +39,23 @@ TensorView rows_of(const TensorView& tensor, std::int64_t begin, std::int64_t co
   return {const_cast<void*>(rows.data), rows.dtype, rows.shape};
 }
 
+ConstTensorView joined(std::initializer_list<const Param*> matrices) {
+  ConstTensorView all = (*matrices.begin())->value;
+  const std::int64_t columns = all.shape[1];
+  std::int64_t rows = 0;
+  for (const Param* matrix : matrices) {
+    const ConstTensorView& value = matrix->value;
+    const std::size_t before = rows == 0 ? 0 : bytes_of(all.dtype, {rows, columns});
+    if (value.dtype != all.dtype || value.shape[1] != columns ||
+        value.data != static_cast<const std::byte*>(all.data) + before) {
+      return {};
+    }
+    rows += value.shape[0];
+  }
+  all.shape = {rows, columns};
+  return all;
+}
+
 TensorView copy_of(Context& ctx, ScratchScope& scratch, const ConstTensorView& from) {
   const TensorView to = scratch.tensor(from.shape, from.dtype);
   ctx.copy(to.data, from.data, static_cast<std::size_t>(from.shape.size()) * size_of(from.dtype));

@@ -2,6 +2,7 @@
 // convolution, and how the official code initialises them.
 #pragma once
 
+#include <initializer_list>
 #include <optional>
 #include <span>
 
@@ -27,6 +28,9 @@ Param depthwise_convolution(std::int64_t channels, std::int64_t width);
 // Rows [begin, begin + count) of a matrix, or as many elements of a vector.
 ConstTensorView rows_of(const ConstTensorView& tensor, std::int64_t begin, std::int64_t count);
 TensorView rows_of(const TensorView& tensor, std::int64_t begin, std::int64_t count);
+
+// The matrices one below the other as one, where they lie so in memory; else no data.
+ConstTensorView joined(std::initializer_list<const Param*> matrices);
 
 // No data for a weight that a block lacks.
 inline ConstTensorView value_of(const std::optional<Param>& param) {
