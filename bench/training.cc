@@ -3,11 +3,12 @@
 // medians of the runs, and memory. On a CPU in float32 beside the peak of the machine's float32
 // arithmetic, on a GPU as with bf16-mixed.
 //
-//   bench_training [MODEL [TOKENS [RUNS [THREADS]]]] [recompute] [cuda] [float32] [ops]
-//   [sequences=N]
+//   bench_training [MODEL [TOKENS [RUNS [THREADS]]]] [recompute] [cuda] [float32] [ops] [products]
+//                  [sequences=N]
 //
 // sequences: TOKENS fall into N of one length. ops: one step more, with the time of each op, on a
-// GPU with a wait behind each.
+// GPU with a wait behind each. products, on a GPU: FLOP/s of the products with each shape of
+// weights.
 #include <fmt/format.h>
 
 #include <algorithm>
@@ -20,6 +21,7 @@
 #include "core/op_times.h"
 #include "model/gradients.h"
 #include "model/registry.h"
+#include "ops/linear.h"
 #include "ops/peak_rate.h"
 #include "train/parameters.h"
 
@@ -36,6 +38,7 @@ struct Options {
   DType dtype = DType::kBF16;  // of a GPU's products
   bool recompute = false;
   bool ops = false;
+  bool products = false;
 };
 
 double seconds_since(std::chrono::steady_clock::time_point begin) {
@@ -107,6 +110,50 @@ nlohmann::ordered_json op_times(Training& training) {
   return report;
 }
 
+// Of y = x wᵀ, of the same added to a float32 stream, and of both gradients.
+nlohmann::ordered_json product_rates(Training& training, std::int64_t tokens) {
+  constexpr int kRuns = 10;
+  Context& ctx = training.ctx();
+  nlohmann::ordered_json report = nlohmann::ordered_json::array();
+  std::vector<Shape> seen;
+  for (const train::Parameters::Entry& entry : training.parameters().entries()) {
+    const Shape shape = entry.param->shape;  // [N, K]
+    if (!entry.param->is_matrix || std::find(seen.begin(), seen.end(), shape) != seen.end())
+      continue;
+    seen.push_back(shape);
+    ScratchScope scratch(ctx);
+    const ConstTensorView w = entry.param->value;
+    const TensorView x = scratch.activation({tokens, shape[1]});
+    const TensorView y = scratch.activation({tokens, (shape[0] + 7) / 8 * 8});
+    const TensorView stream = scratch.tensor({tokens, shape[0]});
+    const TensorView dw = scratch.tensor(shape);
+    ctx.zero(x.data, bytes_of(x.dtype, x.shape));
+    ctx.zero(y.data, bytes_of(y.dtype, y.shape));
+    const auto rate = [&](const auto& product) {
+      product();
+      ctx.synchronize();
+      const auto begin = std::chrono::steady_clock::now();
+      for (int r = 0; r < kRuns; ++r) product();
+      ctx.synchronize();
+      return 2.0 * static_cast<double>(shape.size() * tokens) * kRuns / seconds_since(begin);
+    };
+    const auto forward = [&](const TensorView& to, bool accumulate) {
+      return rate([&] { ops::linear(ctx, {.x = x, .w = w, .y = to, .accumulate = accumulate}); });
+    };
+    const auto backward = [&](const TensorView& dx, const TensorView& d_weight) {
+      return rate(
+          [&] { ops::linear_backward(ctx, {.dy = y, .x = x, .w = w, .dx = dx, .dw = d_weight}); });
+    };
+    report.push_back({{"parameter", entry.name},
+                      {"shape", {shape[0], shape[1]}},
+                      {"forward", forward(y, false)},
+                      {"forward_added", forward(stream, true)},
+                      {"dx", backward(x, {})},
+                      {"dw", backward({}, dw)}});
+  }
+  return report;
+}
+
 void run(const Options& options) {
   Training training(options);
   const bool on_gpu = options.device == Device::kCuda;
@@ -160,6 +207,7 @@ void run(const Options& options) {
     report["share_of_each"] = shares;
   }
   if (options.ops) report["ops"] = op_times(training);
+  if (options.products && on_gpu) report["products"] = product_rates(training, options.tokens);
   fmt::print("{}\n", report.dump(2));
 }
 
@@ -181,6 +229,8 @@ Options parse(std::span<char*> arguments) {
       options.dtype = DType::kF32;
     } else if (argument == "ops") {
       options.ops = true;
+    } else if (argument == "products") {
+      options.products = true;
     } else if (argument.starts_with("sequences=")) {
       options.sequences = number(argument.substr(argument.find('=') + 1), 1);
     } else if (const int at = place++; at == 0) {

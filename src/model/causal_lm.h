@@ -151,8 +151,7 @@ class CausalLM {
                      const TensorView& in, const TensorView& out, LayerSaved* saved) const;
   // dhidden: the gradient of what the layer left behind becomes that of what it read.
   void backward_layer(Context& ctx, const Layer& layer, const Sequences& sequences,
-                      const LayerSaved& saved, const StreamGradient& dhidden,
-                      Gradients& gradients) const;
+                      LayerSaved& saved, const StreamGradient& dhidden, Gradients& gradients) const;
   // loss [T], and dhidden = the gradient of what the last layer left behind.
   void head_backward(Context& ctx, const TensorView& hidden, std::span<const std::int32_t> labels,
                      float scale, std::span<float> loss, const StreamGradient& dhidden,

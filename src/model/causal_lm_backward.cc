@@ -80,16 +80,16 @@ void CausalLM::forward_layer(Context& ctx, const Layer& layer, const Sequences& 
 }
 
 void CausalLM::backward_layer(Context& ctx, const Layer& layer, const Sequences& sequences,
-                              const LayerSaved& saved, const StreamGradient& dhidden,
+                              LayerSaved& saved, const StreamGradient& dhidden,
                               Gradients& gradients) const {
   // backward(x, dy, dx) of what read the stream through a norm; or, with the norm inside, adds to
   // dhidden itself.
   const auto through = [&](const std::optional<Param>& norm, const TensorView& stream,
                            const auto& backward) {
     if (!norm) return backward(stream, dhidden.exact, dhidden.exact);
-    ScratchScope scratch(ctx);
-    const ConstTensorView x = layer_input(ctx, scratch, norm, stream);  // [T, C]
-    const TensorView dx = scratch.activation(stream.shape);             // [T, C]
+    ScratchScope norm_scratch(ctx);
+    const ConstTensorView x = layer_input(ctx, norm_scratch, norm, stream);  // [T, C]
+    const TensorView dx = norm_scratch.activation(stream.shape);             // [T, C]
     backward(x, dhidden.rounded.data != nullptr ? dhidden.rounded : dhidden.exact, dx);
     ops::rms_norm_backward(ctx, {.x = stream,
                                  .w = norm->value,
@@ -100,14 +100,18 @@ void CausalLM::backward_layer(Context& ctx, const Layer& layer, const Sequences&
                                  .rounded = dhidden.rounded,
                                  .dw = gradients.of(norm)});
   };
-  if (layer.mlp) {
-    ScratchScope scratch(ctx);
-    const TensorView between = scratch.tensor(saved.stream.shape);  // [T, C]
+  ScratchScope scratch(ctx);
+  const auto with_mixer = [&](const auto& f) {
     std::visit(
-        [&]<typename M>(const M& mixer) {
-          mixer.add_again(ctx, std::get<typename M::Saved>(saved.mixer), saved.stream, between);
-        },
+        [&]<typename M>(const M& mixer) { f(mixer, std::get<typename M::Saved>(saved.mixer)); },
         layer.mixer);
+  };
+  with_mixer([&](const auto& mixer, auto& kept) { mixer.restore_output(ctx, scratch, kept); });
+  if (layer.mlp) {
+    ScratchScope mlp_scratch(ctx);
+    const TensorView between = mlp_scratch.tensor(saved.stream.shape);  // [T, C]
+    with_mixer(
+        [&](const auto& mixer, auto& kept) { mixer.add_again(ctx, kept, saved.stream, between); });
     through(layer.mlp_norm, between,
             [&](const ConstTensorView& x, const TensorView& dy, const TensorView& dx) {
               layer.mlp->backward(ctx, x, saved.mlp, dy, dx, gradients);
@@ -115,12 +119,9 @@ void CausalLM::backward_layer(Context& ctx, const Layer& layer, const Sequences&
   }
   through(layer.mixer_norm, saved.stream,
           [&](const ConstTensorView& x, const TensorView& dy, const TensorView& dx) {
-            std::visit(
-                [&]<typename M>(const M& mixer) {
-                  mixer.backward(ctx, x, sequences, std::get<typename M::Saved>(saved.mixer), dy,
-                                 dx, gradients);
-                },
-                layer.mixer);
+            with_mixer([&](const auto& mixer, auto& kept) {
+              mixer.backward(ctx, x, sequences, kept, dy, dx, gradients);
+            });
           });
 }
 

@@ -169,7 +169,7 @@ std::span<const float> AttentionMixer::score_bounds(ScratchScope& scratch) const
 void AttentionMixer::attend(Context& ctx, const TensorView& q, const TensorView& k,
                             const TensorView& v, const TensorView& gates,
                             const Sequences& sequences, std::span<State* const> states,
-                            const TensorView& o) const {
+                            const TensorView& o, const TensorView& lse) const {
   ScratchScope scratch(ctx);
   const std::span<KvCache*> caches = scratch.array<KvCache*>(sequences.count());
   const std::span<std::int64_t> positions = scratch.array<std::int64_t>(sequences.count());
@@ -192,8 +192,29 @@ void AttentionMixer::attend(Context& ctx, const TensorView& q, const TensorView&
                                   .caches = caches,
                                   .log_pruning_tolerance = config_.log_pruning_tolerance,
                                   .score_bounds = score_bounds(scratch),
-                                  .o = o});
+                                  .o = o,
+                                  .lse = lse});
   for (KvCache* cache : caches) cache->drop_unseen();
+}
+
+TensorView AttentionMixer::output(Context& ctx, ScratchScope& scratch, const Saved& saved) const {
+  const TensorView& o = saved.o;
+  const Shape flat{o.shape[0], o.shape[1] * o.shape[2]};
+  if (weights_.output_norm) {
+    const TensorView y = scratch.like(o);
+    const Shape rows{o.shape[0] * o.shape[1], o.shape[2]};
+    ops::rms_norm(ctx, {.x = o.reshaped(rows),
+                        .w = weights_.output_norm->value,
+                        .gate = weights_.ogate_proj ? saved.gate.reshaped(rows) : TensorView{},
+                        .gate_activation = config_.output_gate_activation,
+                        .y = y.reshaped(rows),
+                        .eps = config_.norm_eps});
+    return y.reshaped(flat);
+  }
+  if (!weights_.ogate_proj) return o.reshaped(flat);
+  const TensorView y = copy_of(ctx, scratch, o.reshaped(flat));
+  ops::gate(ctx, {.activation = config_.output_gate_activation, .gate = saved.gate, .x = y});
+  return y;
 }
 
 void AttentionMixer::forward(Context& ctx, const ConstTensorView& x, const Sequences& sequences,
@@ -226,34 +247,25 @@ void AttentionMixer::forward(Context& ctx, const ConstTensorView& x, const Seque
 
   const TensorView o = scratch.activation(q.shape);  // [T, H, D]
   const TensorView gates = log_gates(ctx, scratch, x);
-  attend(ctx, q, k, v, gates, sequences, states, o);
+  // The CPU's backward finds it again.
+  const bool keeps_lse = saved != nullptr && ctx.device() == Device::kCuda;
+  if (keeps_lse) kept.lse = scratch.tensor({tokens, heads});
+  attend(ctx, q, k, v, gates, sequences, states, o, kept.lse);
 
   TensorView gate;  // [T, H·D]
   if (weights_.ogate_proj) {
     gate = scratch.activation({tokens, width});
     ops::linear(ctx, {.x = x, .w = weights_.ogate_proj->value, .y = gate});
   }
-  kept.o = keep(o);
-  const TensorView output = o.reshaped({tokens, width});
-  if (weights_.output_norm) {
-    const Shape rows{tokens * heads, config_.head_dim};
-    ops::rms_norm(ctx, {.x = o.reshaped(rows),
-                        .w = weights_.output_norm->value,
-                        .gate = weights_.ogate_proj ? gate.reshaped(rows) : TensorView{},
-                        .gate_activation = config_.output_gate_activation,
-                        .y = o.reshaped(rows),
-                        .eps = config_.norm_eps});
-  } else if (weights_.ogate_proj) {
-    ops::gate(ctx, {.activation = config_.output_gate_activation, .gate = gate, .x = output});
-  }
-  add_output(ctx, output, weights_.o_proj, {}, residual, hidden);
+  kept.o = o;
+  kept.gate = gate;
+  ScratchScope output_scratch(ctx);
+  add_output(ctx, output(ctx, output_scratch, kept), weights_.o_proj, {}, residual, hidden);
   if (saved == nullptr) return;
   kept.q = q;
   kept.k = k;
   kept.v = v;
   kept.log_gates = gates;
-  kept.gate = gate;
-  kept.output = output;
   *saved = kept;
 }
 
@@ -307,6 +319,7 @@ void AttentionMixer::attend_backward(Context& ctx, const Sequences& sequences, c
                                            .log_pruning_tolerance = config_.log_pruning_tolerance,
                                            .score_bounds = score_bounds(scratch),
                                            .o = saved.o,
+                                           .lse = saved.lse,
                                            .d_o = d_o,
                                            .dq = dq,
                                            .dk = dk,

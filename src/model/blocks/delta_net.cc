@@ -281,8 +281,7 @@ void DeltaNetMixer::step(Context& ctx, const ConstTensorView& norm, float eps,
 
 void DeltaNetMixer::add_again(Context& ctx, const Saved& saved, const ConstTensorView& residual,
                               const TensorView& hidden) const {
-  ScratchScope scratch(ctx);
-  add_output(ctx, output(ctx, scratch, saved), weights_.o_proj, {}, residual, hidden);
+  add_output(ctx, saved.output, weights_.o_proj, {}, residual, hidden);
 }
 
 void DeltaNetMixer::backward(Context& ctx, const ConstTensorView& x, const Sequences& sequences,
@@ -315,12 +314,10 @@ void DeltaNetMixer::backward(Context& ctx, const ConstTensorView& x, const Seque
 void DeltaNetMixer::output_backward(Context& ctx, const Saved& saved, const TensorView& dy,
                                     const TensorView& d_o, const TensorView& dgate,
                                     Gradients& gradients) const {
-  ScratchScope scratch(ctx);
-  const TensorView x = output(ctx, scratch, saved);  // [T, H·V]
   ops::linear_backward(ctx, {.dy = dy,
-                             .x = x,
+                             .x = saved.output,
                              .w = weights_.o_proj.value,
-                             .dx = d_o.reshaped(x.shape),
+                             .dx = d_o.reshaped(saved.output.shape),
                              .dw = gradients.of(weights_.o_proj)});
   const Shape rows{d_o.shape[0] * d_o.shape[1], d_o.shape[2]};
   ops::rms_norm_backward(ctx, {.x = saved.o.reshaped(rows),

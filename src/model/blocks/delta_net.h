@@ -66,6 +66,7 @@ class DeltaNetMixer {
     TensorView beta_logits;               // [T, H], with b_proj
     TensorView gate;                      // [T, H·V], with g_proj
     TensorView o;                         // [T, H, V] before the norm
+    TensorView output;                    // [T, H·V] what o_proj reads; see restore_output
   };
 
   explicit DeltaNetMixer(const Config& config);
@@ -84,12 +85,17 @@ class DeltaNetMixer {
   void step(Context& ctx, const ConstTensorView& norm, float eps, std::span<State* const> states,
             const TensorView& hidden) const;
 
-  // hidden [T, C] = residual [T, C] + what forward added: the last product of forward once more.
+  // saved.output, which forward does not keep, in scratch memory.
+  void restore_output(Context& ctx, ScratchScope& scratch, Saved& saved) const {
+    saved.output = output(ctx, scratch, saved);
+  }
+  // hidden [T, C] = residual [T, C] + what forward added: its last product once more, after
+  // restore_output.
   void add_again(Context& ctx, const Saved& saved, const ConstTensorView& residual,
                  const TensorView& hidden) const;
 
-  // Of whole sequences, given dy [T, C], the gradient of what forward added: dx [T, C] =, or with
-  // norm_first +=, and then dx may be dy.
+  // Of whole sequences, after restore_output, given dy [T, C], the gradient of what forward added:
+  // dx [T, C] =, or with norm_first +=, and then dx may be dy.
   void backward(Context& ctx, const ConstTensorView& x, const Sequences& sequences,
                 const Saved& saved, const TensorView& dy, const TensorView& dx,
                 Gradients& gradients) const;

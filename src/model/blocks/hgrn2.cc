@@ -42,6 +42,13 @@ Hgrn2Mixer::State Hgrn2Mixer::new_state(Device device, DType /*activation_dtype*
   return state;
 }
 
+TensorView Hgrn2Mixer::output(Context& ctx, ScratchScope& scratch, const Saved& saved) const {
+  const TensorView y = scratch.like(saved.o);
+  ops::rms_norm(ctx,
+                {.x = saved.o, .w = value_of(weights_.g_norm), .y = y, .eps = config_.norm_eps});
+  return y;
+}
+
 void Hgrn2Mixer::forward(Context& ctx, const ConstTensorView& x, const Sequences& sequences,
                          std::span<State* const> states, const TensorView& hidden, Saved* saved,
                          const ConstTensorView& residual) const {
@@ -81,18 +88,14 @@ void Hgrn2Mixer::forward(Context& ctx, const ConstTensorView& x, const Sequences
                  .states = state_pointers(ctx, state_scratch, sequences, states, &State::recurrent,
                                           {config_.num_heads, keys[2], values[2]}),
                  .o = o});
-  const TensorView rows = o.reshaped(hidden.shape);  // [T, C]
-  const TensorView output = saved != nullptr ? scratch.activation(rows.shape) : rows;
-  ops::rms_norm(ctx,
-                {.x = rows, .w = value_of(weights_.g_norm), .y = output, .eps = config_.norm_eps});
-  add_output(ctx, output, weights_.o_proj, {}, residual, hidden);
+  kept.o = o.reshaped({tokens, config_.hidden_size});
+  ScratchScope output_scratch(ctx);
+  add_output(ctx, output(ctx, output_scratch, kept), weights_.o_proj, {}, residual, hidden);
   if (saved == nullptr) return;
   kept.q = q;
   kept.g = g;
   kept.k = k;
   kept.v = v;
-  kept.o = rows;
-  kept.output = output;
   *saved = kept;
 }
 

@@ -41,6 +41,19 @@ Mamba2Mixer::State Mamba2Mixer::new_state(Device device, DType /*activation_dtyp
                         device)};
 }
 
+TensorView Mamba2Mixer::output(Context& ctx, ScratchScope& scratch, const Saved& saved) const {
+  const TensorView y = scratch.like(saved.y);
+  const Shape groups{saved.z.shape[0] * config_.num_groups, config_.inner() / config_.num_groups};
+  ops::rms_norm(ctx, {.x = saved.y.reshaped(groups),
+                      .w = weights_.norm.value,
+                      .gate = saved.z.reshaped(groups),
+                      .gate_activation = Activation::kSilu,
+                      .gate_first = true,
+                      .y = y.reshaped(groups),
+                      .eps = config_.norm_eps});
+  return y.reshaped(saved.z.shape);
+}
+
 void Mamba2Mixer::forward(Context& ctx, const ConstTensorView& x, const Sequences& sequences,
                           std::span<State* const> states, const TensorView& hidden, Saved* saved,
                           const ConstTensorView& residual) const {
@@ -79,19 +92,11 @@ void Mamba2Mixer::forward(Context& ctx, const ConstTensorView& x, const Sequence
             .states = state_pointers(ctx, state_scratch, sequences, states, &State::ssm,
                                      {config_.num_heads, config_.state_size, config_.head_dim}),
             .y = y});
-  const Shape groups{tokens * config_.num_groups, inner / config_.num_groups};
-  const TensorView output = saved != nullptr ? scratch.activation(y.shape) : y;
-  ops::rms_norm(ctx, {.x = y.reshaped(groups),
-                      .w = weights_.norm.value,
-                      .gate = z.reshaped(groups),
-                      .gate_activation = Activation::kSilu,
-                      .gate_first = true,
-                      .y = output.reshaped(groups),
-                      .eps = config_.norm_eps});
-  const TensorView output_rows = output.reshaped({tokens, inner});
-  add_output(ctx, output_rows, weights_.out_proj, value_of(weights_.out_bias), residual, hidden);
-  if (saved == nullptr) return;
-  *saved = {.z = z, .inputs = inputs, .xbc = xbc, .dt = dt, .y = y, .output = output_rows};
+  const Saved kept{.z = z, .inputs = inputs, .xbc = xbc, .dt = dt, .y = y, .output = {}};
+  ScratchScope output_scratch(ctx);
+  add_output(ctx, output(ctx, output_scratch, kept), weights_.out_proj, value_of(weights_.out_bias),
+             residual, hidden);
+  if (saved != nullptr) *saved = kept;
 }
 
 void Mamba2Mixer::add_again(Context& ctx, const Saved& saved, const ConstTensorView& residual,
