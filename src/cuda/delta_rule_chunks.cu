@@ -617,6 +617,20 @@ bool delta_rule_chunks_fit(const DeltaRuleProblem& problem) {
          problem.key_dim <= 128;
 }
 
+int delta_rule_segments_of(const DeltaRuleProblem& problem, int length, int tokens_bucket,
+                           int multiprocessors) {
+  constexpr int kLeastChunks = 5;    // of a segment; a map costs what walking some chunks does
+  constexpr int kLeastSegments = 3;  // two walks cost twice one
+  const int chunks = chunks_of(length);
+  if (problem.value_dim > kValues || card().shared_bytes < JoinLayout<128, 2>::kBytes) return 1;
+  // As many as fill the card if the batch has the fewest chunks of its bucket.
+  const int chunks_of_batch = std::max(1, tokens_bucket / 2 / kChunk);
+  const int fill = static_cast<int>(static_cast<std::int64_t>(chunks) * multiprocessors /
+                                    (static_cast<std::int64_t>(chunks_of_batch) * problem.heads));
+  const int segments = std::min({multiprocessors / problem.heads, fill, chunks / kLeastChunks});
+  return segments < kLeastSegments ? 1 : segments;
+}
+
 int delta_rule_segments(const DeltaRuleProblem& problem, int length, int multiprocessors) {
   // Two walks cost about twice one: below three segments' worth of chunks there is nothing to gain.
   constexpr int kLeastChunks = 16;

@@ -31,8 +31,14 @@ void launch_delta_rule_recurrent(const DeltaRuleProblem& problem, const Sequence
 // sequence in several segments needs V at most 128 too.
 bool delta_rule_chunks_fit(const DeltaRuleProblem& problem);
 
-// Into how many segments a sequence is cut: a function of its own length, the heads and the card,
-// so that what else is in a batch changes no bit.
+// Into how many segments the forward cuts a sequence: a function of its own length, the heads, the
+// card and the bucket of all tokens, a power of two; so within a bucket what else is in a batch
+// changes no bit.
+int delta_rule_segments_of(const DeltaRuleProblem& problem, int length, int tokens_bucket,
+                           int multiprocessors);
+
+// The same for the backward, of whole sequences: a function of its own length, the heads and the
+// card, so that what else is in a batch changes no bit.
 int delta_rule_segments(const DeltaRuleProblem& problem, int length, int multiprocessors);
 
 // Workspace bytes for the state maps of all segments but each sequence's last.

@@ -29,22 +29,20 @@ __device__ Rows find_rows(const SequenceBatch& batch, int block) {
   return {&entry, begin, min(begin + kShortConvRows, entry.length)};
 }
 
-// With kNorm a row of eight channels is divided by the length of its head's, whose threads are
-// neighbours in a warp.
-template <typename T, bool kNorm>
+template <typename T>
 __global__ void __launch_bounds__(kThreads)
     short_conv_width_4(const __grid_constant__ ShortConvProblem p,
                        const __grid_constant__ SequenceBatch batch) {
   constexpr int kWidth = 4;
-  constexpr int kChannels = kShortConvChannels;
+  constexpr int kChannels = 8;
   const int channel = (blockIdx.x * kThreads + threadIdx.x) * kChannels;
-  const unsigned threads = __ballot_sync(0xffffffff, channel < p.channels);
   if (channel >= p.channels) return;
   const Rows rows = find_rows(batch, blockIdx.y);
-  const T* x = static_cast<const T*>(p.x) + rows.entry->begin * p.x_stride + channel;
-  T* y =
-      static_cast<T*>(p.y) + static_cast<std::ptrdiff_t>(rows.entry->begin) * p.channels + channel;
-  const auto at = [&](int row) { return row * p.x_stride; };
+  const std::ptrdiff_t first =
+      static_cast<std::ptrdiff_t>(rows.entry->begin) * p.channels + channel;
+  const T* x = static_cast<const T*>(p.x) + first;
+  T* y = static_cast<T*>(p.y) + first;
+  const auto at = [&](int row) { return static_cast<std::ptrdiff_t>(row) * p.channels; };
 
   float w[kChannels][kWidth];
   float window[kWidth][kChannels];  // of row t, input t − 3 + i at [(t + 1 + i) % 4]
@@ -102,18 +100,7 @@ __global__ void __launch_bounds__(kThreads)
         for (int i = 0; i < kWidth; ++i) sum += w[c][i] * window[(r + 1 + i) % kWidth][c];
         out[c] = activate<sizeof(T) == 2>(p.activation, sum);
       }
-      if constexpr (kNorm) {
-        float sum = 0;
-#pragma unroll
-        for (int c = 0; c < kChannels; ++c) sum = fmaf(out[c], out[c], sum);
-        for (int offset = p.norm_lanes / 2; offset > 0; offset /= 2) {
-          sum += __shfl_xor_sync(threads, sum, offset);
-        }
-        const float scale = 1 / sqrtf(sum + 1e-6F);
-#pragma unroll
-        for (int c = 0; c < kChannels; ++c) out[c] *= scale;
-      }
-      Eight<T>::store(y + static_cast<std::ptrdiff_t>(t + r) * p.channels, out);
+      Eight<T>::store(y + at(t + r), out);
     }
   }
 }
@@ -125,12 +112,14 @@ __global__ void __launch_bounds__(kThreads)
   const int channel = blockIdx.x * kThreads + threadIdx.x;
   if (channel >= p.channels) return;
   const Rows rows = find_rows(batch, blockIdx.y);
-  const T* x = static_cast<const T*>(p.x) + rows.entry->begin * p.x_stride + channel;
-  T* y =
-      static_cast<T*>(p.y) + static_cast<std::ptrdiff_t>(rows.entry->begin) * p.channels + channel;
+  const std::ptrdiff_t first =
+      static_cast<std::ptrdiff_t>(rows.entry->begin) * p.channels + channel;
+  const T* x = static_cast<const T*>(p.x) + first;
+  T* y = static_cast<T*>(p.y) + first;
   float* state = rows.entry->state + channel * p.width;
   const auto input = [&](int row) {
-    return row < 0 ? state[p.width + row] : to_float(x[row * p.x_stride]);
+    return row < 0 ? state[p.width + row]
+                   : to_float(x[static_cast<std::ptrdiff_t>(row) * p.channels]);
   };
   for (int t = rows.begin; t < rows.end; ++t) {
     float sum = p.bias != nullptr ? p.bias[channel] : 0;
@@ -151,10 +140,8 @@ void launch(const ShortConvProblem& p, const SequenceBatch& batch, cudaStream_t 
     const int block = kThreads * channels;
     return dim3((p.channels + block - 1) / block, batch.blocks);
   };
-  if (p.norm_lanes > 0) {
-    short_conv_width_4<T, true><<<grid(kShortConvChannels), kThreads, 0, stream>>>(p, batch);
-  } else if (p.fast) {
-    short_conv_width_4<T, false><<<grid(kShortConvChannels), kThreads, 0, stream>>>(p, batch);
+  if (p.width == 4 && p.channels % 8 == 0) {
+    short_conv_width_4<T><<<grid(8), kThreads, 0, stream>>>(p, batch);
   } else {
     short_conv_any_width<T><<<grid(1), kThreads, 0, stream>>>(p, batch);
   }

@@ -14,6 +14,7 @@
 #include "core/device_clock.h"
 #include "core/error.h"
 #include "cuda/check.h"
+#include "cuda/step_program.h"
 
 namespace deltafox::cuda {
 namespace {
@@ -218,6 +219,21 @@ cudaGraph_t Stream::end_capture() {
   capturing_ = false;
   check(cudaStreamEndCapture(stream_, &graph), "cudaStreamEndCapture");
   return graph;
+}
+
+bool Stream::open_program() {
+  if (program_open_ || major_ != 9) return false;
+  if (program_ == nullptr) {
+    program_ = std::make_shared<StepProgram>();
+    program_->counters = Tensor(DType::kI32, {2}, Device::kCuda);
+  }
+  program_open_ = true;
+  return true;
+}
+
+void Stream::close_program() {
+  program_->phases.clear();
+  program_open_ = false;
 }
 
 const void* Stream::upload(std::span<const std::byte> bytes) {

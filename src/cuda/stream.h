@@ -19,6 +19,8 @@
 
 namespace deltafox::cuda {
 
+struct StepProgram;  // cuda/step_program.h
+
 class Stream {
  public:
   Stream();
@@ -42,6 +44,12 @@ class Stream {
   const void* upload(std::span<const std::byte> bytes);
   std::uint64_t uploads_generation() const { return uploads_generation_; }
 
+  // The step program that is being gathered, or null. Opening returns false where one is open, or
+  // where the card has no use for one.
+  StepProgram* program() { return program_open_ ? program_.get() : nullptr; }
+  bool open_program();
+  void close_program();
+
   cublasLtHandle_t blas() const { return blas_; }
   int multiprocessors() const { return multiprocessors_; }
   int major() const { return major_; }                 // of the compute capability
@@ -57,6 +65,9 @@ class Stream {
   bool capturing_ = false;
   std::int64_t launches_ = 0;
   std::uint64_t memory_epoch_ = 0;  // work on memory that the stream waits for already
+
+  std::shared_ptr<StepProgram> program_;
+  bool program_open_ = false;
 
   std::unordered_map<std::string, const void*> uploads_;
   std::uint64_t uploads_generation_ = 0;

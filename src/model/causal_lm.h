@@ -90,6 +90,9 @@ class CausalLM {
   // logits [R, N] of normed rows [R, C]
   void head(Context& ctx, const ConstTensorView& x, const TensorView& logits) const;
 
+  // logits [R, N'] of x [R, C] before the final norm; on a GPU N' >= N
+  void norm_and_head(Context& ctx, const ConstTensorView& x, const TensorView& logits) const;
+
   struct BackwardOptions {
     // Keeps only what each layer reads, and computes the layer once more on the way back: the
     // gradients are the same bits.

@@ -42,6 +42,8 @@ static_assert(kPieceAlign % kDeltaRuleChunk == 0 && kPieceAlign % kGlaChunk == 0
               kPieceAlign % kSsdChunk == 0);
 // Rows of logits in memory at a time.
 constexpr std::int64_t kLogitRows = 128;
+// On a GPU a row of logits starts at a multiple of so many (see ops/linear.h).
+constexpr std::int64_t kLogitAlign = 8;
 
 constexpr std::size_t kMaxConfigBytes = std::size_t{16} << 20;
 
@@ -422,17 +424,20 @@ void Model::Impl::greedy_on_gpu(std::span<const std::int32_t> input_ids,
   auto* history = static_cast<std::int32_t*>(memory.get());  // [steps, B]
   std::fill_n(history, steps * count, -1);
   ctx.copy(ids.view().data, input_ids.data(), input_ids.size_bytes());
+  const std::int64_t aligned_vocab =
+      (info_.vocab_size + kLogitAlign - 1) / kLogitAlign * kLogitAlign;
   const auto work = [&] {
     ScratchScope scratch(ctx);
     const TensorView hidden = scratch.tensor({count, lm_.config().hidden_size});  // [B, C]
-    const TensorView normed = scratch.activation(hidden.shape);                   // [B, C]
-    const TensorView logits = scratch.tensor({count, info_.vocab_size});          // [B, N]
+    const TensorView logits = scratch.tensor({count, aligned_vocab});             // [B, N']
     const std::span<const std::int32_t> current(static_cast<const std::int32_t*>(ids.view().data),
                                                 input_ids.size());
+    ops::StepProgram program(ctx, lm_.has_step(ctx, count));
     lm_.forward(ctx, current, Sequences(cu_seqlens), sequences, hidden);
-    lm_.final_norm(ctx, hidden, normed);
-    lm_.head(ctx, normed, logits);
+    lm_.norm_and_head(ctx, hidden, logits);
+    program.run();
     ops::greedy_token(ctx, {.logits = logits,
+                            .classes = info_.vocab_size,
                             .ids = ids.view(),
                             .counts = counts.view(),
                             .history = history,

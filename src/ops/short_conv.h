@@ -5,11 +5,7 @@
 // channel, oldest first, as the official cache keeps them. The state is updated. Sums run from the
 // oldest input to the newest, starting from the bias.
 //
-// With `norm_width` y is divided by its length over each head of so many channels (FeatureNorm::kL2
-// of ops/activation.h), and dy is the gradient behind that.
-//
 // On a GPU x, y and their gradients are F32 or of the Context's activation dtype; the rest is F32.
-// There rows of x and dx may be longer than C: what lies behind is not touched.
 #pragma once
 
 #include <span>
@@ -27,13 +23,15 @@ struct ShortConvArgs {
   Sequences sequences;
   std::span<float* const> states;  // [B], each [C, W]
   Activation activation = Activation::kIdentity;
-  std::int64_t norm_width = 0;  // channels of a head, or 0
-  TensorView y;                 // [T, C], not x
+  TensorView y;  // [T, C], not x
 };
 
 // Of whole sequences, which begin from a zero state. With s the sums before the activation:
 //   ds = dy · act'(s), dx_t = Σ_i w_i · ds_{t+W-1-i}, dw_i += Σ_t ds_t · x_{t-W+1+i}, dbias += Σ_t
 //   ds_t
+// With `norm_width` dy is the gradient behind an L2 norm of act(s) over each head's channels
+// (FeatureNorm::kL2 of ops/activation.h). On a GPU rows of x and dx may be longer than C: what lies
+// behind is not touched.
 struct ShortConvBackwardArgs {
   ConstTensorView x;          // [T, C]
   ConstTensorView w;          // [C, W]
@@ -58,8 +56,7 @@ void short_conv_backward(Context& ctx, const ShortConvBackwardArgs& args);
 namespace cuda {
 void short_conv(Context& ctx, const ShortConvArgs& args);
 void short_conv_backward(Context& ctx, const ShortConvBackwardArgs& args);
-// Whether they take args.norm_width > 0.
-bool short_conv_has_norm(const ShortConvArgs& args);
+// Whether short_conv_backward takes args.norm_width > 0.
 bool short_conv_backward_has_norm(const ShortConvBackwardArgs& args);
 }  // namespace cuda
 namespace reference {

@@ -95,42 +95,6 @@ TEST_P(CudaShortConv, EqualsPlainOnRaggedBatches) {
   }
 }
 
-// The fused kernel's head sizes, and one that is left to an op of its own.
-TEST_P(CudaShortConv, DividesHeadsByTheirLength) {
-  Random random(7);
-  Gpu gpu(GetParam());
-  for (const std::int64_t head_dim : {128, 64, 8, 256, 12}) {
-    const std::int64_t channels = 3 * head_dim;
-    const std::vector<std::int64_t> cu = random.lengths(3, 50);
-    Tensor x = random.normal_tensor({cu.back(), channels});
-    Tensor w = random.normal_tensor({channels, 4});
-    std::vector<Tensor> states(3, Tensor(DType::kF32, w.view().shape));
-    std::vector<Tensor> device_states = upload(gpu, states);
-    const Tensor device_x = gpu.upload(x, gpu.dtype());
-    const Tensor device_w = gpu.upload(w);
-    Tensor device_y(gpu.dtype(), x.view().shape, Device::kCuda);
-    Tensor expected(DType::kF32, x.view().shape);
-    ShortConvArgs args{.x = x.view(),
-                       .w = w.view(),
-                       .sequences = Sequences(cu),
-                       .states = pointers(states),
-                       .activation = Activation::kSilu,
-                       .y = expected.view()};
-    reference::short_conv(args);
-    reference::feature_map(
-        {.norm = FeatureNorm::kL2, .x = expected.view().reshaped({cu.back(), 3, head_dim})});
-    args.x = device_x.view();
-    args.w = device_w.view();
-    args.states = pointers(device_states);
-    args.norm_width = head_dim;
-    args.y = device_y.view();
-    ops::short_conv(gpu.ctx(), args);
-    SCOPED_TRACE(testing::Message() << "heads of " << head_dim);
-    // By itself, the norm reads what was rounded and rounds once more.
-    expect_close(gpu.download(device_y), expected, 2 * output_tolerance(gpu.dtype()));
-  }
-}
-
 struct DeltaCase {
   DeltaCase(Random& random, std::vector<std::int64_t> cu_seqlens, std::int64_t heads,
             std::int64_t key_dim, std::int64_t value_dim)

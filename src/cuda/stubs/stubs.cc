@@ -4,6 +4,7 @@
 #include "ops/activation.h"
 #include "ops/adamw.h"
 #include "ops/cross_entropy.h"
+#include "ops/delta_mixer.h"
 #include "ops/delta_rule.h"
 #include "ops/embedding.h"
 #include "ops/forgetting_attention.h"
@@ -113,6 +114,12 @@ void cross_entropy(Context& /*ctx*/, const CrossEntropyArgs& /*args*/) {
 void cross_entropy_backward(Context& /*ctx*/, const CrossEntropyBackwardArgs& /*args*/) {
   fail_without_cuda();
 }
+void delta_inputs(Context& /*ctx*/, const DeltaInputsArgs& /*args*/) {
+  fail_without_cuda();
+}
+void delta_token(Context& /*ctx*/, const DeltaTokenArgs& /*args*/) {
+  fail_without_cuda();
+}
 void delta_rule(Context& /*ctx*/, const DeltaRuleArgs& /*args*/) {
   fail_without_cuda();
 }
@@ -180,9 +187,6 @@ void short_conv(Context& /*ctx*/, const ShortConvArgs& /*args*/) {
 void short_conv_backward(Context& /*ctx*/, const ShortConvBackwardArgs& /*args*/) {
   fail_without_cuda();
 }
-bool short_conv_has_norm(const ShortConvArgs& /*args*/) {
-  fail_without_cuda();
-}
 bool short_conv_backward_has_norm(const ShortConvBackwardArgs& /*args*/) {
   fail_without_cuda();
 }
@@ -203,6 +207,15 @@ void step_linear(Context& /*ctx*/, const StepLinearArgs& /*args*/) {
   fail_without_cuda();
 }
 void delta_rule_step(Context& /*ctx*/, const DeltaRuleStepArgs& /*args*/) {
+  fail_without_cuda();
+}
+bool begin_step_program(Context& /*ctx*/) {
+  fail_without_cuda();
+}
+void run_step_program(Context& /*ctx*/) {
+  fail_without_cuda();
+}
+void end_step_program(Context& /*ctx*/) {
   fail_without_cuda();
 }
 void greedy_token(Context& /*ctx*/, const GreedyTokenArgs& /*args*/) {

@@ -1,9 +1,11 @@
 #include "model/blocks/delta_net.h"
 
 #include <array>
+#include <bit>
 #include <cassert>
 
 #include "model/blocks/projection.h"
+#include "ops/delta_mixer.h"
 #include "ops/delta_rule.h"
 #include "ops/linear.h"
 #include "ops/rms_norm.h"
@@ -62,9 +64,23 @@ DeltaNetMixer::Inputs DeltaNetMixer::inputs(Context& ctx, ScratchScope& scratch,
                                             const Sequences& sequences,
                                             std::span<State* const> states, const Saved& saved,
                                             bool backward) const {
+  Inputs in;
+  if (weights_.b_proj) in.beta = copy_of(ctx, scratch, saved.beta_logits);
+  if (saved.joined.data != nullptr) {
+    in.q = scratch.like(saved.o);
+    in.k = scratch.like(saved.o);
+    in.v = scratch.like(saved.o);
+    ops::delta_inputs(ctx, {.projected = saved.joined,
+                            .convolutions = convolutions(ctx, scratch, sequences, states),
+                            .sequences = sequences,
+                            .beta = in.beta,
+                            .q = in.q,
+                            .k = in.k,
+                            .v = in.v});
+    return in;
+  }
   const auto convolved = [&](const TensorView& projected, const std::optional<Param>& conv,
-                             Tensor State::*conv_state, Activation activation,
-                             std::int64_t norm_width) {
+                             Tensor State::*conv_state, Activation activation) {
     if (!conv) {
       const TensorView y = copy_of(ctx, scratch, projected);
       ops::activation(ctx, {.activation = activation, .x = y});
@@ -72,40 +88,57 @@ DeltaNetMixer::Inputs DeltaNetMixer::inputs(Context& ctx, ScratchScope& scratch,
     }
     const std::span<float*> conv_states =
         state_pointers(ctx, scratch, sequences, states, conv_state, state_shape(*conv));
-    return convolve(ctx, scratch, projected, *conv, {}, sequences, conv_states, activation,
-                    norm_width);
+    return convolve(ctx, scratch, projected, *conv, {}, sequences, conv_states, activation);
   };
   const std::int64_t heads = config_.num_heads;
   const Shape keys{saved.o.shape[0], heads, config_.key_dim / heads};
   const auto mapped = [&](const TensorView& before) {
-    if (conv_norm_width() > 0) return before;
     const TensorView y = backward ? copy_of(ctx, scratch, before) : before;
     ops::feature_map(ctx, {.activation = head_activation(), .norm = config_.qk_norm, .x = y});
     return y;
   };
-  Inputs in;
-  in.q_convolved = convolved(saved.q_projected, weights_.q_conv1d, &State::q_conv,
-                             qk_conv_activation(), conv_norm_width())
-                       .reshaped(keys);
-  in.k_convolved = convolved(saved.k_projected, weights_.k_conv1d, &State::k_conv,
-                             qk_conv_activation(), conv_norm_width())
-                       .reshaped(keys);
-  in.v = convolved(saved.v_projected, weights_.v_conv1d, &State::v_conv, Activation::kSilu, 0)
+  in.q_convolved =
+      convolved(saved.q_projected, weights_.q_conv1d, &State::q_conv, qk_conv_activation())
+          .reshaped(keys);
+  in.k_convolved =
+      convolved(saved.k_projected, weights_.k_conv1d, &State::k_conv, qk_conv_activation())
+          .reshaped(keys);
+  in.v = convolved(saved.v_projected, weights_.v_conv1d, &State::v_conv, Activation::kSilu)
              .reshaped(saved.o.shape);
   in.q = mapped(in.q_convolved);
   in.k = mapped(in.k_convolved);
-  if (weights_.b_proj) {
-    in.beta = copy_of(ctx, scratch, saved.beta_logits);
-    ops::activation(ctx, {.activation = Activation::kSigmoid, .x = in.beta});
-  }
+  if (weights_.b_proj) ops::activation(ctx, {.activation = Activation::kSigmoid, .x = in.beta});
   return in;
 }
 
+DeltaConvolutions DeltaNetMixer::convolutions(Context& ctx, ScratchScope& scratch,
+                                              const Sequences& sequences,
+                                              std::span<State* const> states) const {
+  const auto taps = [](const Param& conv) {
+    return conv.value.reshaped({conv.shape[0], conv.shape[2]});
+  };
+  const auto conv_states = [&](Tensor State::*state, const Param& conv) {
+    return state_pointers(ctx, scratch, sequences, states, state, state_shape(conv));
+  };
+  return {
+      .q = taps(*weights_.q_conv1d),
+      .k = taps(*weights_.k_conv1d),
+      .v = taps(*weights_.v_conv1d),
+      .q_states = conv_states(&State::q_conv, *weights_.q_conv1d),
+      .k_states = conv_states(&State::k_conv, *weights_.k_conv1d),
+      .v_states = conv_states(&State::v_conv, *weights_.v_conv1d),
+  };
+}
+
 ConstTensorView DeltaNetMixer::joined_projections(const Context& ctx) const {
-  const ConstTensorView& q = weights_.q_proj.value;
-  const bool reads_columns = ctx.device() == Device::kCuda && weights_.q_conv1d.has_value();
-  if (!reads_columns || q.dtype != DType::kBF16) return {};
-  return joined({q, weights_.k_proj.value, weights_.v_proj.value});
+  const auto keys = static_cast<std::uint64_t>(config_.key_dim / config_.num_heads);
+  const bool fits = ctx.device() == Device::kCuda && weights_.q_conv1d && weights_.b_proj &&
+                    config_.conv_size == kDeltaConvWidth &&
+                    config_.qk_activation == Activation::kSilu &&
+                    config_.qk_norm == FeatureNorm::kL2 && config_.key_dim == config_.value_dim &&
+                    keys >= 8 && keys <= 256 && std::has_single_bit(keys);
+  if (!fits) return {};
+  return joined({weights_.q_proj.value, weights_.k_proj.value, weights_.v_proj.value});
 }
 
 TensorView DeltaNetMixer::output(Context& ctx, ScratchScope& scratch, const Saved& saved) const {
@@ -128,14 +161,20 @@ void DeltaNetMixer::forward(Context& ctx, const ConstTensorView& x, const Sequen
   ScratchScope kept_scratch(ctx, saved != nullptr);
   ScratchScope scratch(ctx);
   const ConstTensorView input = normed(ctx, scratch, x);  // [T, C]
+  const bool single = tokens == sequences.count() && saved == nullptr && !states.empty();
+  if (single && has_token(ctx)) {
+    const TensorView o = token(ctx, scratch, input, sequences, states);  // [B, H·V]
+    return add_output(ctx, o, weights_.o_proj, {}, residual, hidden);
+  }
   const auto projected = [&](const Param& proj) {
     return project(ctx, kept_scratch, input, proj.value);
   };
   Saved kept;
-  if (const ConstTensorView w = joined_projections(ctx); w.data != nullptr) {
-    kept.q_projected = project(ctx, kept_scratch, input, w);
-    kept.k_projected = columns_of(kept.q_projected, config_.key_dim);
-    kept.v_projected = columns_of(kept.q_projected, 2 * config_.key_dim);
+  // In training float32 weights lie each by itself, or beside another by chance.
+  const bool joins = !states.empty() || weights_.q_proj.value.dtype == DType::kBF16;
+  const ConstTensorView w = joins ? joined_projections(ctx) : ConstTensorView{};
+  if (w.data != nullptr) {
+    kept.joined = project(ctx, kept_scratch, input, w);
   } else {
     kept.q_projected = projected(weights_.q_proj);
     kept.k_projected = projected(weights_.k_proj);
@@ -163,6 +202,27 @@ void DeltaNetMixer::forward(Context& ctx, const ConstTensorView& x, const Sequen
     add_output(ctx, output(ctx, scratch, kept), weights_.o_proj, {}, residual, hidden);
   }
   if (saved != nullptr) *saved = kept;
+}
+
+bool DeltaNetMixer::has_token(const Context& ctx) const {
+  return !weights_.g_proj && config_.value_dim == config_.num_heads * kDeltaTokenHead &&
+         joined_projections(ctx).data != nullptr;
+}
+
+TensorView DeltaNetMixer::token(Context& ctx, ScratchScope& scratch, const ConstTensorView& input,
+                                const Sequences& sequences, std::span<State* const> states) const {
+  const TensorView projected = project(ctx, scratch, input, joined_projections(ctx));
+  const TensorView beta =
+      project(ctx, scratch, input, weights_.b_proj->value, {}, DType::kF32);  // [B, H]
+  const TensorView o = scratch.activation({input.shape[0], config_.value_dim});
+  ops::delta_token(ctx, {.projected = projected,
+                         .convolutions = convolutions(ctx, scratch, sequences, states),
+                         .beta = beta,
+                         .states = state_pointers(scratch, states, &State::recurrent),
+                         .norm = weights_.o_norm.value,
+                         .norm_eps = config_.norm_eps,
+                         .o = o});
+  return o;
 }
 
 bool DeltaNetMixer::has_step() const {
@@ -286,13 +346,14 @@ void DeltaNetMixer::inputs_backward(Context& ctx, const ConstTensorView& input,
                                  .dv = dv,
                                  .dbeta = dbeta});
   const auto through_features = [&](const TensorView& before, const TensorView& d) {
-    if (conv_norm_width() > 0) return;
     ops::feature_map_backward(
         ctx,
         {.activation = head_activation(), .norm = config_.qk_norm, .x = before, .dy = d, .dx = d});
   };
-  through_features(in.q_convolved, dq);
-  through_features(in.k_convolved, dk);
+  if (saved.joined.data == nullptr) {
+    through_features(in.q_convolved, dq);
+    through_features(in.k_convolved, dk);
+  }
   projections_backward(ctx, input, sequences, saved, dq, dk, dv, dinput, gradients);
   if (!weights_.b_proj) return;
   ops::activation_backward(
@@ -312,45 +373,42 @@ void DeltaNetMixer::projections_backward(Context& ctx, const ConstTensorView& in
                                          Gradients& gradients) const {
   const std::int64_t tokens = input.shape[0];
   bool accumulate = weights_.g_proj.has_value();
-  if (const ConstTensorView w = joined_projections(ctx); w.data != nullptr) {
+  if (saved.joined.data != nullptr) {
+    const ConstTensorView w = joined_projections(ctx);
     // Gradients lie in the order of the weights, and pad no less.
     const TensorView dq_proj = gradients.of(weights_.q_proj);
     const TensorView dw{dq_proj.data, dq_proj.dtype, w.shape};
     assert(joined({dq_proj, gradients.of(weights_.k_proj), gradients.of(weights_.v_proj)}).shape ==
            w.shape);
     ScratchScope scratch(ctx);
-    const TensorView d = scratch.like(saved.q_projected);  // [T, 2·H·K + H·V]
-    const auto through_conv = [&](const TensorView& projected, const Param& conv,
-                                  Activation activation, const TensorView& dy, std::int64_t column,
+    const TensorView d = scratch.like(saved.joined);  // [T, 3·H·K]
+    const auto through_conv = [&](std::int64_t part, const Param& conv, const TensorView& dy,
                                   std::int64_t norm_width) {
-      convolve_backward(ctx, projected, conv, std::nullopt, sequences, activation,
-                        dy.reshaped({tokens, conv.shape[0]}), columns_of(d, column), gradients,
-                        norm_width);
+      const std::int64_t column = part * config_.key_dim;
+      convolve_backward(ctx, columns_of(saved.joined, column), conv, std::nullopt, sequences,
+                        Activation::kSilu, dy.reshaped({tokens, config_.key_dim}),
+                        columns_of(d, column), gradients, norm_width);
     };
-    through_conv(saved.q_projected, *weights_.q_conv1d, qk_conv_activation(), dq, 0,
-                 conv_norm_width());
-    through_conv(saved.k_projected, *weights_.k_conv1d, qk_conv_activation(), dk, config_.key_dim,
-                 conv_norm_width());
-    through_conv(saved.v_projected, *weights_.v_conv1d, Activation::kSilu, dv, 2 * config_.key_dim,
-                 0);
+    through_conv(0, *weights_.q_conv1d, dq, config_.key_dim / config_.num_heads);
+    through_conv(1, *weights_.k_conv1d, dk, config_.key_dim / config_.num_heads);
+    through_conv(2, *weights_.v_conv1d, dv, 0);
     ops::linear_backward(
         ctx, {.dy = d, .x = input, .w = w, .dx = dinput, .accumulate_dx = accumulate, .dw = dw});
     return;
   }
   const auto through_projection = [&](const TensorView& projected, const Param& proj,
                                       const std::optional<Param>& conv, Activation activation,
-                                      const TensorView& d, std::int64_t norm_width) {
+                                      const TensorView& d) {
     project_and_convolve_backward(ctx, input, projected, proj, conv, sequences, activation,
                                   d.reshaped({tokens, proj.shape[0]}), dinput, accumulate,
-                                  gradients, norm_width);
+                                  gradients);
     accumulate = true;
   };
   through_projection(saved.q_projected, weights_.q_proj, weights_.q_conv1d, qk_conv_activation(),
-                     dq, conv_norm_width());
+                     dq);
   through_projection(saved.k_projected, weights_.k_proj, weights_.k_conv1d, qk_conv_activation(),
-                     dk, conv_norm_width());
-  through_projection(saved.v_projected, weights_.v_proj, weights_.v_conv1d, Activation::kSilu, dv,
-                     0);
+                     dk);
+  through_projection(saved.v_projected, weights_.v_proj, weights_.v_conv1d, Activation::kSilu, dv);
 }
 
 }  // namespace deltafox

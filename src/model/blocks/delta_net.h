@@ -15,6 +15,7 @@
 #include "model/gradients.h"
 #include "model/param.h"
 #include "ops/activation.h"
+#include "ops/delta_mixer.h"
 
 namespace deltafox {
 
@@ -61,8 +62,8 @@ class DeltaNetMixer {
   // What backward needs of a forward and what is costly to compute again, in the context's kept
   // memory.
   struct Saved {
-    // Before the convolutions; of joined_projections, with the rows of all three.
-    TensorView q_projected, k_projected;  // [T, H·K]
+    TensorView joined;                    // [T, 3·H·K] of joined_projections, or
+    TensorView q_projected, k_projected;  // [T, H·K] before the convolutions
     TensorView v_projected;               // [T, H·V]
     TensorView beta_logits;               // [T, H], with b_proj
     TensorView gate;                      // [T, H·V], with g_proj
@@ -130,14 +131,8 @@ class DeltaNetMixer {
     const bool silu = config_.qk_activation == Activation::kSilu;
     return silu ? Activation::kIdentity : config_.qk_activation;
   }
-  // Channels of a head, where the convolutions of q and k take the norm with them, or 0.
-  std::int64_t conv_norm_width() const {
-    const bool both = config_.use_short_conv && head_activation() == Activation::kIdentity &&
-                      config_.qk_norm == FeatureNorm::kL2;
-    return both ? config_.key_dim / config_.num_heads : 0;
-  }
-  // q_proj, k_proj and v_proj as one matrix, where they lie so in a GPU's memory (in bfloat16,
-  // which is kept in one piece) and convolutions read what they give; else no data.
+  // q_proj, k_proj and v_proj as one matrix, where they lie so in memory and delta_inputs
+  // (ops/delta_mixer.h) takes what they give; else no data.
   ConstTensorView joined_projections(const Context& ctx) const;
   // Of the convolution's state: [channels, W].
   static Shape state_shape(const Param& conv) { return {conv.shape[0], conv.shape[2]}; }
@@ -150,6 +145,13 @@ class DeltaNetMixer {
     TensorView v;     // [T, H, V]
     TensorView beta;  // [T, H], with b_proj
   };
+  // What delta_inputs and delta_token convolve with.
+  DeltaConvolutions convolutions(Context& ctx, ScratchScope& scratch, const Sequences& sequences,
+                                 std::span<State* const> states) const;
+  // From the normed input to what o_proj reads, for one token of each sequence.
+  bool has_token(const Context& ctx) const;
+  TensorView token(Context& ctx, ScratchScope& scratch, const ConstTensorView& input,
+                   const Sequences& sequences, std::span<State* const> states) const;
   // x [T, C] through the norm, with norm_first.
   ConstTensorView normed(Context& ctx, ScratchScope& scratch, const ConstTensorView& x) const;
   // From the projections in `saved`.
