@@ -81,7 +81,7 @@ std::vector<float> on_host(Context& ctx, const TensorView& tensor) {
   return host;
 }
 
-// ‖got − expected‖ / ‖expected‖
+// ‖got − expected‖ / ‖expected‖, 0 where they are equal.
 double relative_error(std::span<const float> got, std::span<const float> expected) {
   double squares = 0;
   double errors = 0;
@@ -90,7 +90,7 @@ double relative_error(std::span<const float> got, std::span<const float> expecte
     squares += static_cast<double>(expected[i]) * expected[i];
     errors += error * error;
   }
-  return std::sqrt(errors / squares);
+  return errors == 0 ? 0 : std::sqrt(errors / squares);
 }
 
 class CudaGradients : public testing::TestWithParam<std::string> {
