@@ -280,10 +280,14 @@ __global__ void __launch_bounds__(kDecayedTile, 3)
     for (int n = 0; n < kPart; ++n) decayed[first_part + n][own] = x[n];
     __syncthreads();
     const int inside = min(kRows, rows - first);
-#pragma unroll 4
-    for (int i = 0; i < inside; ++i) {
-      const float s = state[first + i];
-      each_token(decayed[i], [&](int t, float from) { out[t] = fmaf(from, s, out[t]); });
+#pragma unroll 2
+    for (int i = 0; i < inside; i += 4) {
+      float s[4];
+      load_four(s, state + first + i, count_columns(first + i, rows));
+#pragma unroll
+      for (int n = 0; n < 4; ++n) {
+        each_token(decayed[i + n], [&](int t, float from) { out[t] = fmaf(from, s[n], out[t]); });
+      }
     }
   }
 #pragma unroll

@@ -50,7 +50,8 @@ bool product_in_parts(Context& ctx, const Product& p, std::int64_t Product::*siz
     rest.added = {};
   }
   for (const Product& part : {whole, rest}) {
-    if (!product_blas(ctx, part, algorithm_rows)) product_plain(ctx, part);
+    const std::int64_t rows = size == &Product::m ? part.m : algorithm_rows;
+    if (!product_blas(ctx, part, rows)) product_plain(ctx, part);
   }
   return true;
 }

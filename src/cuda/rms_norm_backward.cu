@@ -67,15 +67,19 @@ struct Values {
     if (!kGate) return;
     float gate[8];
     bits.gate.get(gate);
+    // With an activation that is known as it is compiled, elements are computed side by side.
+    const auto each = [&](Activation activation) {
 #pragma unroll
-    for (int e = 0; e < 8; ++e) {
-      const float2 act = activate_with_slope<kRough>(p.activation, gate[e]);
-      before[e] = p.gate_first ? act.x : 1;
-      // What of the gate's gradient is known before the sums.
-      slope[e] = act.y * (p.gate_first ? z[e] : z[e] * dy[e]);
-      z[e] *= before[e];
-      dy[e] *= p.gate_first ? 1 : act.x;
-    }
+      for (int e = 0; e < 8; ++e) {
+        const float2 act = activate_with_slope<kRough>(activation, gate[e]);
+        before[e] = p.gate_first ? act.x : 1;
+        // What of the gate's gradient is known before the sums.
+        slope[e] = act.y * (p.gate_first ? z[e] : z[e] * dy[e]);
+        z[e] *= before[e];
+        dy[e] *= p.gate_first ? 1 : act.x;
+      }
+    };
+    p.activation == Activation::kSilu ? each(Activation::kSilu) : each(p.activation);
   }
 };
 

@@ -14,7 +14,7 @@ namespace deltafox::cuda {
 namespace {
 
 constexpr int kThreads = 64;
-constexpr int kRows = 80;     // of a sequence that a block walks
+constexpr int kRows = 64;     // of a sequence that a block walks
 constexpr int kWidth = 4;     // taps of the fast kernel
 constexpr int kChannels = 8;  // its channels
 
@@ -62,12 +62,14 @@ __device__ float2 head_sum(float2 sums, int lanes) {
   return sums;
 }
 
-template <typename T, bool kNorm, bool kBias>
-__global__ void __launch_bounds__(kThreads, sizeof(T) == 2 && !kBias ? 5 : 3)
+// kSilu: known as it is compiled, the activations of a row's channels are computed side by side.
+template <typename T, bool kSilu, bool kNorm, bool kBias>
+__global__ void __launch_bounds__(kThreads, sizeof(T) == 2 && !kBias ? 6 : 4)
     width_4_kernel(const __grid_constant__ Params p, const __grid_constant__ SequenceBatch batch) {
   const int own_channel = static_cast<int>(blockIdx.x * kThreads + threadIdx.x) * kChannels;
   const bool exists = own_channel < p.channels;  // all threads of a warp take part in its sums
   const int channel = exists ? own_channel : 0;
+  const Activation activation = kSilu ? Activation::kSilu : p.activation;
   const Rows rows(batch, static_cast<int>(blockIdx.y));
   const std::ptrdiff_t first = rows.first * p.x_stride + channel;
   const T* x_rows = static_cast<const T*>(p.x.data) + first;
@@ -96,19 +98,27 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 2 && !kBias ? 5 : 3)
   }
   float dw[kChannels][kWidth] = {};
   float dbias[kChannels] = {};
-  for (int t = rows.begin; t < rows.end + kWidth - 1; t += kWidth) {
-    Eight<T> x_bits[kWidth] = {};
-    Eight<T> dy_bits[kWidth] = {};
+  // Two rows are under way while two are worked on.
+  constexpr int kAhead = kWidth / 2;
+  Eight<T> x_bits[2][kAhead];
+  Eight<T> dy_bits[2][kAhead];
+  const auto fetch = [&](int half, int t) {
 #pragma unroll
-    for (int r = 0; r < kWidth; ++r) {
-      if (t + r >= rows.length) break;
-      x_bits[r].load(x_rows + at(t + r));
-      dy_bits[r].load(dy_rows + static_cast<std::ptrdiff_t>(t + r) * p.channels);
+    for (int r = 0; r < kAhead; ++r) {
+      x_bits[half][r] = {};  // zeros behind the end
+      dy_bits[half][r] = {};
+      if (t + r >= rows.length) continue;
+      x_bits[half][r].load(x_rows + at(t + r));
+      dy_bits[half][r].load(dy_rows + static_cast<std::ptrdiff_t>(t + r) * p.channels);
     }
+  };
+  fetch(0, rows.begin);
+  for (int t = rows.begin; t < rows.end + kWidth - 1; t += kWidth) {
 #pragma unroll
     for (int r = 0; r < kWidth; ++r) {
-      x_bits[r].get(x[r]);
-      dy_bits[r].get(ds[r]);  // zeros behind the end
+      if (r % kAhead == 0) fetch(1 - r / kAhead, t + r + kAhead);
+      x_bits[r / kAhead][r % kAhead].get(x[r]);
+      dy_bits[r / kAhead][r % kAhead].get(ds[r]);
       float act[kChannels];
       float slope[kChannels];
       float2 sums = make_float2(0, 0);  // of act², and of act · dy
@@ -117,7 +127,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 2 && !kBias ? 5 : 3)
         float sum = bias[c];
 #pragma unroll
         for (int i = 0; i < kWidth; ++i) sum = fmaf(w[c][i], x[(r + 1 + i) % kWidth][c], sum);
-        const float2 both = activate_with_slope<sizeof(T) == 2>(p.activation, sum);
+        const float2 both = activate_with_slope<sizeof(T) == 2>(activation, sum);
         act[c] = both.x;
         slope[c] = both.y;
         if constexpr (kNorm) {
@@ -208,10 +218,17 @@ __global__ void __launch_bounds__(kThreads)
 
 using Kernel = void (*)(Params, SequenceBatch);
 
+template <typename T, bool kSilu>
+Kernel width_4_kernel_of(const Params& p) {
+  if (p.norm_width > 0) return width_4_kernel<T, kSilu, true, false>;
+  return p.bias != nullptr ? width_4_kernel<T, kSilu, false, true>
+                           : width_4_kernel<T, kSilu, false, false>;
+}
+
 template <typename T>
 Kernel width_4_kernel_of(const Params& p) {
-  if (p.norm_width > 0) return width_4_kernel<T, true, false>;
-  return p.bias != nullptr ? width_4_kernel<T, false, true> : width_4_kernel<T, false, false>;
+  return p.activation == Activation::kSilu ? width_4_kernel_of<T, true>(p)
+                                           : width_4_kernel_of<T, false>(p);
 }
 
 // Whether the fast kernel takes it.
