@@ -208,6 +208,10 @@ HWY_INLINE PageCounts attend(const ForgettingAttentionArgs& args, const Block& b
     const auto scale = static_cast<float>(1 / work.sum[r]);
     float* to = args.o.f32() + ((block.row + r) * heads + head) * dim;
     for (std::int64_t i = 0; i < dim; ++i) to[i] = work.o[r * stride + i] * scale;
+    if (args.lse.data != nullptr) {
+      args.lse.f32()[(block.row + r) * heads + head] =
+          static_cast<float>(work.max[r] + std::log(work.sum[r]));
+    }
   }
   return {last - first_seen + 1, first - first_seen};
 }

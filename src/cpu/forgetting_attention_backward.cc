@@ -1,6 +1,7 @@
 // See ops/forgetting_attention.h for the equations. One task is one head of keys of one sequence,
 // page by page, and every query head that reads it; so sums over queries have one order. Weights
-// are computed again from the softmax's maxima and sums, which a first pass over the scores finds.
+// are computed again from the softmax's maxima and sums: the forward's, or those that a first pass
+// over the scores finds.
 #include "ops/forgetting_attention.h"
 
 #undef HWY_TARGET_INCLUDE
@@ -34,8 +35,8 @@ struct BackwardWork {
   float* key_norms;     // [L] the greatest up to and with the token
   float* high;          // [L] the running sum of the log gates, as caches keep it
   float* low;           // [L] what it lacks
-  float* max;           // [L] of the scores of a query
-  float* inverse;       // [L] 1 / its sum of weights
+  float* max;           // [L] of the scores of a query, or the logarithm of their sum
+  float* inverse;       // [L] 1 / its sum of weights relative to that
   float* delta;         // [L] do·o
   float* dk;            // [kKvPage, D] of a page
   float* dv;            // [kKvPage, D]
@@ -274,8 +275,15 @@ HWY_INLINE void query_head_backward(const ForgettingAttentionBackwardArgs& args,
   const std::int64_t gate_at = args.sequences.begin(b) * heads + head;
   if (gated) load_gates(work, {args.log_gates.f32() + gate_at, heads});
   find_begins(args, work, head);
-  for (std::int64_t row = 0; row < work.length; row += kRows) {
-    softmax_statistics(work, row, std::min(kRows, work.length - row), gated);
+  if (args.lse.data != nullptr) {
+    for (std::int64_t i = 0; i < work.length; ++i) {
+      work.max[i] = args.lse.f32()[gate_at + i * heads];
+      work.inverse[i] = 1;
+    }
+  } else {
+    for (std::int64_t row = 0; row < work.length; row += kRows) {
+      softmax_statistics(work, row, std::min(kRows, work.length - row), gated);
+    }
   }
   for (std::int64_t i = 0; i < work.length; ++i) {
     const float* o = args.o.f32() + at + i * step;

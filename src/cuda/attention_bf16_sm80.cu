@@ -225,6 +225,9 @@ class Block {
       sum += __shfl_xor_sync(~0U, sum, 2);
       const int row = row_ + 8 * r;
       if (row >= tile_.count) continue;
+      if (lane_ % 4 == 0) {
+        store_lse(params_, tile_, row, head_, max_[r] * 0.6931471805599453F + logf(sum));
+      }
       __nv_bfloat16* to =
           static_cast<__nv_bfloat16*>(params_.o) +
           (static_cast<std::int64_t>(tile_.row + row) * params_.heads + head_) * dim;

@@ -406,6 +406,9 @@ class Consumer {
       sum += __shfl_xor_sync(~0U, sum, 2);
       const int row = first_row() + 8 * r;
       if (row >= tile.count) continue;
+      if (lane_ % 4 == 0) {
+        store_lse(params_, tile, row, head, max_[r] * params_.scale + logf(sum));
+      }
       const float scale = 1 / sum;
       __nv_bfloat16* to = static_cast<__nv_bfloat16*>(params_.o) +
                           (static_cast<std::int64_t>(tile.row + row) * params_.heads + head) * dim +

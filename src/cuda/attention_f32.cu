@@ -143,6 +143,10 @@ __global__ __launch_bounds__(kThreads) void attend(const __grid_constant__ Atten
 #pragma unroll
   for (int r = 0; r < 4; ++r) {
     if (row + r >= tile.count) continue;
+    if (column == 0 && params.lse != nullptr) {
+      params.lse[static_cast<std::int64_t>(tile.row + row + r) * params.heads + head] =
+          max[r] + logf(sum[r]);
+    }
     float* to = static_cast<float*>(params.o) +
                 (static_cast<std::int64_t>(tile.row + row + r) * params.heads + head) * dim;
 #pragma unroll

@@ -37,6 +37,7 @@ struct GroupRange {
 struct AttentionParams {
   const void* q;                // [T, H, D]
   void* o;                      // [T, H, D]
+  float* lse;                   // [T, H] or null
   const KvSequence* sequences;  // [B], in device memory
   KvPageLayout layout;
   std::int32_t heads;   // H
@@ -103,7 +104,21 @@ __device__ inline float decay_between(const std::byte* queries, const std::byte*
          (part(queries, low, query) - part(keys, low, key));
 }
 
-// The decay below which a query skips a page.
+template <typename T>
+__device__ inline float scaled_norm(const T* x, int size, float scale) {
+  float squares = 0;
+  for (int d = 0; d < size; ++d) {
+    const float scaled = static_cast<float>(x[d]) * scale;
+    squares += scaled * scaled;
+  }
+  return sqrtf(squares);
+}
+
+// The decay below which a query with scores of at most `bound` skips a page.
+__device__ inline float pruning_threshold(float log_tolerance, float bound, int position) {
+  return log_tolerance - 2 * bound - logf(static_cast<float>(position + 1));
+}
+
 template <typename T>
 __device__ inline float pruning_threshold(const AttentionParams& params, const KvSequence& sequence,
                                           int row, int head, int position) {
@@ -114,16 +129,26 @@ __device__ inline float pruning_threshold(const AttentionParams& params, const K
     const int dim = params.layout.dim;
     const T* q = static_cast<const T*>(params.q) +
                  (static_cast<std::int64_t>(row) * params.heads + head) * dim;
-    float squares = 0;
-    for (int d = 0; d < dim; ++d) {
-      const float x = static_cast<float>(q[d]) * params.scale;
-      squares += x * x;
-    }
     const auto* norms = reinterpret_cast<const float*>(sequence.page(position / kPageTokens) +
                                                        params.layout.norms(params.kv_head(head)));
-    bound = sqrtf(squares) * norms[position % kPageTokens];
+    bound = scaled_norm(q, dim, params.scale) * norms[position % kPageTokens];
   }
-  return params.log_tolerance - 2 * bound - logf(static_cast<float>(position + 1));
+  return pruning_threshold(params.log_tolerance, bound, position);
+}
+
+// Stores ln Σ_j e^s_ij of a tile's query, given relative to the decay of the tile's first query.
+__device__ inline void store_lse(const AttentionParams& params, const AttentionTile& tile, int row,
+                                 int head, float relative) {
+  if (params.lse == nullptr) return;
+  float decay = 0;
+  if (params.layout.gate_heads > 0) {
+    const KvSequence& sequence = params.sequences[tile.sequence];
+    const int position = tile.position + row;
+    decay = decay_between(sequence.page(position / kPageTokens),
+                          sequence.page(tile.position / kPageTokens), params.layout, head,
+                          position % kPageTokens, tile.position % kPageTokens);
+  }
+  params.lse[static_cast<std::int64_t>(tile.row + row) * params.heads + head] = relative + decay;
 }
 
 }  // namespace deltafox::cuda

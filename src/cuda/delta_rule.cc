@@ -1,8 +1,9 @@
-// Which kernel a sequence takes is a matter of its own length, so what it gets does not depend on
-// who shares its batch.
+// Which kernel a sequence takes is a matter of its own length and of the bucket of all tokens, so
+// what it gets does not depend on who shares its batch.
 #include "ops/delta_rule.h"
 
 #include <algorithm>
+#include <bit>
 
 #include "core/error.h"
 #include "cuda/batches.h"
@@ -38,10 +39,13 @@ void delta_rule(Context& ctx, const DeltaRuleArgs& args) {
   const bool chunks_fit = delta_rule_chunks_fit(problem);
   const auto chunked = [&](int length) { return chunks_fit && length >= kLeastChunkedRows; };
   const int multiprocessors = ctx.stream().multiprocessors();
+  const auto bucket =
+      static_cast<int>(std::bit_ceil(static_cast<std::uint64_t>(args.sequences.tokens())));
   for_each_batch(
       args.sequences, args.states,
       [&](int length) {
-        return chunked(length) ? delta_rule_segments(problem, length, multiprocessors) : 0;
+        return chunked(length) ? delta_rule_segments_of(problem, length, bucket, multiprocessors)
+                               : 0;
       },
       [&](const SequenceBatch& batch) {
         ScratchScope scratch(ctx);
@@ -86,9 +90,23 @@ void delta_rule_backward(Context& ctx, const DeltaRuleBackwardArgs& args) {
       .key_dim = static_cast<int>(args.q.shape[2]),
       .value_dim = static_cast<int>(args.v.shape[2]),
   };
+  const bool chunks_fit = delta_rule_backward_chunks_fit(problem);
+  const auto chunked = [&](int length) { return chunks_fit && length >= kLeastChunkedRows; };
+  const int multiprocessors = ctx.stream().multiprocessors();
   for_each_batch(
       args.sequences, {},
-      [](int length) { return static_cast<int>((length + kDeltaRuleChunk - 1) / kDeltaRuleChunk); },
+      [&](int length) {
+        return chunked(length) ? delta_rule_backward_segments(problem, length, multiprocessors) : 0;
+      },
+      [&](const SequenceBatch& batch) {
+        ScratchScope scratch(ctx);
+        const auto bytes =
+            static_cast<std::int64_t>(delta_rule_backward_chunks_bytes(problem, batch));
+        launch_delta_rule_backward_chunks(problem, batch, scratch.tensor({bytes / 4}).data,
+                                          stream_of(ctx));
+      });
+  for_each_batch(
+      args.sequences, {}, [&](int length) { return chunked(length) ? 0 : chunks_of(length); },
       [&](const SequenceBatch& batch) {
         ScratchScope scratch(ctx);
         const Shape states{batch.blocks, problem.heads, problem.key_dim, problem.value_dim};

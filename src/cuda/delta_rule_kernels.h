@@ -31,8 +31,14 @@ void launch_delta_rule_recurrent(const DeltaRuleProblem& problem, const Sequence
 // sequence in several segments needs V at most 128 too.
 bool delta_rule_chunks_fit(const DeltaRuleProblem& problem);
 
-// Into how many segments a sequence is cut: a function of its own length, the heads and the card,
-// so that what else is in a batch changes no bit.
+// Into how many segments the forward cuts a sequence: a function of its own length, the heads, the
+// card and the bucket of all tokens, a power of two; so within a bucket what else is in a batch
+// changes no bit.
+int delta_rule_segments_of(const DeltaRuleProblem& problem, int length, int tokens_bucket,
+                           int multiprocessors);
+
+// The same for the backward, of whole sequences: a function of its own length, the heads and the
+// card, so that what else is in a batch changes no bit.
 int delta_rule_segments(const DeltaRuleProblem& problem, int length, int multiprocessors);
 
 // Workspace bytes for the state maps of all segments but each sequence's last.
@@ -43,6 +49,15 @@ enum class ProductKind { kAutomatic, kWarp, kGroup };
 void launch_delta_rule_chunks(const DeltaRuleProblem& problem, const SequenceBatch& batch,
                               float* maps, cudaStream_t stream,
                               ProductKind kind = ProductKind::kAutomatic);
+
+// The joins of the backward, states in order and their gradients against it. K' is K rounded up to
+// 64 or 128.
+//   maps    [maps, H, 128 + K', K']: Nᵀ and Mᵀ of S ← M S + N over each segment but a sequence's
+//           last; Nᵀ becomes the transposed state behind the segment
+//   d_maps  [maps, H, 128, K']: N'ᵀ of dS ← Mᵀ dS + N' over each segment but a sequence's first; it
+//           becomes the transposed gradient of the state before the segment
+void launch_delta_rule_joins(const DeltaRuleProblem& problem, const SequenceBatch& batch,
+                             float* maps, float* d_maps, cudaStream_t stream);
 
 struct DeltaRuleBackwardProblem {
   const void* q = nullptr;      // [T, H, K]
@@ -73,5 +88,21 @@ struct DeltaRuleBackwardWorkspace {
 void launch_delta_rule_backward_plain(const DeltaRuleBackwardProblem& problem,
                                       const DeltaRuleBackwardWorkspace& workspace,
                                       const SequenceBatch& batch, cudaStream_t stream);
+
+// In chunks on the tensor cores: bfloat16, K and V multiples of 8, at most 128.
+bool delta_rule_backward_chunks_fit(const DeltaRuleBackwardProblem& problem);
+
+// Into how many segments it cuts a sequence.
+int delta_rule_backward_segments(const DeltaRuleBackwardProblem& problem, int length,
+                                 int multiprocessors);
+
+// Workspace bytes for a batch.
+std::size_t delta_rule_backward_chunks_bytes(const DeltaRuleBackwardProblem& problem,
+                                             const SequenceBatch& batch);
+
+void launch_delta_rule_backward_chunks(const DeltaRuleBackwardProblem& problem,
+                                       const SequenceBatch& batch, void* workspace,
+                                       cudaStream_t stream,
+                                       ProductKind kind = ProductKind::kAutomatic);
 
 }  // namespace deltafox::cuda

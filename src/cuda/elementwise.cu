@@ -24,10 +24,12 @@ struct RmsNormParams {
   bool aligned;
 };
 
-// kRowThreads threads a row, a row of up to 16 elements a thread in registers.
+// kRowThreads threads a row, a row of up to 16 elements a thread in registers. All of its loads are
+// under way before the first is used.
 template <int kRowThreads>
 __global__ void __launch_bounds__(kThreads) rms_norm_kernel(const RmsNormParams p) {
   constexpr int kRows = kThreads / kRowThreads;
+  constexpr int kWarps = kRowThreads / 32;
   constexpr int kKept = 4;
   __shared__ float sums[kThreads / 32];
   const int lane = threadIdx.x % kRowThreads;
@@ -35,59 +37,73 @@ __global__ void __launch_bounds__(kThreads) rms_norm_kernel(const RmsNormParams 
       static_cast<std::int64_t>(blockIdx.x) * kRows + threadIdx.x / kRowThreads;
   const bool real = row < p.rows;
   const std::int64_t base = row * p.width;
-  float kept[kKept][4];
-  const auto value = [&](float(&x)[4], int i) {
-    const int count = p.aligned ? kVector : min(4, p.width - i);
-    p.x.load(x, base + i, count);
-    if (!p.gate_first) return;
-    float gate[4];
-    p.gate.load(gate, base + i, count);
+  const float* w = p.w == nullptr ? nullptr : p.w + row % p.groups * p.width;
+  struct Bits {
+    uint4 x, gate;
+  };
+  const auto count = [&](int i) { return p.aligned ? kVector : min(4, p.width - i); };
+  const auto fetch = [&](Bits& bits, int i) {
+    bits.x = p.x.fetch(base + i, count(i));
+    if (p.has_gate) bits.gate = p.gate.fetch(base + i, count(i));
+  };
+  // What the norm is of, and what its result is multiplied by.
+  const auto widen = [&](float(&x)[4], float(&act)[4], const Bits& bits) {
+    p.x.widen(x, bits.x);
+    if (!p.has_gate) return;
+    p.gate.widen(act, bits.gate);
 #pragma unroll
-    for (int e = 0; e < 4; ++e) x[e] *= activate(p.activation, gate[e]);
+    for (int e = 0; e < 4; ++e) {
+      act[e] = activate(p.activation, act[e]);
+      if (p.gate_first) x[e] *= act[e];
+    }
   };
   float sum = 0;
-  const auto add = [&](const float(&x)[4]) {
+  const auto add = [&](const Bits& bits) {
+    float x[4];
+    float act[4];
+    widen(x, act, bits);
 #pragma unroll
     for (int e = 0; e < 4; ++e) sum = fmaf(x[e], x[e], sum);
   };
+  Bits kept[kKept];
   if (real) {
 #pragma unroll
     for (int n = 0; n < kKept; ++n) {
       const int i = (n * kRowThreads + lane) * 4;
-      if (i < p.width) {
-        value(kept[n], i);
-        add(kept[n]);
-      }
+      if (i < p.width) fetch(kept[n], i);
+    }
+#pragma unroll
+    for (int n = 0; n < kKept; ++n) {
+      if ((n * kRowThreads + lane) * 4 < p.width) add(kept[n]);
     }
     for (int i = (kKept * kRowThreads + lane) * 4; i < p.width; i += kRowThreads * 4) {
-      float x[4];
-      value(x, i);
-      add(x);
+      Bits bits;
+      fetch(bits, i);
+      add(bits);
     }
   }
   sum = warp_sum(sum);
-  if constexpr (kRowThreads > 32) {
+  if constexpr (kWarps > 1) {
     if (threadIdx.x % 32 == 0) sums[threadIdx.x / 32] = sum;
     __syncthreads();
     sum = 0;
 #pragma unroll
-    for (int w = 0; w < kThreads / 32; ++w) sum += sums[w];
+    for (int n = 0; n < kWarps; ++n) sum += sums[threadIdx.x / kRowThreads * kWarps + n];
   }
   if (!real) return;
   const float scale = 1 / sqrtf(sum / static_cast<float>(p.width) + p.eps);
-  const float* w = p.w == nullptr ? nullptr : p.w + row % p.groups * p.width;
-  const auto finish = [&](float(&x)[4], int i) {
-    const int count = p.aligned ? kVector : min(4, p.width - i);
+  const auto finish = [&](const Bits& bits, int i) {
+    float x[4];
+    float act[4];
     float factor[4] = {1, 1, 1, 1};
-    if (w != nullptr) load_four(factor, w + i, count);
-    float gate[4];
-    if (p.has_gate && !p.gate_first) p.gate.load(gate, base + i, count);
+    widen(x, act, bits);
+    if (w != nullptr) load_four(factor, w + i, count(i));
 #pragma unroll
     for (int e = 0; e < 4; ++e) {
       x[e] = x[e] * scale * factor[e];
-      if (p.has_gate && !p.gate_first) x[e] *= activate(p.activation, gate[e]);
+      if (p.has_gate && !p.gate_first) x[e] *= act[e];
     }
-    p.y.store(x, base + i, count);
+    p.y.store(x, base + i, count(i));
   };
 #pragma unroll
   for (int n = 0; n < kKept; ++n) {
@@ -95,9 +111,9 @@ __global__ void __launch_bounds__(kThreads) rms_norm_kernel(const RmsNormParams 
     if (i < p.width) finish(kept[n], i);
   }
   for (int i = (kKept * kRowThreads + lane) * 4; i < p.width; i += kRowThreads * 4) {
-    float x[4];
-    value(x, i);
-    finish(x, i);
+    Bits bits;
+    fetch(bits, i);
+    finish(bits, i);
   }
 }
 
@@ -268,10 +284,15 @@ void rms_norm(Context& ctx, const RmsNormArgs& args) {
   };
   p.aligned = width % 4 == 0 && p.x.aligned() && p.y.aligned() && p.gate.aligned() &&
               reinterpret_cast<std::uintptr_t>(p.w) % 16 == 0;
+  const auto launch = [&](auto kernel, int row_threads) {
+    kernel<<<blocks_for(rows, kThreads / row_threads), kThreads, 0, stream_of(ctx)>>>(p);
+  };
   if (width <= 512) {
-    rms_norm_kernel<32><<<blocks_for(rows, kThreads / 32), kThreads, 0, stream_of(ctx)>>>(p);
+    launch(rms_norm_kernel<32>, 32);
+  } else if (width <= 2048) {
+    launch(rms_norm_kernel<128>, 128);
   } else {
-    rms_norm_kernel<kThreads><<<static_cast<unsigned>(rows), kThreads, 0, stream_of(ctx)>>>(p);
+    launch(rms_norm_kernel<kThreads>, kThreads);
   }
   check_launch("rms_norm");
 }

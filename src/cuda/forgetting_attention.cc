@@ -30,7 +30,7 @@ std::int64_t heads_per_turn(const ForgettingAttentionArgs& args) {
 
 struct Work {
   std::vector<AttentionTile> tiles;  // the longest first
-  std::vector<std::int32_t> single;  // sequences of one row
+  std::vector<std::int32_t> single;  // sequences of one row, unless lse is asked for
   std::int64_t max_splits = 0;
 };
 
@@ -39,7 +39,7 @@ Work work_of(const ForgettingAttentionArgs& args, int tile_rows) {
   for (std::int64_t b = 0; b < args.sequences.count(); ++b) {
     const std::int64_t rows = args.sequences.length(b);
     const std::int64_t length = args.caches[static_cast<std::size_t>(b)]->length();
-    if (rows == 1) {
+    if (rows == 1 && args.lse.data == nullptr) {
       work.single.push_back(static_cast<std::int32_t>(b));
       work.max_splits = std::max(work.max_splits, (length + kSplitKeys - 1) / kSplitKeys);
       continue;
@@ -79,6 +79,7 @@ void forgetting_attention(Context& ctx, const ForgettingAttentionArgs& args) {
   AttentionParams params{
       .q = args.q.data,
       .o = args.o.data,
+      .lse = static_cast<float*>(args.lse.data),
       .sequences = nullptr,
       .layout = page_layout("forgetting_attention", layout),
       .heads = static_cast<std::int32_t>(heads),

@@ -11,8 +11,8 @@ constexpr std::int64_t kSmallLinearRows = kStepLinearRows;
 
 inline bool fits_small_linear(const LinearArgs& args) {
   return args.x.shape[0] <= kSmallLinearRows && args.x.shape[1] % 256 == 0 &&
-         args.y.shape[1] == args.w.shape[0] && args.w.dtype == DType::kBF16 &&
-         args.x.dtype == DType::kBF16 && (args.y.dtype == DType::kF32 || !args.accumulate);
+         args.w.dtype == DType::kBF16 && args.x.dtype == DType::kBF16 &&
+         (args.y.dtype == DType::kF32 || !args.accumulate);
 }
 
 inline void small_linear(Context& ctx, const LinearArgs& args) {

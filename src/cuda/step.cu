@@ -11,6 +11,7 @@
 
 #include "cuda/launch.cuh"
 #include "cuda/rows.cuh"
+#include "cuda/step_program.h"
 #include "ops/step.h"
 
 namespace deltafox::cuda {
@@ -30,6 +31,7 @@ struct Part {
   const float4* conv;          // [N]
   float4* const* conv_states;  // [B] in device memory, each [N]
   int rows;                    // N
+  int stride;                  // N'
   int end_group;               // of tiles, over all parts so far
   bool y_is_bf16;
   StepEpilogue epilogue;
@@ -194,7 +196,7 @@ __device__ inline void finish(const Params& p, const Tile& tile, int b, int colu
   const Part& part = p.parts[tile.part];
   const int row = tile.first_row(p) + column;
   if (b >= p.batch || row >= part.rows) return;
-  const std::int64_t at = static_cast<std::int64_t>(b) * part.rows + row;
+  const std::int64_t at = static_cast<std::int64_t>(b) * part.stride + row;
   switch (part.epilogue) {
     case StepEpilogue::kStore:
       break;
@@ -458,19 +460,27 @@ constexpr int kArgmaxThreads = 1024;
 
 // A thread block a row.
 __global__ void __launch_bounds__(kArgmaxThreads)
-    greedy_token_kernel(const float* logits, int vocab, std::int32_t* ids, std::int32_t* counts,
-                        volatile std::int32_t* history, int capacity) {
+    greedy_token_kernel(const float* logits, int stride, int vocab, std::int32_t* ids,
+                        std::int32_t* counts, volatile std::int32_t* history, int capacity) {
   __shared__ float values[32];
   __shared__ int indices[32];
   wait_for_input();
   const int b = static_cast<int>(blockIdx.x);
-  const float* row = logits + static_cast<std::int64_t>(b) * vocab;
+  const float* row = logits + static_cast<std::int64_t>(b) * stride;
   float best = -INFINITY;
   int index = vocab;
   const auto take = [&](float value, int i) {
     if (value > best || (value == best && i < index)) best = value, index = i;
   };
-  for (int i = static_cast<int>(threadIdx.x); i < vocab; i += kArgmaxThreads) take(row[i], i);
+#pragma unroll 4
+  for (int i = static_cast<int>(threadIdx.x) * 4; i < vocab; i += kArgmaxThreads * 4) {
+    float v[4];
+    load_four(v, row + i, stride % 4 == 0 && i + 4 <= vocab ? kVector : min(4, vocab - i));
+#pragma unroll
+    for (int e = 0; e < 4; ++e) {
+      if (i + e < vocab) take(v[e], i + e);
+    }
+  }
   const auto over_warp = [&] {
 #pragma unroll
     for (int offset = 16; offset > 0; offset /= 2) {
@@ -499,11 +509,14 @@ void greedy_token(Context& ctx, const GreedyTokenArgs& args) {
   launch_dependent(
       ctx, "greedy_token", greedy_token_kernel, dim3(static_cast<unsigned>(args.logits.shape[0])),
       kArgmaxThreads, 0, args.logits.f32(), static_cast<int>(args.logits.shape[1]),
-      static_cast<std::int32_t*>(args.ids.data), static_cast<std::int32_t*>(args.counts.data),
+      static_cast<int>(args.classes), static_cast<std::int32_t*>(args.ids.data),
+      static_cast<std::int32_t*>(args.counts.data),
       static_cast<volatile std::int32_t*>(args.history), static_cast<int>(args.capacity));
 }
 
 void step_linear(Context& ctx, const StepLinearArgs& args) {
+  if (add_to_program(ctx, args)) return;
+  run_step_program(ctx);  // what comes before
   Params p{};
   p.x = args.x.data;
   p.x_is_bf16 = args.x.dtype == DType::kBF16;
@@ -516,12 +529,13 @@ void step_linear(Context& ctx, const StepLinearArgs& args) {
   }
   for (std::size_t i = 0; i < args.parts.size(); ++i) {
     const StepLinearPart& part = args.parts[i];
-    const int rows = static_cast<int>(part.y.shape[1]);
+    const int rows = static_cast<int>(outputs_of(part));
     p.groups += (rows + kTileRows - 1) / kTileRows;
     Part& to = p.parts[i];
     to.w = static_cast<const bf16*>(part.w.data);
     to.y = part.y.data;
     to.rows = rows;
+    to.stride = static_cast<int>(part.y.shape[1]);
     to.end_group = p.groups;
     to.y_is_bf16 = part.y.dtype == DType::kBF16;
     to.epilogue = part.epilogue;
@@ -547,6 +561,8 @@ void step_linear(Context& ctx, const StepLinearArgs& args) {
 }
 
 void delta_rule_step(Context& ctx, const DeltaRuleStepArgs& args) {
+  if (add_to_program(ctx, args)) return;
+  run_step_program(ctx);
   const DeltaStepParams p{.q = args.q.f32(),
                           .k = args.k.f32(),
                           .v = args.v.f32(),

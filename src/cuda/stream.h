@@ -19,6 +19,8 @@
 
 namespace deltafox::cuda {
 
+struct StepProgram;  // cuda/step_program.h
+
 class Stream {
  public:
   Stream();
@@ -42,6 +44,12 @@ class Stream {
   const void* upload(std::span<const std::byte> bytes);
   std::uint64_t uploads_generation() const { return uploads_generation_; }
 
+  // The step program that is being gathered, or null. Opening returns false where one is open, or
+  // where the card has no use for one.
+  StepProgram* program() { return program_open_ ? program_.get() : nullptr; }
+  bool open_program();
+  void close_program();
+
   cublasLtHandle_t blas() const { return blas_; }
   int multiprocessors() const { return multiprocessors_; }
   int major() const { return major_; }                 // of the compute capability
@@ -58,12 +66,18 @@ class Stream {
   std::int64_t launches_ = 0;
   std::uint64_t memory_epoch_ = 0;  // work on memory that the stream waits for already
 
+  std::shared_ptr<StepProgram> program_;
+  bool program_open_ = false;
+
   std::unordered_map<std::string, const void*> uploads_;
   std::uint64_t uploads_generation_ = 0;
   std::byte* uploads_device_ = nullptr;
   std::byte* uploads_host_ = nullptr;  // pinned; what copies under way read
   std::size_t uploads_used_ = 0;
 };
+
+// Throws Error if there is no GPU or no driver.
+void require_device();
 
 inline cudaStream_t stream_of(Context& ctx) {
   return ctx.stream().handle();

@@ -86,6 +86,7 @@ bool CausalLM::replayable() const {
 void CausalLM::step(Context& ctx, std::span<SequenceState* const> states,
                     const TensorView& hidden) const {
   ScratchScope scratch(ctx);
+  ops::StepProgram program(ctx);
   const std::span<DeltaNetMixer::State*> of_layer =
       scratch.array<DeltaNetMixer::State*>(static_cast<std::int64_t>(states.size()));
   for (std::size_t l = 0; l < layers_.size(); ++l) {
@@ -97,6 +98,7 @@ void CausalLM::step(Context& ctx, std::span<SequenceState* const> states,
         .step(ctx, layer.mixer_norm->value, config_.norm_eps, of_layer, hidden);
     layer.mlp->step(ctx, layer.mlp_norm->value, config_.norm_eps, hidden);
   }
+  program.run();
   for (SequenceState* state : states) ++state->position;
 }
 
@@ -106,6 +108,19 @@ void CausalLM::final_norm(Context& ctx, const ConstTensorView& x, const TensorVi
 
 void CausalLM::head(Context& ctx, const ConstTensorView& x, const TensorView& logits) const {
   ops::linear(ctx, {.x = x, .w = lm_head_ ? lm_head_->value : embeddings_.value, .y = logits});
+}
+
+void CausalLM::norm_and_head(Context& ctx, const ConstTensorView& x,
+                             const TensorView& logits) const {
+  if (has_step(ctx, x.shape[0])) {
+    const StepLinearPart part{.w = lm_head_ ? lm_head_->value : embeddings_.value, .y = logits};
+    return ops::step_linear(
+        ctx, {.x = x, .norm = norm_.value, .norm_eps = config_.norm_eps, .parts = {&part, 1}});
+  }
+  ScratchScope scratch(ctx);
+  const TensorView normed = scratch.activation(x.shape);  // [R, C]
+  final_norm(ctx, x, normed);
+  head(ctx, normed, logits);
 }
 
 void CausalLM::split_gate_and_up() {

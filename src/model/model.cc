@@ -42,6 +42,8 @@ static_assert(kPieceAlign % kDeltaRuleChunk == 0 && kPieceAlign % kGlaChunk == 0
               kPieceAlign % kSsdChunk == 0);
 // Rows of logits in memory at a time.
 constexpr std::int64_t kLogitRows = 128;
+// On a GPU a row of logits starts at a multiple of so many (see ops/linear.h).
+constexpr std::int64_t kLogitAlign = 8;
 
 constexpr std::size_t kMaxConfigBytes = std::size_t{16} << 20;
 
@@ -422,17 +424,20 @@ void Model::Impl::greedy_on_gpu(std::span<const std::int32_t> input_ids,
   auto* history = static_cast<std::int32_t*>(memory.get());  // [steps, B]
   std::fill_n(history, steps * count, -1);
   ctx.copy(ids.view().data, input_ids.data(), input_ids.size_bytes());
+  const std::int64_t aligned_vocab =
+      (info_.vocab_size + kLogitAlign - 1) / kLogitAlign * kLogitAlign;
   const auto work = [&] {
     ScratchScope scratch(ctx);
     const TensorView hidden = scratch.tensor({count, lm_.config().hidden_size});  // [B, C]
-    const TensorView normed = scratch.activation(hidden.shape);                   // [B, C]
-    const TensorView logits = scratch.tensor({count, info_.vocab_size});          // [B, N]
+    const TensorView logits = scratch.tensor({count, aligned_vocab});             // [B, N']
     const std::span<const std::int32_t> current(static_cast<const std::int32_t*>(ids.view().data),
                                                 input_ids.size());
+    ops::StepProgram program(ctx, lm_.has_step(ctx, count));
     lm_.forward(ctx, current, Sequences(cu_seqlens), sequences, hidden);
-    lm_.final_norm(ctx, hidden, normed);
-    lm_.head(ctx, normed, logits);
+    lm_.norm_and_head(ctx, hidden, logits);
+    program.run();
     ops::greedy_token(ctx, {.logits = logits,
+                            .classes = info_.vocab_size,
                             .ids = ids.view(),
                             .counts = counts.view(),
                             .history = history,
@@ -664,22 +669,38 @@ void Model::loss_and_gradients(const Batch& batch, std::span<const std::int32_t>
                                const GradientOptions& options) const {
   impl_->check(batch);
   impl_->check_labels(batch, labels, loss);
-  impl_->lm_.visit_params([](const std::string& name, const Param& param) {
-    if (param.value.dtype == DType::kF32) return;
+  impl_->lm_.visit_params([&](const std::string& name, const Param& param) {
+    if (impl_->device_ == Device::kCuda || param.value.dtype == DType::kF32) return;
     fail("gradients: tensor '{}' is kept as {}; load the model with dtype float32", name,
          name_of(param.value.dtype));
   });
   const auto counted = std::count_if(labels.begin(), labels.end(), [](auto id) { return id >= 0; });
   const float scale = counted > 0 ? 1 / static_cast<float>(counted) : 0;
-  Gradients gradients(impl_->lm_);
-  Impl::Lease lease(*impl_);
-  impl_->lm_.forward_backward(*lease, batch.input_ids, Sequences(batch.cu_seqlens), labels, scale,
-                              loss, gradients, {.recompute = options.recompute});
+  Gradients gradients(impl_->lm_, impl_->device_);
+  {
+    Impl::Lease lease(*impl_);
+    Context& ctx = *lease;
+    ScratchScope scratch(ctx);
+    const TensorView losses = scratch.tensor({std::ssize(loss)});
+    impl_->lm_.forward_backward(ctx, on_device(ctx, scratch, batch.input_ids),
+                                Sequences(batch.cu_seqlens), on_device(ctx, scratch, labels), scale,
+                                {losses.f32(), loss.size()}, gradients,
+                                {.recompute = options.recompute});
+    ctx.copy(loss.data(), losses.data, loss.size_bytes());
+    ctx.synchronize();
+  }
   for (const Gradients::Entry& entry : gradients.entries()) {
     const Shape& shape = entry.param->shape;
     std::vector<std::int64_t> dims(static_cast<std::size_t>(shape.rank()));
     for (int i = 0; i < shape.rank(); ++i) dims[static_cast<std::size_t>(i)] = shape[i];
-    sink(entry.name, dims, {entry.value.f32(), static_cast<std::size_t>(shape.size())});
+    std::vector<float> host;
+    const float* values = entry.value.view().f32();
+    if (impl_->device_ == Device::kCuda) {
+      host.resize(static_cast<std::size_t>(shape.size()));
+      entry.value.write_to(host.data());
+      values = host.data();
+    }
+    sink(entry.name, dims, {values, static_cast<std::size_t>(shape.size())});
   }
 }
 

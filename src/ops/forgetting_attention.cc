@@ -8,6 +8,9 @@ void forgetting_attention(Context& ctx, const ForgettingAttentionArgs& args) {
   const OpTimer timer("forgetting_attention");
   const std::int64_t heads = args.q.shape[1];
   check_activation(ctx, "forgetting_attention", "o", args.o, args.q.shape);
+  if (args.lse.data != nullptr) {
+    check("forgetting_attention", "lse", args.lse, {args.q.shape[0], heads});
+  }
   for (std::int64_t b = 0; b < args.sequences.count(); ++b) {
     const KvCache& cache = *args.caches[static_cast<std::size_t>(b)];
     const KvLayout& layout = cache.layout();
@@ -43,14 +46,20 @@ void forgetting_attention_backward(Context& ctx, const ForgettingAttentionBackwa
   if (kv_heads < 1 || heads % kv_heads != 0) {
     fail("forgetting_attention_backward: {} heads cannot share {} of keys", heads, kv_heads);
   }
-  check("forgetting_attention_backward", "q", args.q, {tokens, heads, dim});
-  check("forgetting_attention_backward", "k", args.k, {tokens, kv_heads, dim});
-  check("forgetting_attention_backward", "v", args.v, args.k.shape);
-  check("forgetting_attention_backward", "o", args.o, args.q.shape);
-  check("forgetting_attention_backward", "d_o", args.d_o, args.q.shape);
-  check("forgetting_attention_backward", "dq", args.dq, args.q.shape);
-  check("forgetting_attention_backward", "dk", args.dk, args.k.shape);
-  check("forgetting_attention_backward", "dv", args.dv, args.k.shape);
+  const auto check_rows = [&](const char* name, const ConstTensorView& view, std::int64_t count) {
+    check_activation(ctx, "forgetting_attention_backward", name, view, {tokens, count, dim});
+  };
+  check_rows("q", args.q, heads);
+  check_rows("k", args.k, kv_heads);
+  check_rows("v", args.v, kv_heads);
+  check_rows("o", args.o, heads);
+  check_rows("d_o", args.d_o, heads);
+  check_rows("dq", args.dq, heads);
+  check_rows("dk", args.dk, kv_heads);
+  check_rows("dv", args.dv, kv_heads);
+  if (args.lse.data != nullptr) {
+    check("forgetting_attention_backward", "lse", args.lse, {tokens, heads});
+  }
   if (args.log_gates.data != nullptr) {
     check("forgetting_attention_backward", "log_gates", args.log_gates, {tokens, heads});
     check("forgetting_attention_backward", "dlog_gates", args.dlog_gates, {tokens, heads});
@@ -59,7 +68,7 @@ void forgetting_attention_backward(Context& ctx, const ForgettingAttentionBackwa
     case Device::kCpu:
       return cpu::forgetting_attention_backward(ctx, args);
     case Device::kCuda:
-      fail_on_cuda("forgetting_attention_backward");
+      return cuda::forgetting_attention_backward(ctx, args);
   }
 }
 

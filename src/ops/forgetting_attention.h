@@ -32,7 +32,8 @@ struct ForgettingAttentionArgs {
   // [H] the bound of |q·k| / √D of each head. No data: the norm of the query times the greatest
   // norm of the keys so far, which the caches must keep.
   std::span<const float> score_bounds = {};
-  TensorView o;  // [T, H, D]
+  TensorView o;         // [T, H, D]
+  TensorView lse = {};  // [T, H] F32, ln Σ_j e^s_ij for the backward; or no data
 };
 
 // Of whole sequences from position 0. With P the weights and dP_ij = do_i·v_j:
@@ -49,6 +50,7 @@ struct ForgettingAttentionBackwardArgs {
   std::optional<float> log_pruning_tolerance = {};
   std::span<const float> score_bounds = {};  // [H] or empty, as in the forward
   ConstTensorView o;                         // [T, H, D], the forward's
+  ConstTensorView lse = {};                  // [T, H] F32, the forward's; on the CPU or no data
   ConstTensorView d_o;                       // [T, H, D]
   TensorView dq;                             // [T, H, D], =
   TensorView dk;                             // [T, G, D], =
@@ -66,7 +68,9 @@ void forgetting_attention_backward(Context& ctx, const ForgettingAttentionBackwa
 }  // namespace cpu
 namespace cuda {
 void forgetting_attention(Context& ctx, const ForgettingAttentionArgs& args);
-}
+// Head sizes of at most 128; all activations of one dtype.
+void forgetting_attention_backward(Context& ctx, const ForgettingAttentionBackwardArgs& args);
+}  // namespace cuda
 namespace reference {
 // Prunes nothing.
 void forgetting_attention(const ForgettingAttentionArgs& args);

@@ -1,5 +1,7 @@
 #include "ops/step.h"
 
+#include <algorithm>
+
 #include "ops/check.h"
 
 namespace deltafox::ops {
@@ -19,10 +21,10 @@ void step_linear(Context& ctx, const StepLinearArgs& args) {
     fail("step_linear: {} rows of {} and {} parts do not fit", rows, k, args.parts.size());
   }
   for (const StepLinearPart& part : args.parts) {
-    const std::int64_t n = part.y.shape[1];
+    const std::int64_t n = outputs_of(part);
     const bool glu = part.epilogue == StepEpilogue::kGlu;
     check("step_linear", "w", part.w, {glu ? 2 * n : n, k}, DType::kBF16);
-    check_activation(ctx, "step_linear", "y", part.y, {rows, n});
+    check_activation(ctx, "step_linear", "y", part.y, {rows, std::max(n, part.y.shape[1])});
     if (part.epilogue == StepEpilogue::kConvSilu) {
       check("step_linear", "conv", part.conv, {n, kStepConvWidth});
     }
@@ -33,6 +35,8 @@ void step_linear(Context& ctx, const StepLinearArgs& args) {
 void greedy_token(Context& ctx, const GreedyTokenArgs& args) {
   require_gpu(ctx, "greedy_token");
   const std::int64_t rows = args.logits.shape[0];
+  check("greedy_token", "logits", args.logits,
+        {rows, std::max(args.classes, args.logits.shape[1])});
   check("greedy_token", "ids", args.ids, {rows}, DType::kI32);
   check("greedy_token", "counts", args.counts, {rows}, DType::kI32);
   cuda::greedy_token(ctx, args);

@@ -15,6 +15,10 @@
 // greedy_token: the first index of the largest logit of each row. It becomes the sequence's id, and
 // for the host to see, history[count · B + b], count being how many calls there were before.
 //
+// StepProgram: while one lives, step_linear and delta_rule_step of its Context are gathered where
+// the card can run them in one launch; run() launches. Nothing else may be launched between them
+// that they depend on or that depends on them.
+//
 // Sums do not depend on B.
 #pragma once
 
@@ -32,11 +36,16 @@ enum class StepEpilogue : std::uint8_t { kStore, kAdd, kSigmoid, kGlu, kConvSilu
 
 struct StepLinearPart {
   ConstTensorView w;  // [N, K] BF16; [2·N, K] with kGlu
-  TensorView y;       // [B, N] F32 or BF16
+  TensorView y;       // [B, N'] F32 or BF16, N' >= N; what lies behind N is not touched
   StepEpilogue epilogue = StepEpilogue::kStore;
   ConstTensorView conv = {};                 // [N, W]
   std::span<float* const> conv_states = {};  // [B], each [N, W]
 };
+
+// N
+inline std::int64_t outputs_of(const StepLinearPart& part) {
+  return part.epilogue == StepEpilogue::kGlu ? part.w.shape[0] / 2 : part.w.shape[0];
+}
 
 struct StepLinearArgs {
   ConstTensorView x;          // [B, K] F32 or BF16, K a multiple of 256
@@ -55,7 +64,8 @@ struct DeltaRuleStepArgs {
 };
 
 struct GreedyTokenArgs {
-  ConstTensorView logits;  // [B, N] F32
+  ConstTensorView logits;  // [B, N'] F32, N' >= N
+  std::int64_t classes;    // N
   TensorView ids;          // [B] I32
   TensorView counts;       // [B] I32, += 1
   std::int32_t* history;   // [capacity, B] as of cuda::allocate_shared
@@ -71,5 +81,34 @@ namespace cuda {
 void greedy_token(Context& ctx, const GreedyTokenArgs& args);
 void step_linear(Context& ctx, const StepLinearArgs& args);
 void delta_rule_step(Context& ctx, const DeltaRuleStepArgs& args);
+// False where one is open already, which then goes on, or where the card has no use for one.
+bool begin_step_program(Context& ctx);
+// Launches what was gathered.
+void run_step_program(Context& ctx);
+// Drops what was not launched.
+void end_step_program(Context& ctx);
 }  // namespace cuda
+namespace ops {
+
+class StepProgram {
+ public:
+  // Gathers only if `wanted`.
+  explicit StepProgram(Context& ctx, bool wanted = true)
+      : ctx_(ctx), opened_(wanted && cuda::begin_step_program(ctx)) {}
+  ~StepProgram() {
+    if (opened_) cuda::end_step_program(ctx_);
+  }
+  StepProgram(const StepProgram&) = delete;
+  StepProgram& operator=(const StepProgram&) = delete;
+  // Does nothing where a program around this one goes on.
+  void run() {
+    if (opened_) cuda::run_step_program(ctx_);
+  }
+
+ private:
+  Context& ctx_;
+  bool opened_;
+};
+
+}  // namespace ops
 }  // namespace deltafox

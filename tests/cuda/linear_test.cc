@@ -1,6 +1,8 @@
 // Products and fused decoding steps on the GPU against plain float32 on the CPU.
 #include <gtest/gtest.h>
 
+#include <array>
+#include <cmath>
 #include <cstring>
 
 #include "cuda/gpu.h"
@@ -51,6 +53,9 @@ TEST_P(CudaLinear, EqualsPlainOnAllShapes) {
     const Tensor gpu_w = gpu.upload(w, gpu.dtype());
     const Tensor gpu_bias = gpu.upload(bias);
     Tensor gpu_y = gpu.upload(y, y_dtype);
+    const Tensor gpu_added = gpu_y;
+    const bool apart = accumulate && round % 2 == 0;  // added is another tensor than y
+    if (apart) gpu_y = device(y_dtype, {tokens, outputs});
     const bool biased = y_dtype == DType::kF32;  // else the output is rounded twice
     reference::linear({.x = x.view(),
                        .w = w.view(),
@@ -61,7 +66,8 @@ TEST_P(CudaLinear, EqualsPlainOnAllShapes) {
                             .w = gpu_w.view(),
                             .y = gpu_y.view(),
                             .accumulate = accumulate,
-                            .bias = biased ? gpu_bias.view() : ConstTensorView{}});
+                            .bias = biased ? gpu_bias.view() : ConstTensorView{},
+                            .added = apart ? gpu_added.view() : ConstTensorView{}});
     SCOPED_TRACE(testing::Message() << tokens << " x " << outputs << " x " << k);
     expect_close(gpu.download(gpu_y), y, tolerance(y_dtype, k));
   }
@@ -321,13 +327,152 @@ TEST(CudaStep, DeltaRuleEqualsPlain) {
   }
 }
 
+// A layer of a DeltaNet and a head, by steps.
+class Layer {
+ public:
+  explicit Layer(Gpu& gpu) : gpu_(gpu) {
+    for (Tensor& proj : projections_) proj = matrix(kWidth, kWidth);
+    for (Tensor& conv : convolutions_) conv = vector({kWidth, kStepConvWidth});
+  }
+
+  // Logits [B, kVocab] behind three steps from zero states; step s of sequence b has x [s, b] of
+  // inputs [3, all, kWidth] as its input.
+  Tensor run(const Tensor& inputs, std::int64_t first, std::int64_t batch, bool as_program) {
+    const std::int64_t all = inputs.view().shape[1];
+    std::array<std::vector<Tensor>, 4> states;
+    std::array<std::vector<float*>, 4> pointers;
+    for (std::size_t i = 0; i < 4; ++i) {
+      for (std::int64_t b = 0; b < batch; ++b) {
+        states[i].push_back(device(DType::kF32, i < 3 ? Shape{kWidth, kStepConvWidth}
+                                                      : Shape{kHeads, kStepHeadDim, kStepHeadDim}));
+      }
+      pointers[i] = test::pointers(states[i]);
+    }
+    Tensor logits = device(DType::kF32, {batch, kVocab});
+    for (std::int64_t s = 0; s < 3; ++s) {
+      Tensor rows(DType::kF32, {batch, kWidth});
+      std::copy_n(inputs.f32() + (s * all + first) * kWidth, batch * kWidth, rows.f32());
+      Tensor hidden = gpu_.upload(rows);
+      step(pointers, hidden, logits, as_program);
+      gpu_.ctx().synchronize();
+    }
+    return gpu_.download(logits);
+  }
+
+  static constexpr std::int64_t kHeads = 4;
+  static constexpr std::int64_t kWidth = kHeads * kStepHeadDim;
+  static constexpr std::int64_t kInner = 1280;   // five blocks of 256: not a whole number of pieces
+  static constexpr std::int64_t kVocab = 40001;  // several groups of tiles a thread block
+
+ private:
+  Tensor matrix(std::int64_t rows, std::int64_t columns) {
+    Tensor host =
+        random_.normal_tensor({rows, columns}, 1 / std::sqrt(static_cast<float>(columns)));
+    return gpu_.upload(host, DType::kBF16);
+  }
+  Tensor vector(const Shape& shape) {
+    Tensor host = random_.normal_tensor(shape);
+    return gpu_.upload(host);
+  }
+
+  void step(std::array<std::vector<float*>, 4>& states, Tensor& hidden, Tensor& logits,
+            bool as_program) {
+    Context& ctx = gpu_.ctx();
+    const std::int64_t batch = hidden.view().shape[0];
+    const Shape heads{batch, kHeads, kStepHeadDim};
+    Tensor mixed[4] = {device(DType::kF32, {batch, kWidth}), device(DType::kF32, {batch, kWidth}),
+                       device(DType::kF32, {batch, kWidth}), device(DType::kF32, {batch, kWidth})};
+    Tensor beta = device(DType::kF32, {batch, kHeads});
+    Tensor product = device(DType::kBF16, {batch, kInner});
+    const auto& self = *this;
+    std::vector<StepLinearPart> parts;
+    for (std::size_t i = 0; i < 3; ++i) {
+      parts.push_back({.w = self.projections_[i].view(),
+                       .y = mixed[i].view(),
+                       .epilogue = StepEpilogue::kConvSilu,
+                       .conv = self.convolutions_[i].view(),
+                       .conv_states = states[i]});
+    }
+    parts.push_back({.w = self.beta_.view(), .y = beta.view(), .epilogue = StepEpilogue::kSigmoid});
+    const StepLinearPart output{
+        .w = self.projections_[3].view(), .y = hidden.view(), .epilogue = StepEpilogue::kAdd};
+    const StepLinearPart glu{
+        .w = self.gate_up_.view(), .y = product.view(), .epilogue = StepEpilogue::kGlu};
+    const StepLinearPart down{
+        .w = self.down_.view(), .y = hidden.view(), .epilogue = StepEpilogue::kAdd};
+    const StepLinearPart head{.w = self.head_.view(), .y = logits.view()};
+    const ConstTensorView norm = self.norm_.view();
+    ops::StepProgram program(ctx, as_program);
+    ops::step_linear(ctx, {.x = hidden.view(), .norm = norm, .norm_eps = 1e-6F, .parts = parts});
+    ops::delta_rule_step(ctx, {.q = mixed[0].view().reshaped(heads),
+                               .k = mixed[1].view().reshaped(heads),
+                               .v = mixed[2].view().reshaped(heads),
+                               .beta = beta.view(),
+                               .states = states[3],
+                               .o = mixed[3].view().reshaped(heads)});
+    ops::step_linear(ctx, {.x = mixed[3].view(),
+                           .norm = self.head_norm_.view(),
+                           .norm_eps = 1e-6F,
+                           .parts = {&output, 1}});
+    ops::step_linear(ctx,
+                     {.x = hidden.view(), .norm = norm, .norm_eps = 1e-6F, .parts = {&glu, 1}});
+    ops::step_linear(ctx, {.x = product.view(), .parts = {&down, 1}});
+    ops::step_linear(ctx,
+                     {.x = hidden.view(), .norm = norm, .norm_eps = 1e-6F, .parts = {&head, 1}});
+    program.run();
+    ctx.synchronize();
+  }
+
+  Gpu& gpu_;
+  Random random_{7};
+  std::array<Tensor, 4> projections_;   // q, k, v, o [kWidth, kWidth]
+  std::array<Tensor, 3> convolutions_;  // [kWidth, 4]
+  Tensor beta_ = matrix(kHeads, kWidth);
+  Tensor gate_up_ = matrix(2 * kInner, kWidth);
+  Tensor down_ = matrix(kWidth, kInner);
+  Tensor head_ = matrix(kVocab, kWidth);
+  Tensor norm_ = vector({kWidth});
+  Tensor head_norm_ = vector({kStepHeadDim});
+};
+
+// Inputs of five products are rounded to bfloat16; at worst each rounding falls the other way.
+TEST(CudaStep, AProgramEqualsItsSteps) {
+  Random random(8);
+  Gpu gpu(DType::kBF16);
+  Layer layer(gpu);
+  for (const std::int64_t batch : {1, 3, 8, 11, 16}) {
+    SCOPED_TRACE(testing::Message() << batch << " sequences");
+    const Tensor inputs = random.normal_tensor({3, batch, Layer::kWidth});
+    expect_close(layer.run(inputs, 0, batch, true), layer.run(inputs, 0, batch, false),
+                 5 * test::epsilon(DType::kBF16));
+  }
+}
+
+TEST(CudaStep, AProgramDoesNotDependOnTheBatch) {
+  Random random(9);
+  Gpu gpu(DType::kBF16);
+  Layer layer(gpu);
+  const Tensor inputs = random.normal_tensor({3, 16, Layer::kWidth});
+  const Tensor all = layer.run(inputs, 0, 16, true);
+  expect_equal(layer.run(inputs, 0, 16, true), all);
+  for (const auto& [first, batch] :
+       {std::pair<std::int64_t, std::int64_t>{0, 1}, {3, 8}, {5, 11}}) {
+    const Tensor some = layer.run(inputs, first, batch, true);
+    for (std::int64_t i = 0; i < batch * Layer::kVocab; ++i) {
+      ASSERT_EQ(some.f32()[i], all.f32()[first * Layer::kVocab + i]) << batch << " " << i;
+    }
+  }
+}
+
 TEST(CudaStep, GreedyTokenIsTheFirstOfTheLargest) {
   Random random(5);
   Gpu gpu(DType::kF32);
-  Tensor logits = random.normal_tensor({3, 5000});
-  for (const int i : {40, 4999, 4100}) logits.f32()[i] = 9;
-  logits.f32()[5000] = 9;
-  logits.f32()[2 * 5000 + 4999] = 9;
+  constexpr std::int64_t kStride = 5004;  // what lies behind the classes does not count
+  Tensor logits = random.normal_tensor({3, kStride});
+  for (const int i : {40, 4999, 4100, 5001}) logits.f32()[i] = 9;
+  logits.f32()[kStride] = 9;
+  logits.f32()[2 * kStride + 4999] = 9;
+  logits.f32()[2 * kStride + 5000] = 10;
   const Tensor gpu_logits = gpu.upload(logits);
   Tensor ids = device(DType::kI32, {3});
   Tensor counts = device(DType::kI32, {3});
@@ -335,6 +480,7 @@ TEST(CudaStep, GreedyTokenIsTheFirstOfTheLargest) {
   auto* history = static_cast<std::int32_t*>(memory.get());
   for (int call = 0; call < 3; ++call) {  // the last one finds no room
     ops::greedy_token(gpu.ctx(), {.logits = gpu_logits.view(),
+                                  .classes = 5000,
                                   .ids = ids.view(),
                                   .counts = counts.view(),
                                   .history = history,

@@ -300,9 +300,13 @@ struct AttentionCase {
                          .sequences = Sequences(cu),
                          .caches = pointers});
     Tensor result = dy;
+    lse = Tensor(DType::kF32, {q.view().shape[0], q.view().shape[1]});
     const std::vector<const KvCache*> read(pointers.begin(), pointers.end());
-    reference::forgetting_attention(
-        {.q = q.view(), .sequences = Sequences(cu), .caches = read, .o = result.view()});
+    reference::forgetting_attention({.q = q.view(),
+                                     .sequences = Sequences(cu),
+                                     .caches = read,
+                                     .o = result.view(),
+                                     .lse = lse.view()});
     return result;
   }
   ForgettingAttentionBackwardArgs backward(std::vector<Tensor>& d) {
@@ -315,6 +319,7 @@ struct AttentionCase {
             .window = window,
             .log_pruning_tolerance = tolerance,
             .o = o.view(),
+            .lse = use_lse ? ConstTensorView(lse.view()) : ConstTensorView(),
             .d_o = dy.view(),
             .dq = d[0].view(),
             .dk = d[1].view(),
@@ -324,8 +329,9 @@ struct AttentionCase {
   double objective() { return dot(dy, forward()); }
 
   Lengths cu;
-  Tensor q, k, v, gates, dy, o;
+  Tensor q, k, v, gates, dy, o, lse;
   bool use_gates;
+  bool use_lse = false;
   std::optional<std::int64_t> window = {};
   std::optional<float> tolerance = {};
 };
@@ -413,6 +419,7 @@ TEST(ForgettingAttentionBackward, FastEqualsPlain) {
     AttentionCase c(random, random.lengths(2, 200), random.integer(1, 2), random.integer(1, 2),
                     random.integer(1, 40), round % 3 != 0);
     if (round % 4 == 1) c.window = random.integer(1, 150);
+    c.use_lse = round % 2 == 0;
     check(random, c, ops::forgetting_attention_backward, reference::forgetting_attention_backward,
           false);
   }

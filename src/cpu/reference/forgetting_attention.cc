@@ -53,6 +53,9 @@ void forgetting_attention(const ForgettingAttentionArgs& args) {
           args.o.f32()[row * dim + d] =
               static_cast<float>(sum[static_cast<std::size_t>(d)] / total);
         }
+        if (args.lse.data != nullptr) {
+          args.lse.f32()[row] = static_cast<float>(max + std::log(total));
+        }
       }
     }
   }

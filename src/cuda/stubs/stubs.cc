@@ -1,9 +1,10 @@
 // Linked where the CUDA back end is not built: whoever asks for a GPU gets one clear line.
-#include "core/device.h"
+#include "core/device_clock.h"
 #include "core/error.h"
 #include "ops/activation.h"
 #include "ops/adamw.h"
 #include "ops/cross_entropy.h"
+#include "ops/delta_mixer.h"
 #include "ops/delta_rule.h"
 #include "ops/embedding.h"
 #include "ops/forgetting_attention.h"
@@ -35,6 +36,9 @@ std::shared_ptr<Stream> make_stream() {
 void synchronize(Stream& /*stream*/) {
   fail_without_cuda();
 }
+double seconds_of(Stream& /*stream*/, const std::function<void()>& /*work*/) {
+  fail_without_cuda();
+}
 void* allocate(std::size_t /*bytes*/) {
   fail_without_cuda();
 }
@@ -43,6 +47,18 @@ void copy(void* /*to*/, const void* /*from*/, std::size_t /*bytes*/) {
   fail_without_cuda();
 }
 void copy(Stream& /*stream*/, void* /*to*/, const void* /*from*/, std::size_t /*bytes*/) {
+  fail_without_cuda();
+}
+void zero(Stream& /*stream*/, void* /*memory*/, std::size_t /*bytes*/) {
+  fail_without_cuda();
+}
+std::size_t memory_in_use() {
+  fail_without_cuda();
+}
+std::shared_ptr<GrowingMemory> make_growing_memory() {
+  fail_without_cuda();
+}
+std::byte* grow(GrowingMemory& /*memory*/, std::size_t /*bytes*/) {
   fail_without_cuda();
 }
 
@@ -98,6 +114,12 @@ void cross_entropy(Context& /*ctx*/, const CrossEntropyArgs& /*args*/) {
 void cross_entropy_backward(Context& /*ctx*/, const CrossEntropyBackwardArgs& /*args*/) {
   fail_without_cuda();
 }
+void delta_inputs(Context& /*ctx*/, const DeltaInputsArgs& /*args*/) {
+  fail_without_cuda();
+}
+void delta_token(Context& /*ctx*/, const DeltaTokenArgs& /*args*/) {
+  fail_without_cuda();
+}
 void delta_rule(Context& /*ctx*/, const DeltaRuleArgs& /*args*/) {
   fail_without_cuda();
 }
@@ -111,6 +133,10 @@ void embedding_backward(Context& /*ctx*/, const EmbeddingBackwardArgs& /*args*/)
   fail_without_cuda();
 }
 void forgetting_attention(Context& /*ctx*/, const ForgettingAttentionArgs& /*args*/) {
+  fail_without_cuda();
+}
+void forgetting_attention_backward(Context& /*ctx*/,
+                                   const ForgettingAttentionBackwardArgs& /*args*/) {
   fail_without_cuda();
 }
 void gate(Context& /*ctx*/, const GateArgs& /*args*/) {
@@ -172,6 +198,15 @@ void step_linear(Context& /*ctx*/, const StepLinearArgs& /*args*/) {
   fail_without_cuda();
 }
 void delta_rule_step(Context& /*ctx*/, const DeltaRuleStepArgs& /*args*/) {
+  fail_without_cuda();
+}
+bool begin_step_program(Context& /*ctx*/) {
+  fail_without_cuda();
+}
+void run_step_program(Context& /*ctx*/) {
+  fail_without_cuda();
+}
+void end_step_program(Context& /*ctx*/) {
   fail_without_cuda();
 }
 void greedy_token(Context& /*ctx*/, const GreedyTokenArgs& /*args*/) {

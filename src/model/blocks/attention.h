@@ -103,21 +103,33 @@ class AttentionMixer {
     Shifted k_before, v_before;  // of k and v
     TensorView k, v;             // [T, G, D]
     TensorView log_gates;        // [T, H]
+    TensorView lse;              // [T, H] of the scores, on a GPU
     TensorView o;                // [T, H, D] before norm and gate
     TensorView gate;             // [T, H·D], with ogate_proj
-    TensorView output;           // [T, H·D] before o_proj
+    TensorView output;           // [T, H·D] what o_proj reads; see restore_output
   };
 
   explicit AttentionMixer(const Config& config);
 
   State new_state(Device device = Device::kCpu, DType activation_dtype = DType::kF32) const;
 
-  // hidden [T, C] += mixer(x [T, C]), continuing each sequence from its state.
+  // hidden [T, C] += mixer(x [T, C]), or = residual [T, C] + that, continuing each sequence from
+  // its state.
   void forward(Context& ctx, const ConstTensorView& x, const Sequences& sequences,
-               std::span<State* const> states, const TensorView& hidden,
-               Saved* saved = nullptr) const;
+               std::span<State* const> states, const TensorView& hidden, Saved* saved = nullptr,
+               const ConstTensorView& residual = {}) const;
 
-  // Of whole sequences: dx [T, C] =, given dy [T, C], the gradient of what forward added.
+  // saved.output, which forward does not keep, in scratch memory.
+  void restore_output(Context& ctx, ScratchScope& scratch, Saved& saved) const {
+    saved.output = output(ctx, scratch, saved);
+  }
+  // hidden [T, C] = residual [T, C] + what forward added: its last product once more, after
+  // restore_output.
+  void add_again(Context& ctx, const Saved& saved, const ConstTensorView& residual,
+                 const TensorView& hidden) const;
+
+  // Of whole sequences, after restore_output: dx [T, C] =, given dy [T, C], the gradient of what
+  // forward added.
   void backward(Context& ctx, const ConstTensorView& x, const Sequences& sequences,
                 const Saved& saved, const TensorView& dy, const TensorView& dx,
                 Gradients& gradients) const;
@@ -155,6 +167,8 @@ class AttentionMixer {
                         const Param& proj, const std::optional<Param>& shift_proj,
                         const Saved::Shifted& before, const TensorView& d, const TensorView& dx,
                         Gradients& gradients) const;
+  // What o_proj reads [T, H·D], from o.
+  TensorView output(Context& ctx, ScratchScope& scratch, const Saved& saved) const;
   // Norm, gate and projection of the output: d_o [T, H, D] = and dgate [T, H·D] =, given dy [T, C].
   void output_backward(Context& ctx, const Saved& saved, const TensorView& dy,
                        const TensorView& d_o, const TensorView& dgate, Gradients& gradients) const;
@@ -166,10 +180,10 @@ class AttentionMixer {
   TensorView log_gates(Context& ctx, ScratchScope& scratch, const ConstTensorView& x) const;
   // The bounds of |q·k| / √D that the norms' weights give, [H]; empty without them.
   std::span<const float> score_bounds(ScratchScope& scratch) const;
-  // o [T, H, D]
+  // o [T, H, D], and lse [T, H] if it has data
   void attend(Context& ctx, const TensorView& q, const TensorView& k, const TensorView& v,
               const TensorView& gates, const Sequences& sequences, std::span<State* const> states,
-              const TensorView& o) const;
+              const TensorView& o, const TensorView& lse) const;
 
   Config config_;
   Weights weights_;

@@ -56,19 +56,30 @@ class Hgrn2Mixer {
     TensorView q, g, k;                   // [T, H, K]
     TensorView v;                         // [T, H, V]
     TensorView o;                         // [T, C] before the norm
-    TensorView output;                    // [T, C] before o_proj
+    TensorView output;                    // [T, C] what o_proj reads; see restore_output
   };
 
   explicit Hgrn2Mixer(const Config& config);
 
   State new_state(Device device = Device::kCpu, DType activation_dtype = DType::kF32) const;
 
-  // hidden [T, C] += mixer(x [T, C]), continuing each sequence from its state.
+  // hidden [T, C] += mixer(x [T, C]), or = residual [T, C] + that, continuing each sequence from
+  // its state, or from new ones where there are no states.
   void forward(Context& ctx, const ConstTensorView& x, const Sequences& sequences,
-               std::span<State* const> states, const TensorView& hidden,
-               Saved* saved = nullptr) const;
+               std::span<State* const> states, const TensorView& hidden, Saved* saved = nullptr,
+               const ConstTensorView& residual = {}) const;
 
-  // Of whole sequences: dx [T, C] =, given dy [T, C], the gradient of what forward added.
+  // saved.output, which forward does not keep, in scratch memory.
+  void restore_output(Context& ctx, ScratchScope& scratch, Saved& saved) const {
+    saved.output = output(ctx, scratch, saved);
+  }
+  // hidden [T, C] = residual [T, C] + what forward added: its last product once more, after
+  // restore_output.
+  void add_again(Context& ctx, const Saved& saved, const ConstTensorView& residual,
+                 const TensorView& hidden) const;
+
+  // Of whole sequences, after restore_output: dx [T, C] =, given dy [T, C], the gradient of what
+  // forward added.
   void backward(Context& ctx, const ConstTensorView& x, const Sequences& sequences,
                 const Saved& saved, const TensorView& dy, const TensorView& dx,
                 Gradients& gradients) const;
@@ -89,6 +100,8 @@ class Hgrn2Mixer {
   }
 
  private:
+  TensorView output(Context& ctx, ScratchScope& scratch, const Saved& saved) const;
+
   Config config_;
   Weights weights_;
 };

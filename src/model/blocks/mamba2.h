@@ -66,19 +66,30 @@ class Mamba2Mixer {
     TensorView xbc;     // [T, H·P + 2·G·N]
     TensorView dt;      // [T, H]
     TensorView y;       // [T, H, P] before the norm
-    TensorView output;  // [T, H·P] before out_proj
+    TensorView output;  // [T, H·P] what out_proj reads; see restore_output
   };
 
   explicit Mamba2Mixer(const Config& config);
 
   State new_state(Device device = Device::kCpu, DType activation_dtype = DType::kF32) const;
 
-  // hidden [T, C] += mixer(x [T, C]), continuing each sequence from its state.
+  // hidden [T, C] += mixer(x [T, C]), or = residual [T, C] + that, continuing each sequence from
+  // its state, or from new ones where there are no states.
   void forward(Context& ctx, const ConstTensorView& x, const Sequences& sequences,
-               std::span<State* const> states, const TensorView& hidden,
-               Saved* saved = nullptr) const;
+               std::span<State* const> states, const TensorView& hidden, Saved* saved = nullptr,
+               const ConstTensorView& residual = {}) const;
 
-  // Of whole sequences: dx [T, C] =, given dy [T, C], the gradient of what forward added.
+  // saved.output, which forward does not keep, in scratch memory.
+  void restore_output(Context& ctx, ScratchScope& scratch, Saved& saved) const {
+    saved.output = output(ctx, scratch, saved);
+  }
+  // hidden [T, C] = residual [T, C] + what forward added: its last product once more, after
+  // restore_output.
+  void add_again(Context& ctx, const Saved& saved, const ConstTensorView& residual,
+                 const TensorView& hidden) const;
+
+  // Of whole sequences, after restore_output: dx [T, C] =, given dy [T, C], the gradient of what
+  // forward added.
   void backward(Context& ctx, const ConstTensorView& x, const Sequences& sequences,
                 const Saved& saved, const TensorView& dy, const TensorView& dx,
                 Gradients& gradients) const;
@@ -101,6 +112,8 @@ class Mamba2Mixer {
   }
 
  private:
+  TensorView output(Context& ctx, ScratchScope& scratch, const Saved& saved) const;
+
   Config config_;
   Weights weights_;
 };

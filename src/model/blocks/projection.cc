@@ -39,10 +39,40 @@ TensorView rows_of(const TensorView& tensor, std::int64_t begin, std::int64_t co
   return {const_cast<void*>(rows.data), rows.dtype, rows.shape};
 }
 
+ConstTensorView joined(std::initializer_list<const Param*> matrices) {
+  ConstTensorView all = (*matrices.begin())->value;
+  const std::int64_t columns = all.shape[1];
+  std::int64_t rows = 0;
+  for (const Param* matrix : matrices) {
+    const ConstTensorView& value = matrix->value;
+    const std::size_t before = rows == 0 ? 0 : bytes_of(all.dtype, {rows, columns});
+    if (value.dtype != all.dtype || value.shape[1] != columns ||
+        value.data != static_cast<const std::byte*>(all.data) + before) {
+      return {};
+    }
+    rows += value.shape[0];
+  }
+  all.shape = {rows, columns};
+  return all;
+}
+
 TensorView copy_of(Context& ctx, ScratchScope& scratch, const ConstTensorView& from) {
   const TensorView to = scratch.tensor(from.shape, from.dtype);
   ctx.copy(to.data, from.data, static_cast<std::size_t>(from.shape.size()) * size_of(from.dtype));
   return to;
+}
+
+std::span<float*> zero_states(Context& ctx, ScratchScope& scratch, const Sequences& sequences,
+                              const Shape& shape) {
+  constexpr std::int64_t kAlignment = 64;  // elements
+  const std::int64_t size = (shape.size() + kAlignment - 1) / kAlignment * kAlignment;
+  const TensorView all = scratch.tensor({sequences.count(), size});
+  ctx.zero(all.data, bytes_of(all.dtype, all.shape));
+  const std::span<float*> pointers = scratch.array<float*>(sequences.count());
+  for (std::size_t b = 0; b < pointers.size(); ++b) {
+    pointers[b] = all.f32() + static_cast<std::int64_t>(b) * size;
+  }
+  return pointers;
 }
 
 TensorView project(Context& ctx, ScratchScope& scratch, const ConstTensorView& x,
@@ -52,6 +82,14 @@ TensorView project(Context& ctx, ScratchScope& scratch, const ConstTensorView& x
       scratch.tensor({x.shape[0], w.shape[0]}, dtype.value_or(ctx.activation_dtype()));
   ops::linear(ctx, {.x = x, .w = w, .y = y, .bias = bias});
   return y;
+}
+
+void add_output(Context& ctx, const ConstTensorView& y, const Param& w, const ConstTensorView& bias,
+                const ConstTensorView& residual, const TensorView& hidden) {
+  if (hidden.data == nullptr) return;
+  ops::linear(
+      ctx,
+      {.x = y, .w = w.value, .y = hidden, .accumulate = true, .bias = bias, .added = residual});
 }
 
 TensorView convolve(Context& ctx, ScratchScope& scratch, const ConstTensorView& x,
@@ -108,7 +146,7 @@ void project_and_convolve_backward(Context& ctx, const ConstTensorView& x,
   ScratchScope scratch(ctx);
   TensorView dprojected = dy;  // [T, N]
   if (conv) {
-    dprojected = scratch.tensor(dy.shape);
+    dprojected = scratch.like(dy);
     convolve_backward(ctx, projected, *conv, std::nullopt, sequences, activation, dy, dprojected,
                       gradients);
   } else if (activation != Activation::kIdentity) {

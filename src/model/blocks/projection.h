@@ -2,6 +2,7 @@
 // convolution, and how the official code initialises them.
 #pragma once
 
+#include <initializer_list>
 #include <optional>
 #include <span>
 
@@ -28,6 +29,9 @@ Param depthwise_convolution(std::int64_t channels, std::int64_t width);
 ConstTensorView rows_of(const ConstTensorView& tensor, std::int64_t begin, std::int64_t count);
 TensorView rows_of(const TensorView& tensor, std::int64_t begin, std::int64_t count);
 
+// The matrices one below the other as one, where they lie so in memory; else no data.
+ConstTensorView joined(std::initializer_list<const Param*> matrices);
+
 // No data for a weight that a block lacks.
 inline ConstTensorView value_of(const std::optional<Param>& param) {
   return param ? param->value : ConstTensorView{};
@@ -46,10 +50,28 @@ std::span<float*> state_pointers(ScratchScope& scratch, std::span<State* const> 
   return pointers;
 }
 
+// Zeros of `shape` for each sequence, in scratch memory: new states that nobody goes on from.
+std::span<float*> zero_states(Context& ctx, ScratchScope& scratch, const Sequences& sequences,
+                              const Shape& shape);
+
+// Those of the states, or zeros where there are no states.
+template <typename State>
+std::span<float*> state_pointers(Context& ctx, ScratchScope& scratch, const Sequences& sequences,
+                                 std::span<State* const> states, Tensor State::*tensor,
+                                 const Shape& shape) {
+  return states.empty() ? zero_states(ctx, scratch, sequences, shape)
+                        : state_pointers(scratch, states, tensor);
+}
+
 // y [T, N] = x [T, C] wᵀ [+ bias], in scratch memory; an activation where no dtype is given
 TensorView project(Context& ctx, ScratchScope& scratch, const ConstTensorView& x,
                    const ConstTensorView& w, const ConstTensorView& bias = {},
                    std::optional<DType> dtype = {});
+
+// What ends a block: hidden [T, C] += y [T, N] wᵀ [+ bias], or = residual [T, C] + that. Nothing
+// where hidden has no data: only what is saved is wanted.
+void add_output(Context& ctx, const ConstTensorView& y, const Param& w, const ConstTensorView& bias,
+                const ConstTensorView& residual, const TensorView& hidden);
 
 // y [T, N] = act(conv(x [T, N])), in scratch memory
 TensorView convolve(Context& ctx, ScratchScope& scratch, const ConstTensorView& x,

@@ -1,0 +1,854 @@
+// The steps of step.cu as the phases of one kernel, one thread block a multiprocessor.
+//
+// A step is bound by reading the weights, which do not depend on what is computed: so one warp of
+// each block does nothing but ask for the block's rows of w, phase after phase, as far ahead as
+// shared memory has room (a ring of row pieces, filled by bulk copies), and the memory is busy
+// while the other warps wait for each other. Those share K between them: a warp has x of its
+// columns in registers as operands of the tensor cores for the whole phase, w comes from the ring.
+// Between two phases all blocks wait for all.
+//
+// A block takes as many rows of each part of a phase as any other, one more or less, in tiles of up
+// to 16 rows. Products are 16 rows of w by 8 rows of x; which elements are called k = 0, 1, ...
+// does not matter to a sum as long as w and x have them in the same places, so a lane reads 16
+// bytes of each at once. Sums are those of a warp's columns in order, then of the warps in order:
+// they depend neither on B nor on the card.
+#include <algorithm>
+#include <cstring>
+
+#include "cuda/launch.cuh"
+#include "cuda/rows.cuh"
+#include "cuda/sm90.cuh"
+#include "cuda/step_program.h"
+
+namespace deltafox::cuda {
+namespace {
+
+constexpr int kWarps = 8;  // that compute
+constexpr int kWorkers = kWarps * 32;
+constexpr int kThreads = kWorkers + 128;  // registers are dealt out to four warps at a time
+constexpr int kTileRows = 16;
+constexpr int kGroupTiles = 4;                    // whose sums are taken at once
+constexpr int kBlockColumns = 32 * kWarps;        // 32 of each warp
+constexpr int kPieceColumns = 2 * kBlockColumns;  // of a row, in a piece
+constexpr int kMaxBlocks = 16;
+constexpr int kMaxColumns = kMaxBlocks * kBlockColumns;
+constexpr int kMaxNormGroups = 2048 / 32;  // pieces of 32 columns under a norm in groups
+// A piece's row in the ring: eight neighbouring rows of 16 bytes by four lanes hit all banks once.
+constexpr int kRowBytes = kPieceColumns * 2 + 64;
+constexpr int kPieces = 32;  // in the ring at most
+constexpr int kDim = static_cast<int>(kStepHeadDim);
+constexpr int kUnitColumns = 16;  // of a head's state
+constexpr int kUnits = 4;         // of a half of the workers, at once
+constexpr int kPhaseVectors = sizeof(StepPhase) / 16;
+
+struct Counters {
+  unsigned arrived;
+  unsigned exited;
+};
+
+// A block's part of a phase.
+struct Slice {
+  int first;  // row
+  int rows;
+};
+
+struct DeltaScratch {
+  float q[kUnits][kDim];
+  float k[kUnits][kDim];
+  float sums_q[kUnits][4][kUnitColumns];
+  float sums_k[kUnits][4][kUnitColumns];
+  float dots[kUnits][4][4];
+};
+
+template <int kHalves>
+struct Shared {
+  // An even number of rows, so that neighbours stay neighbours where the ring ends.
+  static constexpr int kRows = kHalves == 1 ? 194 : 176;
+  alignas(128) unsigned char ring[kRows * kRowBytes];
+  union {
+    float sums[kGroupTiles][kWarps][kHalves][kTileRows][8];
+    DeltaScratch delta[2];
+  };
+  float group_squares[kMaxNormGroups][8 * kHalves];
+  float warp_squares[kWarps][8 * kHalves];
+  StepPhase phases[2];          // of the workers: this one and the next
+  Slice slices[2][kStepParts];  // of their parts
+  StepPhase coming[2];          // of the warp that asks for weights
+  std::uint64_t full[kPieces];
+  std::uint64_t empty[kPieces];
+};
+
+__device__ inline int tiles_of(const StepPart& part, const Slice& slice) {
+  const int tiles = (slice.rows + kTileRows - 1) / kTileRows;
+  return part.epilogue == StepEpilogue::kGlu ? 2 * tiles : tiles;
+}
+
+__device__ inline Slice slice_of(int rows) {
+  const auto blocks = static_cast<std::int64_t>(gridDim.x);
+  const auto first = static_cast<int>(static_cast<std::int64_t>(rows) * blockIdx.x / blocks);
+  const auto end = static_cast<int>(static_cast<std::int64_t>(rows) * (blockIdx.x + 1) / blocks);
+  return {first, end - first};
+}
+
+// Rows of tile `tile` of a part: with kGlu tiles 2j and 2j + 1 are rows of p and the same of p'.
+__device__ inline Slice rows_of_tile(const StepPart& part, const Slice& slice, int tile) {
+  const bool glu = part.epilogue == StepEpilogue::kGlu;
+  const int begin = (glu ? tile / 2 : tile) * kTileRows;
+  return {slice.first + begin + (glu && tile % 2 == 1 ? part.rows : 0),
+          min(kTileRows, slice.rows - begin)};
+}
+
+// Where the next piece begins.
+struct Place {
+  int piece = 0;
+  int row = 0;
+
+  template <int kRows>
+  __device__ void advance(int rows) {
+    ++piece;
+    row += rows;
+    if (row >= kRows) row -= kRows;
+  }
+  __device__ int slot() const { return piece % kPieces; }
+  __device__ int parity() const { return piece / kPieces & 1; }
+};
+
+// Weights are read once in a step, what is computed several times.
+__device__ inline void copy_row(void* to, const void* from, int bytes, std::uint64_t* barrier,
+                                std::uint64_t policy) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], "
+      "[%1], "
+      "%2, [%3], %4;" ::"r"(sm90::shared_address(to)),
+      "l"(from), "r"(bytes), "r"(sm90::shared_address(barrier)), "l"(policy)
+      : "memory");
+}
+
+template <int kHalves>
+__device__ void stream_weights(const StepPhase* phases, int count, Shared<kHalves>& shared) {
+  constexpr int kRows = Shared<kHalves>::kRows;
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  std::uint64_t policy;
+  asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+  Place place;
+  int oldest = 0;         // piece in the ring
+  int free_rows = kRows;  // of it
+  int rows_of_slot = 0;   // lane l knows those of slot l
+  const auto fetch = [&](int index) {
+    uint4 v{};
+    if (index < count && lane < kPhaseVectors) {
+      v = __ldg(reinterpret_cast<const uint4*>(phases + index) + lane);
+    }
+    return v;
+  };
+  static_assert(kPhaseVectors <= 32);
+  uint4 next = fetch(0);
+  for (int index = 0; index < count; ++index) {
+    StepPhase& phase = shared.coming[index % 2];
+    if (lane < kPhaseVectors) reinterpret_cast<uint4*>(&phase)[lane] = next;
+    __syncwarp();
+    next = fetch(index + 1);
+    if (phase.heads > 0) continue;
+    for (int p = 0; p < phase.count; ++p) {
+      const StepPart& part = phase.parts[p];
+      const Slice slice = slice_of(part.rows);
+      const int tiles = tiles_of(part, slice);
+      for (int tile = 0; tile < tiles; ++tile) {
+        const Slice rows = rows_of_tile(part, slice, tile);
+        const bf16* from = part.w + static_cast<std::int64_t>(rows.first + lane) * phase.k;
+        for (int column = 0; column < phase.k; column += kPieceColumns) {
+          const int bytes = 2 * min(kPieceColumns, phase.k - column);
+          while (free_rows < rows.rows || place.piece - oldest == kPieces) {
+            const int slot = oldest % kPieces;
+            sm90::barrier_wait(&shared.empty[slot], oldest / kPieces & 1);
+            free_rows += __shfl_sync(0xffffffff, rows_of_slot, slot);
+            ++oldest;
+          }
+          free_rows -= rows.rows;
+          if (lane == place.slot()) rows_of_slot = rows.rows;
+          std::uint64_t* barrier = &shared.full[place.slot()];
+          if (lane == 0) sm90::barrier_arrive_expect(barrier, rows.rows * bytes);
+          __syncwarp();
+          if (lane < rows.rows) {
+            int row = place.row + lane;
+            if (row >= kRows) row -= kRows;
+            copy_row(shared.ring + row * kRowBytes, from + column, bytes, barrier, policy);
+          }
+          place.template advance<kRows>(rows.rows);
+        }
+      }
+    }
+  }
+}
+
+__device__ inline void sync_workers() {
+  asm volatile("bar.sync 1, %0;" ::"n"(kWorkers) : "memory");
+}
+
+__device__ inline void multiply(float (&c)[4], std::uint32_t a0, std::uint32_t a1, std::uint32_t a2,
+                                std::uint32_t a3, std::uint32_t b0, std::uint32_t b1) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, "
+      "{%8,%9}, {%0,%1,%2,%3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+
+__device__ inline std::uint32_t pack(float x, float y) {
+  const __nv_bfloat162 both = __floats2bfloat162_rn(x, y);
+  return reinterpret_cast<const std::uint32_t&>(both);
+}
+
+template <int kHalves>
+class Worker {
+ public:
+  __device__ Worker(const StepPhase* phases, int count, int batch, Counters* counters,
+                    Shared<kHalves>& shared)
+      : phases_(phases), count_(count), batch_(batch), counters_(counters), shared_(shared) {}
+
+  __device__ void run() {
+    prefetch_phase(0);
+    keep_phase(0);
+    sync_workers();
+    for (int index = 0; index < count_; ++index) {
+      const StepPhase& phase = shared_.phases[index % 2];
+      prefetch_phase(index + 1);
+      if (phase.heads > 0) {
+        delta(phase, index);
+      } else {
+        linear(phase, shared_.slices[index % 2], index);
+      }
+      keep_phase(index + 1);
+      sync_workers();
+      if (thread_ != 0) continue;
+      if (index + 1 < count_) {
+        asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(&counters_->arrived)
+                     : "memory");
+      } else if (atomicAdd(&counters_->exited, 1) == gridDim.x - 1) {
+        // All blocks have passed the last barrier.
+        counters_->arrived = 0;
+        counters_->exited = 0;
+      }
+    }
+  }
+
+ private:
+  static constexpr int kOutputs = 2 * kHalves;  // of a thread, of a group of tiles
+  static constexpr int kTileOutputs = kTileRows * 8 * kHalves;
+
+  // x of the warp's columns, a block a vector.
+  using Operands = uint4[kHalves][kMaxBlocks];
+
+  // One of a group's outputs that the thread finishes.
+  struct Output {
+    int part;  // −1: none
+    int row;   // of the part
+    int tile;  // of the group
+    int at;    // in a tile's sums
+    int b;
+  };
+
+  __device__ void prefetch_phase(int index) {
+    if (index >= count_) return;
+    if (thread_ < kPhaseVectors) {
+      next_vector_ = __ldg(reinterpret_cast<const uint4*>(phases_ + index) + thread_);
+    } else if (thread_ >= 32 && thread_ < 32 + kStepParts) {
+      next_rows_ = __ldg(&phases_[index].parts[thread_ - 32].rows);
+    }
+  }
+  __device__ void keep_phase(int index) {
+    if (index >= count_) return;
+    if (thread_ < kPhaseVectors) {
+      reinterpret_cast<uint4*>(&shared_.phases[index % 2])[thread_] = next_vector_;
+    } else if (thread_ >= 32 && thread_ < 32 + kStepParts) {
+      shared_.slices[index % 2][thread_ - 32] = slice_of(next_rows_);
+    }
+  }
+
+  // For what the phase before left behind.
+  __device__ void wait_for_blocks(int index) {
+    if (index == 0) return;
+    if (thread_ == 0) {
+      const unsigned all = static_cast<unsigned>(index) * gridDim.x;
+      unsigned arrived;
+      do {
+        asm volatile("ld.acquire.gpu.global.u32 %0, [%1];"
+                     : "=r"(arrived)
+                     : "l"(&counters_->arrived)
+                     : "memory");
+      } while (arrived < all);
+    }
+    sync_workers();
+  }
+
+  // ---- step_linear ----
+
+  __device__ Output find_output(const StepPhase& phase, const Slice* slices, int first_tile,
+                                int tiles, int j) const {
+    Output out{.part = -1, .row = 0, .tile = 0, .at = 0, .b = 0};
+    const int i = thread_ + j * kWorkers;
+    const bool glu = phase.parts[0].epilogue == StepEpilogue::kGlu;
+    out.tile = i / kTileOutputs * (glu ? 2 : 1);
+    out.at = i % kTileOutputs;
+    out.b = out.at / (kTileRows * 8) * 8 + out.at % 8;
+    int tile = first_tile + out.tile;
+    if (out.b >= batch_ || out.tile >= kGroupTiles || tile >= tiles) return out;
+    int part = 0;
+    int in_part = tiles_of(phase.parts[0], slices[0]);
+    while (tile >= in_part) {
+      tile -= in_part;
+      ++part;
+      in_part = tiles_of(phase.parts[part], slices[part]);
+    }
+    const Slice rows = rows_of_tile(phase.parts[part], slices[part], tile);
+    const int row = out.at / 8 % kTileRows;
+    if (row >= rows.rows) return out;
+    out.row = rows.first + row;
+    out.part = part;
+    return out;
+  }
+
+  __device__ void linear(const StepPhase& phase, const Slice* slices, int index) {
+    int tiles = 0;
+    for (int p = 0; p < phase.count; ++p) tiles += tiles_of(phase.parts[p], slices[p]);
+    Output outputs[kOutputs];
+    float4 old[kOutputs]{};
+    float4 taps[kOutputs]{};
+    // What no phase writes but for this thread in the step before.
+    const auto load_conv = [&](int first_tile) {
+#pragma unroll
+      for (int j = 0; j < kOutputs; ++j) {
+        outputs[j] = find_output(phase, slices, first_tile, tiles, j);
+        if (outputs[j].part < 0) continue;
+        const StepPart& part = phase.parts[outputs[j].part];
+        if (part.epilogue != StepEpilogue::kConvSilu) continue;
+        old[j] = __ldcs(part.conv_states[outputs[j].b] + outputs[j].row);
+        taps[j] = __ldg(part.conv + outputs[j].row);
+      }
+    };
+    load_conv(0);
+    if (phase.norm_width > 0 && thread_ * 32 < phase.norm_width) {
+      prefetch(phase.norm + thread_ * 32);
+    }
+    wait_for_blocks(index);
+    Operands x{};
+    load_input(phase, x);
+    for (int first_tile = 0; first_tile < tiles; first_tile += kGroupTiles) {
+      if (first_tile > 0) load_conv(first_tile);
+#pragma unroll
+      for (int j = 0; j < kOutputs; ++j) {
+        if (outputs[j].part < 0) continue;
+        const StepPart& part = phase.parts[outputs[j].part];
+        if (part.epilogue == StepEpilogue::kAdd) {
+          old[j].x = __ldcg(static_cast<const float*>(part.y) +
+                            static_cast<std::int64_t>(outputs[j].b) * part.stride + outputs[j].row);
+        }
+      }
+      multiply_tiles(phase, slices, x, first_tile, min(tiles, first_tile + kGroupTiles));
+      sync_workers();
+#pragma unroll
+      for (int j = 0; j < kOutputs; ++j) {
+        if (outputs[j].part >= 0) finish(phase, outputs[j], old[j], taps[j]);
+      }
+      if (first_tile + kGroupTiles < tiles) sync_workers();
+    }
+  }
+
+  // x of the warp's columns, as operands; times the norm's weight, and in groups times its scale.
+  // That of whole rows is left to the sums.
+  __device__ void load_input(const StepPhase& phase, Operands& x) {
+    const int blocks = phase.k / kBlockColumns;
+    const int first_column = warp_ * 32 + lane_ % 4 * 8;
+    if (phase.x_is_bf16) {
+#pragma unroll
+      for (int h = 0; h < kHalves; ++h) {
+        const int b = h * 8 + lane_ / 4;
+        const bf16* row = static_cast<const bf16*>(phase.x) +
+                          static_cast<std::int64_t>(b) * phase.k + first_column;
+#pragma unroll
+        for (int i = 0; i < kMaxBlocks; ++i) {
+          if (i < blocks && b < batch_) {
+            x[h][i] = __ldcg(reinterpret_cast<const uint4*>(row + i * kBlockColumns));
+          }
+        }
+      }
+      return;
+    }
+    constexpr int kAtOnce = 8;  // blocks whose float32 values are in registers
+#pragma unroll
+    for (int h = 0; h < kHalves; ++h) {
+      const int b = h * 8 + lane_ / 4;
+      const float* row = static_cast<const float*>(phase.x) +
+                         static_cast<std::int64_t>(b) * phase.k + first_column;
+      float squares = 0;
+#pragma unroll
+      for (int first = 0; first < kMaxBlocks; first += kAtOnce) {
+        if (first >= blocks) break;
+        float v[kAtOnce][8];
+#pragma unroll
+        for (int i = 0; i < kAtOnce; ++i) {
+#pragma unroll
+          for (int e = 0; e < 8; ++e) v[i][e] = 0;
+          if (first + i < blocks && b < batch_) {
+            const auto* from = reinterpret_cast<const float4*>(row + (first + i) * kBlockColumns);
+            const float4 low = __ldcg(from);
+            const float4 high = __ldcg(from + 1);
+            v[i][0] = low.x, v[i][1] = low.y, v[i][2] = low.z, v[i][3] = low.w;
+            v[i][4] = high.x, v[i][5] = high.y, v[i][6] = high.z, v[i][7] = high.w;
+          }
+        }
+        if (phase.norm_width == kDim) {
+#pragma unroll
+          for (int i = 0; i < kAtOnce; ++i) {
+            if (first + i >= blocks) break;
+            const float of_block = over_four_lanes(sum_of_squares(v[i]));
+            if (lane_ % 4 == 0) {
+              shared_.group_squares[(first + i) * kWarps + warp_][b] = of_block;
+            }
+          }
+          sync_workers();
+        }
+#pragma unroll
+        for (int i = 0; i < kAtOnce; ++i) {
+          if (first + i >= blocks) break;
+          if (phase.norm_width > 0) {
+            const bool whole = phase.norm_width == phase.k;
+            float scale = 1;
+            if (whole) {
+              squares += sum_of_squares(v[i]);
+            } else {
+              const int group = ((first + i) * kWarps + warp_) / 4 * 4;
+              const float sum =
+                  (shared_.group_squares[group][b] + shared_.group_squares[group + 1][b]) +
+                  (shared_.group_squares[group + 2][b] + shared_.group_squares[group + 3][b]);
+              scale = 1 / sqrtf(sum / static_cast<float>(kDim) + phase.norm_eps);
+            }
+            const int column = (first + i) * kBlockColumns + first_column;
+            const auto* norm =
+                reinterpret_cast<const float4*>(phase.norm + (whole ? column : column % kDim));
+            const float4 low = __ldg(norm);
+            const float4 high = __ldg(norm + 1);
+            v[i][0] *= scale * low.x, v[i][1] *= scale * low.y;
+            v[i][2] *= scale * low.z, v[i][3] *= scale * low.w;
+            v[i][4] *= scale * high.x, v[i][5] *= scale * high.y;
+            v[i][6] *= scale * high.z, v[i][7] *= scale * high.w;
+          }
+          x[h][first + i] = make_uint4(pack(v[i][0], v[i][1]), pack(v[i][2], v[i][3]),
+                                       pack(v[i][4], v[i][5]), pack(v[i][6], v[i][7]));
+        }
+      }
+      if (phase.norm_width == phase.k) {
+        squares = over_four_lanes(squares);
+        if (lane_ % 4 == 0) shared_.warp_squares[warp_][b] = squares;
+      }
+    }
+  }
+
+  __device__ static float sum_of_squares(const float (&v)[8]) {
+    float sum = 0;
+#pragma unroll
+    for (int e = 0; e < 8; ++e) sum = fmaf(v[e], v[e], sum);
+    return sum;
+  }
+  __device__ static float over_four_lanes(float x) {
+    x += __shfl_xor_sync(0xffffffff, x, 1);
+    return x + __shfl_xor_sync(0xffffffff, x, 2);
+  }
+
+  __device__ void multiply_tiles(const StepPhase& phase, const Slice* slices, const Operands& x,
+                                 int first_tile, int end_tile) {
+    constexpr int kRows = Shared<kHalves>::kRows;
+    int part = 0;
+    int tile = first_tile;  // of the part
+    int in_part = tiles_of(phase.parts[0], slices[0]);
+    for (int t = first_tile; t < end_tile; ++t, ++tile) {
+      while (tile >= in_part) {
+        tile -= in_part;
+        ++part;
+        in_part = tiles_of(phase.parts[part], slices[part]);
+      }
+      const int rows = rows_of_tile(phase.parts[part], slices[part], tile).rows;
+      // Rows behind the last are the last; their sums are not used.
+      const int low_row = min(lane_ / 4, rows - 1);
+      const int high_row = min(lane_ / 4 + 8, rows - 1);
+      const unsigned char* columns = shared_.ring + (warp_ * 32 + lane_ % 4 * 8) * 2;
+      const auto row_at = [&](int row) {
+        row += place_.row;
+        if (row >= kRows) row -= kRows;
+        return columns + row * kRowBytes;
+      };
+      float c[kHalves][4] = {};
+#pragma unroll
+      for (int piece = 0; piece < kMaxBlocks / 2; ++piece) {
+        if (piece * kPieceColumns >= phase.k) break;
+        const int slot = place_.slot();
+        const unsigned char* low = row_at(low_row);
+        const unsigned char* high = row_at(high_row);
+        sm90::barrier_wait(&shared_.full[slot], place_.parity());
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          if (i == 1 && piece * kPieceColumns + kBlockColumns >= phase.k) break;
+          const uint4 w_low = *reinterpret_cast<const uint4*>(low + i * kBlockColumns * 2);
+          const uint4 w_high = *reinterpret_cast<const uint4*>(high + i * kBlockColumns * 2);
+#pragma unroll
+          for (int h = 0; h < kHalves; ++h) {
+            const uint4& b = x[h][2 * piece + i];
+            multiply(c[h], w_low.x, w_high.x, w_low.y, w_high.y, b.x, b.y);
+            multiply(c[h], w_low.z, w_high.z, w_low.w, w_high.w, b.z, b.w);
+          }
+        }
+        __syncwarp();
+        if (lane_ == 0) sm90::barrier_arrive(&shared_.empty[slot]);
+        place_.template advance<kRows>(rows);
+      }
+#pragma unroll
+      for (int h = 0; h < kHalves; ++h) {
+        auto& sums = shared_.sums[t - first_tile][warp_][h];
+        const int column = lane_ % 4 * 2;
+        *reinterpret_cast<float2*>(&sums[lane_ / 4][column]) = make_float2(c[h][0], c[h][1]);
+        *reinterpret_cast<float2*>(&sums[lane_ / 4 + 8][column]) = make_float2(c[h][2], c[h][3]);
+      }
+    }
+  }
+
+  __device__ float sum_of(int tile, int at) const {
+    float sum = 0;
+#pragma unroll
+    for (int w = 0; w < kWarps; ++w) sum += (&shared_.sums[tile][w][0][0][0])[at];
+    return sum;
+  }
+
+  __device__ void finish(const StepPhase& phase, const Output& out, const float4& old,
+                         const float4& taps) const {
+    const StepPart& part = phase.parts[out.part];
+    float sum = sum_of(out.tile, out.at);
+    float scale = 1;
+    if (phase.norm_width == phase.k) {
+      float squares = 0;
+#pragma unroll
+      for (int w = 0; w < kWarps; ++w) squares += shared_.warp_squares[w][out.b];
+      scale = 1 / sqrtf(squares / static_cast<float>(phase.k) + phase.norm_eps);
+      sum *= scale;
+    }
+    switch (part.epilogue) {
+      case StepEpilogue::kStore:
+        break;
+      case StepEpilogue::kAdd:
+        sum += old.x;
+        break;
+      case StepEpilogue::kSigmoid:
+        sum = sigmoid(sum);
+        break;
+      case StepEpilogue::kGlu:
+        sum = sum * sigmoid(sum) * (sum_of(out.tile + 1, out.at) * scale);
+        break;
+      case StepEpilogue::kConvSilu:
+        part.conv_states[out.b][out.row] = make_float4(old.y, old.z, old.w, sum);
+        sum = fmaf(taps.w, sum, fmaf(taps.z, old.w, fmaf(taps.y, old.z, taps.x * old.y)));
+        sum *= sigmoid(sum);
+        break;
+    }
+    const std::int64_t at = static_cast<std::int64_t>(out.b) * part.stride + out.row;
+    if (part.y_is_bf16) {
+      static_cast<bf16*>(part.y)[at] = __float2bfloat16(sum);
+    } else {
+      static_cast<float*>(part.y)[at] = sum;
+    }
+  }
+
+  // ---- delta_rule_step: units of 16 columns of a head's state, by halves of the workers ----
+
+  __device__ void sync_half() const {
+    asm volatile("bar.sync %0, 128;" ::"r"(2 + warp_ / 4) : "memory");
+  }
+
+  __device__ void delta(const StepPhase& phase, int index) {
+    constexpr int kUnitsOfHead = kDim / kUnitColumns;
+    const int units = batch_ * phase.heads * kUnitsOfHead;
+    const int blocks = static_cast<int>(gridDim.x);
+    const int half = warp_ / 4;
+    const int warp = warp_ % 4;
+    const int own = warp * 32 + lane_;
+    const int column = lane_ % 4 * 4;       // and the next three, of the unit
+    const int row = warp * 32 + lane_ / 4;  // and 8, 16, 24 rows on
+    DeltaScratch& scratch = shared_.delta[half];
+    bool waiting = true;
+    for (int first = 0; first < units || waiting; first += 2 * kUnits * blocks) {
+      const auto unit_of = [&](int j) {
+        return first + (2 * j + half) * blocks + static_cast<int>(blockIdx.x);
+      };
+      const auto state_of = [&](int unit) {
+        const int head = unit / kUnitsOfHead % phase.heads;
+        return phase.states[unit / (kUnitsOfHead * phase.heads)] +
+               (static_cast<std::int64_t>(head) * kDim + row) * kDim +
+               unit % kUnitsOfHead * kUnitColumns + column;
+      };
+      float4 s[kUnits][4]{};
+#pragma unroll
+      for (int j = 0; j < kUnits; ++j) {
+        if (unit_of(j) >= units) break;
+        const float* state = state_of(unit_of(j));
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          s[j][i] = __ldcs(reinterpret_cast<const float4*>(state + i * 8 * kDim));
+        }
+      }
+      if (waiting) wait_for_blocks(index);
+      waiting = false;
+
+      float own_q[kUnits]{};
+      float own_k[kUnits]{};
+      float4 v[kUnits]{};
+      float beta[kUnits]{};
+#pragma unroll
+      for (int j = 0; j < kUnits; ++j) {
+        if (unit_of(j) >= units) break;
+        const int head = unit_of(j) / kUnitsOfHead;  // of all sequences
+        own_q[j] = __ldcg(phase.q + head * kDim + own);
+        own_k[j] = __ldcg(phase.key + head * kDim + own);
+        v[j] = __ldcg(reinterpret_cast<const float4*>(
+            phase.v + head * kDim + unit_of(j) % kUnitsOfHead * kUnitColumns + column));
+        beta[j] = __ldcg(phase.beta + head);
+      }
+#pragma unroll
+      for (int j = 0; j < kUnits; ++j) {
+        if (unit_of(j) >= units) break;
+        scratch.q[j][own] = own_q[j];
+        scratch.k[j][own] = own_k[j];
+        const float qq = warp_sum(own_q[j] * own_q[j]);
+        const float kk = warp_sum(own_k[j] * own_k[j]);
+        const float qk = warp_sum(own_q[j] * own_k[j]);
+        if (lane_ == 0) {
+          scratch.dots[j][warp][0] = qq;
+          scratch.dots[j][warp][1] = kk;
+          scratch.dots[j][warp][2] = qk;
+        }
+      }
+      sync_half();
+#pragma unroll
+      for (int j = 0; j < kUnits; ++j) {
+        if (unit_of(j) >= units) break;
+        float sums_q[4] = {};
+        float sums_k[4] = {};
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const float q = scratch.q[j][row + i * 8];
+          const float k = scratch.k[j][row + i * 8];
+          sums_q[0] = fmaf(s[j][i].x, q, sums_q[0]), sums_q[1] = fmaf(s[j][i].y, q, sums_q[1]);
+          sums_q[2] = fmaf(s[j][i].z, q, sums_q[2]), sums_q[3] = fmaf(s[j][i].w, q, sums_q[3]);
+          sums_k[0] = fmaf(s[j][i].x, k, sums_k[0]), sums_k[1] = fmaf(s[j][i].y, k, sums_k[1]);
+          sums_k[2] = fmaf(s[j][i].z, k, sums_k[2]), sums_k[3] = fmaf(s[j][i].w, k, sums_k[3]);
+        }
+#pragma unroll
+        for (int offset = 4; offset < 32; offset *= 2) {
+#pragma unroll
+          for (int e = 0; e < 4; ++e) {
+            sums_q[e] += __shfl_xor_sync(0xffffffff, sums_q[e], offset);
+            sums_k[e] += __shfl_xor_sync(0xffffffff, sums_k[e], offset);
+          }
+        }
+        if (lane_ < 4) {
+          *reinterpret_cast<float4*>(&scratch.sums_q[j][warp][column]) =
+              make_float4(sums_q[0], sums_q[1], sums_q[2], sums_q[3]);
+          *reinterpret_cast<float4*>(&scratch.sums_k[j][warp][column]) =
+              make_float4(sums_k[0], sums_k[1], sums_k[2], sums_k[3]);
+        }
+      }
+      sync_half();
+#pragma unroll
+      for (int j = 0; j < kUnits; ++j) {
+        if (unit_of(j) >= units) break;
+        const auto all = [&](int which) {
+          return (scratch.dots[j][0][which] + scratch.dots[j][1][which]) +
+                 (scratch.dots[j][2][which] + scratch.dots[j][3][which]);
+        };
+        const auto column_sum = [&](const float(&x)[4][kUnitColumns], int e) {
+          return (x[0][column + e] + x[1][column + e]) + (x[2][column + e] + x[3][column + e]);
+        };
+        const float q_scale = 1 / sqrtf(all(0) + 1e-6F);
+        const float k_scale = 1 / sqrtf(all(1) + 1e-6F);
+        const float u[4] = {beta[j] * (v[j].x - column_sum(scratch.sums_k[j], 0) * k_scale),
+                            beta[j] * (v[j].y - column_sum(scratch.sums_k[j], 1) * k_scale),
+                            beta[j] * (v[j].z - column_sum(scratch.sums_k[j], 2) * k_scale),
+                            beta[j] * (v[j].w - column_sum(scratch.sums_k[j], 3) * k_scale)};
+        if (own < 4) {
+          const float q_dot_k = all(2) * q_scale * k_scale;
+          const float scale = 1 / sqrtf(static_cast<float>(kDim));
+          float4 o;
+          o.x = (column_sum(scratch.sums_q[j], 0) * q_scale + q_dot_k * u[0]) * scale;
+          o.y = (column_sum(scratch.sums_q[j], 1) * q_scale + q_dot_k * u[1]) * scale;
+          o.z = (column_sum(scratch.sums_q[j], 2) * q_scale + q_dot_k * u[2]) * scale;
+          o.w = (column_sum(scratch.sums_q[j], 3) * q_scale + q_dot_k * u[3]) * scale;
+          const int head = unit_of(j) / kUnitsOfHead;
+          *reinterpret_cast<float4*>(phase.o + head * kDim +
+                                     unit_of(j) % kUnitsOfHead * kUnitColumns + column) = o;
+        }
+        float* state = state_of(unit_of(j));
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const float key = scratch.k[j][row + i * 8] * k_scale;
+          s[j][i].x = fmaf(key, u[0], s[j][i].x), s[j][i].y = fmaf(key, u[1], s[j][i].y);
+          s[j][i].z = fmaf(key, u[2], s[j][i].z), s[j][i].w = fmaf(key, u[3], s[j][i].w);
+          __stcs(reinterpret_cast<float4*>(state + i * 8 * kDim), s[j][i]);
+        }
+      }
+      sync_half();  // before the scratch is written again
+    }
+  }
+
+  const StepPhase* phases_;
+  int count_;
+  int batch_;
+  Counters* counters_;
+  Shared<kHalves>& shared_;
+  int thread_ = static_cast<int>(threadIdx.x);
+  int warp_ = static_cast<int>(threadIdx.x) / 32;
+  int lane_ = static_cast<int>(threadIdx.x) % 32;
+  Place place_;
+  uint4 next_vector_;
+  int next_rows_ = 0;
+};
+
+template <int kHalves>
+__global__ void __launch_bounds__(kThreads, 1)
+    step_program_kernel(const StepPhase* phases, int count, int batch, Counters* counters) {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)  // elsewhere it is never launched
+  extern __shared__ __align__(128) unsigned char memory[];
+  auto& shared = *reinterpret_cast<Shared<kHalves>*>(memory);
+  if (threadIdx.x == 0) {
+    for (int i = 0; i < kPieces; ++i) {
+      sm90::barrier_init(&shared.full[i], 1);
+      sm90::barrier_init(&shared.empty[i], kWarps);
+    }
+    sm90::fence_async_proxy();
+  }
+  __syncthreads();
+  if (threadIdx.x >= kWorkers) {
+    sm90::shrink_registers<40>();
+    if (threadIdx.x < kWorkers + 32) stream_weights<kHalves>(phases, count, shared);
+  } else {
+    sm90::grow_registers<232>();
+    Worker<kHalves>(phases, count, batch, counters, shared).run();
+  }
+#endif
+}
+
+// The program that the context's stream gathers and to which steps of `batch` sequences belong.
+StepProgram* program_for(Context& ctx, std::int64_t batch) {
+  StepProgram* program = ctx.stream().program();
+  if (program == nullptr) return nullptr;
+  if (program->phases.empty()) program->batch = static_cast<int>(batch);
+  return program->batch == batch ? program : nullptr;
+}
+
+// All bytes are known, so that equal programs are found again.
+StepPhase& new_phase(StepProgram& program) {
+  StepPhase& phase = program.phases.emplace_back();
+  std::memset(static_cast<void*>(&phase), 0, sizeof phase);
+  return phase;
+}
+
+bool fits(const StepLinearArgs& args) {
+  const std::int64_t k = args.x.shape[1];
+  if (args.x.shape[0] > kStepLinearRows || k % kBlockColumns != 0 || k > kMaxColumns) return false;
+  for (const StepLinearPart& part : args.parts) {
+    if (part.epilogue == StepEpilogue::kGlu && args.parts.size() > 1) return false;
+  }
+  if (args.norm.data == nullptr) return true;
+  const std::int64_t width = args.norm.shape.size();
+  return args.x.dtype == DType::kF32 &&
+         (width == k || (width == kDim && k <= 32 * kMaxNormGroups && k / kBlockColumns <= 8));
+}
+
+template <int kHalves>
+void launch(Context& ctx, const StepProgram& program, const StepPhase* phases, Counters* counters) {
+  const auto kernel = step_program_kernel<kHalves>;
+  constexpr std::size_t kBytes = sizeof(Shared<kHalves>);
+  static_assert(kBytes <= std::size_t{227} * 1024);
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                             static_cast<int>(kBytes)),
+        "cudaFuncSetAttribute");
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeCooperative;  // all blocks at once, or they wait for ever
+  attribute.val.cooperative = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(static_cast<unsigned>(ctx.stream().multiprocessors()));
+  config.blockDim = dim3(kThreads);
+  config.dynamicSmemBytes = kBytes;
+  config.stream = stream_of(ctx);
+  config.attrs = &attribute;
+  config.numAttrs = 1;
+  check(cudaLaunchKernelEx(&config, kernel, phases, static_cast<int>(program.phases.size()),
+                           program.batch, counters),
+        "step_program");
+}
+
+}  // namespace
+
+bool add_to_program(Context& ctx, const StepLinearArgs& args) {
+  StepProgram* program = program_for(ctx, args.x.shape[0]);
+  if (program == nullptr || !fits(args)) return false;
+  StepPhase& phase = new_phase(*program);
+  phase.x = args.x.data;
+  phase.x_is_bf16 = args.x.dtype == DType::kBF16;
+  phase.k = static_cast<int>(args.x.shape[1]);
+  if (args.norm.data != nullptr) {
+    phase.norm = args.norm.f32();
+    phase.norm_eps = args.norm_eps;
+    phase.norm_width = static_cast<int>(args.norm.shape.size());
+  }
+  phase.count = static_cast<int>(args.parts.size());
+  for (std::size_t i = 0; i < args.parts.size(); ++i) {
+    const StepLinearPart& from = args.parts[i];
+    StepPart& part = phase.parts[i];
+    part.w = static_cast<const bf16*>(from.w.data);
+    part.y = from.y.data;
+    part.rows = static_cast<int>(outputs_of(from));
+    part.stride = static_cast<int>(from.y.shape[1]);
+    part.y_is_bf16 = from.y.dtype == DType::kBF16;
+    part.epilogue = from.epilogue;
+    if (from.epilogue == StepEpilogue::kConvSilu) {
+      part.conv = static_cast<const float4*>(from.conv.data);
+      part.conv_states = reinterpret_cast<float4* const*>(upload(ctx, from.conv_states));
+    }
+  }
+  return true;
+}
+
+bool add_to_program(Context& ctx, const DeltaRuleStepArgs& args) {
+  StepProgram* program = program_for(ctx, args.q.shape[0]);
+  if (program == nullptr) return false;
+  StepPhase& phase = new_phase(*program);
+  phase.heads = static_cast<int>(args.q.shape[1]);
+  phase.q = args.q.f32();
+  phase.key = args.k.f32();
+  phase.v = args.v.f32();
+  phase.beta = args.beta.f32();
+  phase.states = upload(ctx, args.states);
+  phase.o = args.o.f32();
+  return true;
+}
+
+bool begin_step_program(Context& ctx) {
+  return ctx.stream().open_program();
+}
+
+void run_step_program(Context& ctx) {
+  StepProgram* program = ctx.stream().program();
+  if (program != nullptr && !program->phases.empty()) {
+    const auto* phases = upload(ctx, std::span<const StepPhase>(program->phases));
+    auto* counters = static_cast<Counters*>(program->counters.view().data);
+    if (program->batch <= 8) {
+      launch<1>(ctx, *program, phases, counters);
+    } else {
+      launch<2>(ctx, *program, phases, counters);
+    }
+    program->phases.clear();
+  }
+}
+
+void end_step_program(Context& ctx) {
+  ctx.stream().close_program();
+}
+
+}  // namespace deltafox::cuda

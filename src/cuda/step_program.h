@@ -1,0 +1,59 @@
+// Decoding steps as one launch: what step_linear and delta_rule_step would launch one after the
+// other becomes the phases of one kernel. See step_program.cu.
+#pragma once
+
+#include <cuda_bf16.h>
+
+#include <cstdint>
+#include <vector>
+
+#include "core/context.h"
+#include "core/tensor.h"
+#include "ops/step.h"
+
+namespace deltafox::cuda {
+
+constexpr int kStepParts = 6;
+
+struct StepPart {
+  const __nv_bfloat16* w;
+  void* y;
+  const float4* conv;          // [N]
+  float4* const* conv_states;  // [B] in device memory, each [N]
+  int rows;                    // N
+  int stride;                  // N'
+  bool y_is_bf16;
+  StepEpilogue epilogue;
+};
+
+// step_linear, or with heads > 0 delta_rule_step.
+struct alignas(16) StepPhase {
+  StepPart parts[kStepParts];
+  const void* x;
+  const float* norm;
+  float norm_eps;
+  int norm_width;  // 0: none
+  int k;
+  int count;  // of parts
+  bool x_is_bf16;
+  int heads;
+  const float* q;  // [B, H, 128]
+  const float* key;
+  const float* v;
+  const float* beta;     // [B, H]
+  float* const* states;  // [B]
+  float* o;
+};
+
+// What a stream gathers between ops::StepProgram's begin and end.
+struct StepProgram {
+  std::vector<StepPhase> phases;
+  int batch = 0;
+  Tensor counters;  // of the barrier between thread blocks; zero between launches
+};
+
+// Whether the phase was taken; else the caller launches it.
+bool add_to_program(Context& ctx, const StepLinearArgs& args);
+bool add_to_program(Context& ctx, const DeltaRuleStepArgs& args);
+
+}  // namespace deltafox::cuda

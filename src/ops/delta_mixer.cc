@@ -1,0 +1,59 @@
+#include "ops/delta_mixer.h"
+
+#include <bit>
+
+#include "ops/check.h"
+
+namespace deltafox::ops {
+namespace {
+
+void check_convolutions(std::string_view op, const DeltaConvolutions& of, std::int64_t channels,
+                        std::int64_t sequences) {
+  const Shape taps{channels, kDeltaConvWidth};
+  check(op, "the convolution of q", of.q, taps);
+  check(op, "the convolution of k", of.k, taps);
+  check(op, "the convolution of v", of.v, taps);
+  for (const auto& states : {of.q_states, of.k_states, of.v_states}) {
+    if (static_cast<std::int64_t>(states.size()) != sequences) {
+      fail("{}: {} states for {} sequences", op, states.size(), sequences);
+    }
+  }
+}
+
+}  // namespace
+
+void delta_inputs(Context& ctx, const DeltaInputsArgs& args) {
+  const OpTimer timer("delta_inputs");
+  if (ctx.device() == Device::kCpu) fail("delta_inputs: runs on a GPU only");
+  const std::int64_t tokens = args.sequences.tokens();
+  const std::int64_t heads = args.q.shape[1];
+  const std::int64_t keys = args.q.shape[2];
+  if (keys < 8 || keys > 256 || !std::has_single_bit(static_cast<std::uint64_t>(keys))) {
+    fail("delta_inputs: heads of {} do not fit", keys);
+  }
+  check("delta_inputs", "projected", args.projected, {tokens, 3 * heads * keys}, args.q.dtype);
+  check_convolutions("delta_inputs", args.convolutions, heads * keys, args.sequences.count());
+  check("delta_inputs", "beta", args.beta, {tokens, heads});
+  check_activation(ctx, "delta_inputs", "q", args.q, {tokens, heads, keys});
+  check("delta_inputs", "k", args.k, args.q.shape, args.q.dtype);
+  check("delta_inputs", "v", args.v, args.q.shape, args.q.dtype);
+  cuda::delta_inputs(ctx, args);
+}
+
+void delta_token(Context& ctx, const DeltaTokenArgs& args) {
+  const OpTimer timer("delta_token");
+  if (ctx.device() == Device::kCpu) fail("delta_token: runs on a GPU only");
+  const std::int64_t batch = args.beta.shape[0];
+  const std::int64_t channels = args.beta.shape[1] * kDeltaTokenHead;
+  check_activation(ctx, "delta_token", "projected", args.projected, {batch, 3 * channels});
+  check_convolutions("delta_token", args.convolutions, channels, batch);
+  check("delta_token", "beta", args.beta, args.beta.shape);
+  check("delta_token", "norm", args.norm, {kDeltaTokenHead});
+  check("delta_token", "o", args.o, {batch, channels}, args.projected.dtype);
+  if (static_cast<std::int64_t>(args.states.size()) != batch) {
+    fail("delta_token: {} states for {} sequences", args.states.size(), batch);
+  }
+  cuda::delta_token(ctx, args);
+}
+
+}  // namespace deltafox::ops

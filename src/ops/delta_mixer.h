@@ -1,0 +1,55 @@
+// The DeltaNet mixer between its products, for GPUs: what is bound by memory there, in one pass.
+//
+// delta_inputs: what the delta rule reads,
+//   [q | k | v] = silu(short_conv(projected)) with W = 4 (ops/short_conv.h), β = σ(β),
+//   then q and k of each head at length one: x · rsqrt(Σx² + 1e-6).
+// delta_token: one token of each sequence through all of it: delta_inputs, delta_rule
+//   (ops/delta_rule.h), rms_norm of each head; heads of kDeltaTokenHead.
+// The states of the convolutions, and in delta_token the delta rule's, are updated. What a sequence
+// gets does not depend on the others.
+#pragma once
+
+#include <span>
+
+#include "core/context.h"
+#include "core/sequences.h"
+
+namespace deltafox {
+
+constexpr std::int64_t kDeltaConvWidth = 4;    // W
+constexpr std::int64_t kDeltaTokenHead = 128;  // K and V of delta_token
+
+struct DeltaConvolutions {
+  ConstTensorView q, k, v;                              // weights, each [H·K, W]
+  std::span<float*const> q_states, k_states, v_states;  // [B], each [H·K, W]
+};
+
+struct DeltaInputsArgs {
+  ConstTensorView projected;  // [T, 3·H·K]: q, k, v before the convolutions
+  DeltaConvolutions convolutions;
+  Sequences sequences;
+  TensorView beta;  // [T, H] F32, in place
+  TensorView q;     // [T, H, K], K a power of two from 8 to 256
+  TensorView k;     // [T, H, K]
+  TensorView v;     // [T, H, K]
+};
+
+struct DeltaTokenArgs {
+  ConstTensorView projected;  // [B, 3·H·K]
+  DeltaConvolutions convolutions;
+  ConstTensorView beta;            // [B, H] F32, before the sigmoid
+  std::span<float* const> states;  // [B], each [H, K, V]
+  ConstTensorView norm;            // [V]
+  float norm_eps = 0;
+  TensorView o;  // [B, H·V]
+};
+
+namespace ops {
+void delta_inputs(Context& ctx, const DeltaInputsArgs& args);
+void delta_token(Context& ctx, const DeltaTokenArgs& args);
+}  // namespace ops
+namespace cuda {
+void delta_inputs(Context& ctx, const DeltaInputsArgs& args);
+void delta_token(Context& ctx, const DeltaTokenArgs& args);
+}  // namespace cuda
+}  // namespace deltafox

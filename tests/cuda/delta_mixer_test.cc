@@ -1,0 +1,255 @@
+// The fused passes of the DeltaNet mixer on the GPU against the plain ops that they stand for.
+#include "ops/delta_mixer.h"
+
+#include <gtest/gtest.h>
+
+#include <array>
+#include <cmath>
+
+#include "cuda/gpu.h"
+#include "ops/activation.h"
+#include "ops/delta_rule.h"
+#include "ops/rms_norm.h"
+#include "ops/short_conv.h"
+#include "support/tensors.h"
+
+namespace deltafox {
+namespace {
+
+using test::EachDType;
+using test::expect_close;
+using test::expect_equal;
+using test::Gpu;
+using test::pointers;
+using test::Random;
+
+// Sums of a few hundred terms in another order are worth a few roundings; exponentials to 20 bits
+// a few more where the result is rounded to bfloat16 anyway.
+double tolerance(DType dtype) {
+  return dtype == DType::kBF16 ? test::epsilon(dtype) + 0x1p-17 : 16 * test::epsilon(dtype);
+}
+
+// q, k, v of a mixer with their convolutions, on one side.
+struct Side {
+  Tensor projected;                           // [T, 3·H·K]
+  std::array<Tensor, 3> conv;                 // [H·K, 4]
+  std::array<std::vector<Tensor>, 3> states;  // of the convolutions
+  std::vector<Tensor> recurrent;              // [H, K, K]
+  Tensor beta;                                // [T, H]
+  Tensor norm;                                // [K]
+  std::array<std::vector<float*>, 3> pointers_to_states;
+
+  DeltaConvolutions convolutions() {
+    for (std::size_t i = 0; i < 3; ++i) pointers_to_states[i] = pointers(states[i]);
+    const Side& self = *this;
+    return {.q = self.conv[0].view(),
+            .k = self.conv[1].view(),
+            .v = self.conv[2].view(),
+            .q_states = pointers_to_states[0],
+            .k_states = pointers_to_states[1],
+            .v_states = pointers_to_states[2]};
+  }
+};
+
+Side random_side(Random& random, std::int64_t tokens, std::int64_t sequences, std::int64_t heads,
+                 std::int64_t keys) {
+  const std::int64_t channels = heads * keys;
+  Side side;
+  side.projected = random.normal_tensor({tokens, 3 * channels});
+  for (std::size_t i = 0; i < 3; ++i) {
+    side.conv[i] = random.normal_tensor({channels, 4}, 0.5F);
+    for (std::int64_t b = 0; b < sequences; ++b) {
+      side.states[i].push_back(random.normal_tensor({channels, 4}));
+    }
+  }
+  for (std::int64_t b = 0; b < sequences; ++b) {
+    side.recurrent.push_back(random.normal_tensor({heads, keys, keys}));
+  }
+  side.beta = random.normal_tensor({tokens, heads});
+  side.norm = random.normal_tensor({keys});
+  return side;
+}
+
+std::vector<Tensor> upload(Gpu& gpu, std::vector<Tensor>& host) {
+  std::vector<Tensor> device;
+  for (Tensor& tensor : host) device.push_back(gpu.upload(tensor));
+  return device;
+}
+
+Side upload(Gpu& gpu, Side& host) {
+  Side device;
+  device.projected = gpu.upload(host.projected, gpu.dtype());
+  for (std::size_t i = 0; i < 3; ++i) {
+    device.conv[i] = gpu.upload(host.conv[i]);
+    device.states[i] = upload(gpu, host.states[i]);
+  }
+  device.recurrent = upload(gpu, host.recurrent);
+  device.beta = gpu.upload(host.beta);
+  device.norm = gpu.upload(host.norm);
+  return device;
+}
+
+struct Inputs {
+  Tensor q, k, v;  // [T, H, K]
+};
+
+// By the plain ops; beta in place.
+Inputs plain_inputs(Side& side, const std::vector<std::int64_t>& cu, std::int64_t heads,
+                    std::int64_t keys) {
+  const std::int64_t tokens = cu.back();
+  const std::int64_t channels = heads * keys;
+  Inputs inputs;
+  std::size_t part = 0;
+  for (Tensor* out : {&inputs.q, &inputs.k, &inputs.v}) {
+    Tensor x(DType::kF32, {tokens, channels});
+    for (std::int64_t t = 0; t < tokens; ++t) {
+      std::copy_n(side.projected.f32() + (3 * t + static_cast<std::int64_t>(part)) * channels,
+                  channels, x.f32() + t * channels);
+    }
+    *out = Tensor(DType::kF32, {tokens, channels});
+    reference::short_conv({.x = x.view(),
+                           .w = side.conv[part].view(),
+                           .sequences = Sequences(cu),
+                           .states = pointers(side.states[part]),
+                           .activation = Activation::kSilu,
+                           .y = out->view()});
+    if (part < 2) {
+      reference::feature_map(
+          {.norm = FeatureNorm::kL2, .x = out->view().reshaped({tokens, heads, keys})});
+    }
+    ++part;
+  }
+  reference::activation({.activation = Activation::kSigmoid, .x = side.beta.view()});
+  return inputs;
+}
+
+Inputs gpu_inputs(Gpu& gpu, Side& side, const std::vector<std::int64_t>& cu, std::int64_t heads,
+                  std::int64_t keys) {
+  const Shape shape{cu.back(), heads, keys};
+  Inputs inputs{Tensor(gpu.dtype(), shape, Device::kCuda),
+                Tensor(gpu.dtype(), shape, Device::kCuda),
+                Tensor(gpu.dtype(), shape, Device::kCuda)};
+  ops::delta_inputs(gpu.ctx(), {.projected = side.projected.view(),
+                                .convolutions = side.convolutions(),
+                                .sequences = Sequences(cu),
+                                .beta = side.beta.view(),
+                                .q = inputs.q.view(),
+                                .k = inputs.k.view(),
+                                .v = inputs.v.view()});
+  return inputs;
+}
+
+class CudaDeltaMixer : public EachDType {};
+
+TEST_P(CudaDeltaMixer, InputsEqualPlainOnRaggedBatches) {
+  Random random(1);
+  Gpu gpu(GetParam());
+  for (const auto& [heads, keys, count, longest] : {std::array<std::int64_t, 4>{12, 128, 3, 60},
+                                                    {3, 64, 2, 9},
+                                                    {5, 8, 70, 3},
+                                                    {1, 256, 1, 99},
+                                                    {7, 32, 4, 900}}) {
+    SCOPED_TRACE(testing::Message() << heads << " heads of " << keys);
+    const std::vector<std::int64_t> cu = random.lengths(count, longest);
+    Side host = random_side(random, cu.back(), count, heads, keys);
+    Side device = upload(gpu, host);
+    const Inputs got = gpu_inputs(gpu, device, cu, heads, keys);
+    const Inputs expected = plain_inputs(host, cu, heads, keys);
+    expect_close(gpu.download(got.q), expected.q, tolerance(gpu.dtype()));
+    expect_close(gpu.download(got.k), expected.k, tolerance(gpu.dtype()));
+    expect_close(gpu.download(got.v), expected.v, tolerance(gpu.dtype()));
+    expect_close(gpu.download(device.beta), host.beta, tolerance(DType::kF32));
+    for (std::size_t i = 0; i < 3; ++i) {
+      for (std::size_t b = 0; b < host.states[i].size(); ++b) {
+        expect_equal(gpu.download(device.states[i][b]), host.states[i][b]);
+      }
+    }
+  }
+}
+
+// Rows are dealt out to blocks by the number of tokens, and sequences to launches by their number.
+TEST_P(CudaDeltaMixer, InputsDependOnTheirSequenceAlone) {
+  Random random(2);
+  Gpu gpu(GetParam());
+  constexpr std::int64_t kHeads = 2;
+  constexpr std::int64_t kKeys = 128;
+  const std::vector<std::int64_t> cu{0, 2400, 2437, 2438};
+  Side host = random_side(random, cu.back(), 3, kHeads, kKeys);
+  Side device = upload(gpu, host);
+  const Inputs all = gpu_inputs(gpu, device, cu, kHeads, kKeys);
+  Side alone;
+  const auto row = static_cast<std::ptrdiff_t>(cu[1]);
+  alone.projected = Tensor(DType::kF32, {37, 3 * kHeads * kKeys});
+  std::copy_n(host.projected.f32() + row * 3 * kHeads * kKeys, 37 * 3 * kHeads * kKeys,
+              alone.projected.f32());
+  for (std::size_t i = 0; i < 3; ++i) {
+    alone.conv[i] = host.conv[i];
+    alone.states[i].push_back(host.states[i][1]);
+  }
+  alone.recurrent.push_back(host.recurrent[1]);
+  alone.beta = Tensor(DType::kF32, {37, kHeads});
+  alone.norm = host.norm;
+  Side device_alone = upload(gpu, alone);
+  const Inputs one = gpu_inputs(gpu, device_alone, {0, 37}, kHeads, kKeys);
+  const auto expect_part = [&](const Tensor& part, const Tensor& whole) {
+    const Tensor got = gpu.download(part);
+    const Tensor of = gpu.download(whole);
+    for (std::int64_t i = 0; i < 37 * kHeads * kKeys; ++i) {
+      ASSERT_EQ(got.f32()[i], of.f32()[row * kHeads * kKeys + i]) << i;
+    }
+  };
+  expect_part(one.q, all.q);
+  expect_part(one.k, all.k);
+  expect_part(one.v, all.v);
+}
+
+TEST_P(CudaDeltaMixer, ATokenEqualsPlain) {
+  Random random(3);
+  Gpu gpu(GetParam());
+  for (const auto& [batch, heads] : {std::pair{1, 3}, {5, 12}, {33, 2}}) {
+    SCOPED_TRACE(testing::Message() << batch << " sequences, " << heads << " heads");
+    std::vector<std::int64_t> cu;
+    for (int b = 0; b <= batch; ++b) cu.push_back(b);
+    Side host = random_side(random, batch, batch, heads, kDeltaTokenHead);
+    Side device = upload(gpu, host);
+    Tensor got(gpu.dtype(), {batch, heads * kDeltaTokenHead}, Device::kCuda);
+    const std::vector<float*> states = pointers(device.recurrent);
+    ops::delta_token(gpu.ctx(), {.projected = device.projected.view(),
+                                 .convolutions = device.convolutions(),
+                                 .beta = device.beta.view(),
+                                 .states = states,
+                                 .norm = device.norm.view(),
+                                 .norm_eps = 1e-6F,
+                                 .o = got.view()});
+    Inputs inputs = plain_inputs(host, cu, heads, kDeltaTokenHead);
+    const Shape of_heads{batch, heads, kDeltaTokenHead};
+    Tensor o(DType::kF32, of_heads);
+    reference::delta_rule({.q = inputs.q.view().reshaped(of_heads),
+                           .k = inputs.k.view().reshaped(of_heads),
+                           .v = inputs.v.view().reshaped(of_heads),
+                           .beta = host.beta.view(),
+                           .sequences = Sequences(cu),
+                           .states = pointers(host.recurrent),
+                           .o = o.view()});
+    const Shape rows{batch * heads, kDeltaTokenHead};
+    reference::rms_norm({.x = o.view().reshaped(rows),
+                         .w = host.norm.view(),
+                         .y = o.view().reshaped(rows),
+                         .eps = 1e-6F});
+    expect_close(gpu.download(got), o, tolerance(gpu.dtype()));
+    // The state stays float32.
+    const double exact = gpu.dtype() == DType::kBF16 ? 0x1p-17 : tolerance(DType::kF32);
+    for (std::size_t b = 0; b < host.recurrent.size(); ++b) {
+      expect_close(gpu.download(device.recurrent[b]), host.recurrent[b], exact);
+      for (std::size_t i = 0; i < 3; ++i) {
+        expect_equal(gpu.download(device.states[i][b]), host.states[i][b]);
+      }
+    }
+  }
+}
+
+INSTANTIATE_TEST_SUITE_P(DTypes, CudaDeltaMixer, testing::Values(DType::kF32, DType::kBF16),
+                         [](const auto& p) { return std::string(name_of(p.param)); });
+
+}  // namespace
+}  // namespace deltafox
