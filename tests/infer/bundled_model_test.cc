@@ -1,5 +1,5 @@
-// models/english-9m: that it has learnt English, and that float32 gives the text that it gave when it
-// was put here.
+// models/english-9m: that it has learnt English, and that float32 gives the text that it gave when
+// it was put here.
 #include <gtest/gtest.h>
 
 #include <numeric>
@@ -21,7 +21,7 @@ Model bundled_model() {
 // The end of Pride and Prejudice and the beginning of Sense and Sensibility, which its training
 // left out.
 TEST(BundledModel, PredictsATextThatItHasNotSeen) {
-  constexpr std::int64_t kTokens = 1024;
+  constexpr std::int64_t kTokens = 512;
   const Model model = bundled_model();
   const Tokenizer tokenizer = Tokenizer::load(kDirectory);
   const std::vector<std::int32_t> ids =
@@ -35,19 +35,21 @@ TEST(BundledModel, PredictsATextThatItHasNotSeen) {
   const std::span<const std::int32_t> all(ids);
   model.loss({all.first(kTokens), cu_seqlens}, all.subspan(1, kTokens), states, loss);
   const double mean = std::accumulate(loss.begin(), loss.end(), 0.0) / kTokens;
-  EXPECT_LT(mean, MAXLOSS);  // it is MEANLOSS; guessing among 8,192 tokens would be 9.01
+  EXPECT_LT(mean, 3.44);  // it is 3.4323; guessing among 8,192 tokens would be 9.01
 }
 
 TEST(BundledModel, ContinuesAPromptAsWhenItWasMade) {
   const Model model = bundled_model();
   const Tokenizer tokenizer = Tokenizer::load(kDirectory);
   const std::vector<std::vector<std::int32_t>> prompts = {tokenizer.encode("Once upon a time")};
-  GenerationConfig config;
+  GenerationConfig config = GenerationConfig::load(kDirectory);
   config.max_new_tokens = 32;
   GenerateOptions options;
   options.tokenizer = &tokenizer;
-  EXPECT_EQ(generate(model, prompts, config, options).front().text,
-            "TEXT");
+  EXPECT_EQ(
+      generate(model, prompts, config, options).front().text,
+      ", I was very much pleased with you. You are not afraid of my own feelings; but I am sure "
+      "that you will be so kind as to see you");
 }
 
 }  // namespace
