@@ -9,4 +9,4 @@ source tools/packages.sh
 install_missing "${build_packages[@]}"
 [[ -f build/cpu/build.ninja ]] || cmake --preset cpu -D DELTAFOX_BUILD_TESTS=OFF >/dev/null
 cmake --build build/cpu --target deltafox_cli
-build/cpu/deltafox generate --model models/english-9m "${1:-Once upon a time}"
+build/cpu/deltafox generate --model models/english-9m -n 80 "${1:-Once upon a time}"
