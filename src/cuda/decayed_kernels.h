@@ -4,6 +4,7 @@
 
 #include <cuda_runtime_api.h>
 
+#include "core/context.h"
 #include "cuda/sequence_batch.h"
 
 namespace deltafox::cuda {
@@ -22,7 +23,12 @@ struct GlaProblem {
   int value_dim;
 };
 
+// Row by row.
 void launch_gla(const GlaProblem& problem, const SequenceBatch& batch, cudaStream_t stream);
+
+// Chunks of kDecayedChunk rows, all of a sequence's at once; they are its segments in the batch.
+constexpr int kDecayedChunk = 32;
+void launch_gla_chunks(Context& ctx, const GlaProblem& problem, const SequenceBatch& batch);
 
 struct SsdProblem {
   const void* xbc;       // [T, H·P + 2·G·N]
@@ -45,6 +51,18 @@ void launch_ssd(const SsdProblem& problem, const SequenceBatch& batch, cudaStrea
 
 // Chunks of 64 rows on the tensor cores: bfloat16, P a multiple of 64, N one of 8 up to 128.
 bool ssd_chunks_fit(const SsdProblem& problem);
-void launch_ssd_chunks(const SsdProblem& problem, const SequenceBatch& batch, cudaStream_t stream);
+
+// Into how many segments a sequence is cut: a function of its own length, the heads and the card,
+// so that what else is in a batch changes no bit.
+int ssd_segments(const SsdProblem& problem, int length, int multiprocessors);
+
+// Memory of sequences in several segments.
+struct SsdSegments {
+  float* states = nullptr;  // [segments, H, N, P]
+  float* decays = nullptr;  // [segments, H]
+};
+
+void launch_ssd_chunks(const SsdProblem& problem, const SsdSegments& segments,
+                       const SequenceBatch& batch, cudaStream_t stream);
 
 }  // namespace deltafox::cuda

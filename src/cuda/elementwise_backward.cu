@@ -2,6 +2,7 @@
 // ops/ for the equations.
 #include "cuda/column_sums.cuh"
 #include "cuda/each_four.cuh"
+#include "cuda/eight.cuh"
 #include "ops/activation.h"
 #include "ops/gate.h"
 #include "ops/log_sigmoid.h"
@@ -95,6 +96,48 @@ __global__ void __launch_bounds__(kElementThreads)
   }
 }
 
+// A block a row.
+template <typename T>
+__global__ void __launch_bounds__(kElementThreads)
+    glu_rows_kernel(const T* gate_up, const T* dy, T* dgate_up, T* y, Activation activation,
+                    int width) {
+  const std::ptrdiff_t row = blockIdx.x;
+  gate_up += row * 2 * width;
+  dgate_up += row * 2 * width;
+  for (int i = static_cast<int>(threadIdx.x) * 8; i < width; i += kElementThreads * 8) {
+    Eight<T> bits[3];
+    bits[0].load(gate_up + i);
+    bits[1].load(gate_up + width + i);
+    bits[2].load(dy + row * width + i);
+    float gate[8];
+    float up[8];
+    float d[8];
+    bits[0].get(gate);
+    bits[1].get(up);
+    bits[2].get(d);
+    float product[8];
+#pragma unroll
+    for (int e = 0; e < 8; ++e) {
+      const float2 act = activate_with_slope<sizeof(T) == 2>(activation, gate[e]);
+      product[e] = act.x * up[e];
+      gate[e] = d[e] * up[e] * act.y;
+      up[e] = d[e] * act.x;
+    }
+    Eight<T>::store(dgate_up + i, gate);
+    Eight<T>::store(dgate_up + width + i, up);
+    if (y != nullptr) Eight<T>::store(y + row * width + i, product);
+  }
+}
+
+template <typename T>
+void launch_glu_rows(Context& ctx, const GluBackwardArgs& args) {
+  glu_rows_kernel<<<static_cast<unsigned>(args.dy.shape[0]), kElementThreads, 0, stream_of(ctx)>>>(
+      static_cast<const T*>(args.gate_up.data), static_cast<const T*>(args.dy.data),
+      static_cast<T*>(args.dgate_up.data), static_cast<T*>(args.y.data), args.activation,
+      static_cast<int>(args.dy.shape[1]));
+  check_launch("glu_backward");
+}
+
 struct GluParams {
   Elements gate_up, dy, dgate_up, y;
   bool has_y;
@@ -173,8 +216,15 @@ void glu_backward(Context& ctx, const GluBackwardArgs& args) {
                     .has_y = args.y.data != nullptr,
                     .activation = args.activation,
                     .width = args.dy.shape[1]};
+  if (args.dy.shape.size() == 0) return;
   const bool aligned = p.width % 4 == 0 && p.gate_up.aligned() && p.dy.aligned() &&
                        p.dgate_up.aligned() && p.y.aligned();
+  const DType dtype = args.dy.dtype;
+  if (aligned && p.width % 8 == 0 && args.gate_up.dtype == dtype && args.dgate_up.dtype == dtype &&
+      (!p.has_y || args.y.dtype == dtype)) {
+    dtype == DType::kBF16 ? launch_glu_rows<bf16>(ctx, args) : launch_glu_rows<float>(ctx, args);
+    return;
+  }
   each_four(ctx, "glu_backward", args.dy.shape.size(), aligned,
             [=] __device__(std::int64_t i, int count) {
               if (count == kVector) {

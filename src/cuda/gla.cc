@@ -1,3 +1,5 @@
+// Which way a sequence takes is a matter of its own length, so what it gets does not depend on who
+// shares its batch.
 #include "ops/gla.h"
 
 #include "core/error.h"
@@ -25,8 +27,13 @@ void gla(Context& ctx, const GlaArgs& args) {
       .key_dim = static_cast<int>(args.q.shape[2]),
       .value_dim = static_cast<int>(args.v.shape[2]),
   };
+  const auto chunks = [](int length) { return (length + kDecayedChunk - 1) / kDecayedChunk; };
+  const auto chunked = [](int length) { return length >= 2 * kDecayedChunk; };
   for_each_batch(
-      args.sequences, args.states, [](int /*length*/) { return 1; },
+      args.sequences, args.states, [&](int length) { return chunked(length) ? chunks(length) : 0; },
+      [&](const SequenceBatch& batch) { launch_gla_chunks(ctx, problem, batch); });
+  for_each_batch(
+      args.sequences, args.states, [&](int length) { return chunked(length) ? 0 : 1; },
       [&](const SequenceBatch& batch) { launch_gla(problem, batch, stream_of(ctx)); });
 }
 

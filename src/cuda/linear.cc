@@ -4,6 +4,7 @@
 #include "cuda/linear.h"
 
 #include <bit>
+#include <type_traits>
 
 #include "core/error.h"
 #include "cuda/products.h"
@@ -14,25 +15,63 @@ namespace {
 
 constexpr std::int64_t kMinBucket = 32;
 
-bool linear_blas(Context& ctx, const LinearArgs& args) {
-  const std::int64_t tokens = args.x.shape[0];
-  const auto bucket = std::max<std::int64_t>(
-      kMinBucket, static_cast<std::int64_t>(std::bit_ceil(static_cast<std::uint64_t>(tokens))));
-  return product_blas(ctx,
-                      {.a = args.x,
-                       .b = args.w,
-                       .c = args.y,
-                       .m = tokens,
-                       .n = args.w.shape[0],
-                       .k = args.w.shape[1],
-                       .transpose_b = true,
-                       .accumulate = args.accumulate,
-                       .added = args.added},
-                      bucket);
+// A matrix from its `elements`th element on, with the same rows.
+template <typename View>
+View behind(const View& matrix, std::int64_t elements) {
+  if (matrix.data == nullptr) return matrix;
+  using Byte = std::conditional_t<std::is_same_v<View, TensorView>, std::byte, const std::byte>;
+  return {
+      static_cast<Byte*>(matrix.data) + static_cast<std::size_t>(elements) * size_of(matrix.dtype),
+      matrix.dtype, matrix.shape};
 }
 
-void product(Context& ctx, const Product& p) {
-  if (!product_blas(ctx, p, p.m)) product_plain(ctx, p);
+// By how many elements a product's matrices go on with its m, n or k.
+struct Steps {
+  std::int64_t a, b, c;
+};
+
+// Products over a vocabulary's odd number of classes are several times as slow as those over whole
+// vectors: these first, the rest by itself. False where cuBLASLt has no algorithm for what needs no
+// parts.
+bool product_in_parts(Context& ctx, const Product& p, std::int64_t Product::*size,
+                      const Steps& steps, std::int64_t algorithm_rows) {
+  constexpr std::int64_t kWhole = 64;
+  if (p.*size % 8 == 0 || p.*size < 16 * kWhole) return product_blas(ctx, p, algorithm_rows);
+  Product whole = p;
+  whole.*size -= p.*size % kWhole;
+  Product rest = p;
+  rest.*size %= kWhole;
+  rest.a = behind(p.a, whole.*size * steps.a);
+  rest.b = behind(p.b, whole.*size * steps.b);
+  rest.c = behind(p.c, whole.*size * steps.c);
+  rest.added = behind(p.added, whole.*size * steps.c);
+  if (size == &Product::k) {
+    rest.accumulate = true;
+    rest.added = {};
+  }
+  for (const Product& part : {whole, rest}) {
+    const std::int64_t rows = size == &Product::m ? part.m : algorithm_rows;
+    if (!product_blas(ctx, part, rows)) product_plain(ctx, part);
+  }
+  return true;
+}
+
+bool linear_blas(Context& ctx, const LinearArgs& args) {
+  const std::int64_t tokens = args.x.shape[0];
+  const std::int64_t inputs = args.w.shape[1];
+  const auto bucket = std::max<std::int64_t>(
+      kMinBucket, static_cast<std::int64_t>(std::bit_ceil(static_cast<std::uint64_t>(tokens))));
+  return product_in_parts(ctx,
+                          {.a = args.x,
+                           .b = args.w,
+                           .c = args.y,
+                           .m = tokens,
+                           .n = args.w.shape[0],
+                           .k = inputs,
+                           .transpose_b = true,
+                           .accumulate = args.accumulate,
+                           .added = args.added},
+                          &Product::n, {.a = 0, .b = inputs, .c = 1}, bucket);
 }
 
 }  // namespace
@@ -66,23 +105,27 @@ void linear_backward(Context& ctx, const LinearBackwardArgs& args) {
   const std::int64_t outputs = args.w.shape[0];
   const std::int64_t inputs = args.w.shape[1];
   if (args.dx.data != nullptr) {
-    product(ctx, {.a = dy,
-                  .b = args.w,
-                  .c = args.dx,
-                  .m = tokens,
-                  .n = inputs,
-                  .k = outputs,
-                  .accumulate = args.accumulate_dx});
+    const Product p{.a = dy,
+                    .b = args.w,
+                    .c = args.dx,
+                    .m = tokens,
+                    .n = inputs,
+                    .k = outputs,
+                    .accumulate = args.accumulate_dx};
+    const Steps steps{.a = 1, .b = inputs, .c = 0};
+    if (!product_in_parts(ctx, p, &Product::k, steps, tokens)) product_plain(ctx, p);
   }
   if (args.dw.data != nullptr) {
-    product(ctx, {.a = dy,
-                  .b = args.x,
-                  .c = args.dw,
-                  .m = outputs,
-                  .n = inputs,
-                  .k = tokens,
-                  .transpose_a = true,
-                  .accumulate = true});
+    const Product p{.a = dy,
+                    .b = args.x,
+                    .c = args.dw,
+                    .m = outputs,
+                    .n = inputs,
+                    .k = tokens,
+                    .transpose_a = true,
+                    .accumulate = true};
+    const Steps steps{.a = 1, .b = 0, .c = inputs};
+    if (!product_in_parts(ctx, p, &Product::m, steps, outputs)) product_plain(ctx, p);
   }
   if (args.dbias.data != nullptr) add_column_sums(ctx, args.dy, args.dbias);
 }

@@ -1,215 +1,303 @@
 // Backward of rms_norm (ops/rms_norm.h): one pass over the rows, bound by memory. Teams of threads
-// walk rows in strides; each has its own sums of dw, which are put together at the end, in an order
-// that depends on the shape alone.
+// walk rows in strides, eight elements a thread, and fetch the next row before they work on one;
+// each has its own sums of dw, which are put together at the end, in an order that depends on the
+// shape alone.
 #include "cuda/column_sums.cuh"
+#include "cuda/eight.cuh"
 #include "cuda/rows.cuh"
 #include "ops/rms_norm.h"
 
 namespace deltafox::cuda {
 namespace {
 
+// X: of x and dx; Y: of dy, the gate and its gradient.
+template <typename X, typename Y>
 struct Params {
-  Elements x, gate, dy, dx, dgate, rounded;
-  const float* w;   // or null
-  float* partials;  // [teams, D], or null where no dw is wanted
-  bool has_gate, gate_first, accumulate, has_rounded;
+  const X* x;
+  const Y* dy;
+  const Y* gate;   // or null
+  const float* w;  // or null
+  X* dx;
+  Y* dgate;
+  bf16* rounded;    // or null
+  float* partials;  // [blocks, D], or null where no dw is wanted
+  bool gate_first, accumulate;
   Activation activation;
   std::int64_t rows;
-  int width, groups, teams;
+  int width, groups;
   float eps;
   bool aligned;
+
+  __device__ int count(int i) const { return aligned ? kWholeEight : min(8, width - i); }
 };
 
-// Four elements of a row as they lie in memory.
+// Eight elements of a row as they lie in memory.
+template <typename X, typename Y, bool kGate>
 struct Bits {
-  uint4 x, gate, dy, dx;
+  Eight<X> x, dx;
+  Eight<Y> dy, gate;
 
-  __device__ void fetch(const Params& p, std::int64_t at, int count) {
-    x = p.x.fetch(at, count);
-    dy = p.dy.fetch(at, count);
-    if (p.has_gate) gate = p.gate.fetch(at, count);
-    if (p.accumulate) dx = p.dx.fetch(at, count);
+  __device__ void fetch(const Params<X, Y>& p, std::int64_t row, int i) {
+    const std::int64_t at = row * p.width + i;
+    load_eight(x, p.x + at, p.count(i));
+    load_eight(dy, p.dy + at, p.count(i));
+    if (kGate) load_eight(gate, p.gate + at, p.count(i));
+    if (p.accumulate) load_eight(dx, p.dx + at, p.count(i));
   }
 };
 
-// What a row's x is multiplied by before and after the norm, and the slope of the gate.
-struct Four {
-  float x[4], dy[4], w[4], before[4], after[4], slope[4];
-
-  __device__ Four(const Params& p, const Bits& bits, int i, int group, int count) {
-    p.x.widen(x, bits.x);
-    p.dy.widen(dy, bits.dy);
-    float gate[4] = {};
-    if (p.has_gate) p.gate.widen(gate, bits.gate);
-    if (p.w != nullptr) load_four(w, p.w + group * p.width + i, count);
+template <typename X, typename Y>
+__device__ void load_weights(float (&w)[8], const Params<X, Y>& p, int group, int i) {
+  Eight<float> bits;
+  if (p.w != nullptr) load_eight(bits, p.w + group * p.width + i, p.count(i));
+  bits.get(w);
 #pragma unroll
-    for (int e = 0; e < 4; ++e) {
-      if (p.w == nullptr) w[e] = 1;
-      const float act = p.has_gate ? activate(p.activation, gate[e]) : 1;
-      before[e] = p.gate_first ? act : 1;
-      after[e] = p.gate_first ? 1 : act;
-      slope[e] = p.has_gate ? activation_slope(p.activation, gate[e]) : 0;
-    }
+  for (float& element : w) element = p.w == nullptr ? 1 : element;
+}
+
+// z = x · before is what is normed, dy · after what comes back to z · scale · w.
+template <typename X, typename Y, bool kGate>
+struct Values {
+  float z[8], dy[8], before[8], slope[8];
+
+  __device__ Values(const Params<X, Y>& p, const Bits<X, Y, kGate>& bits) {
+    constexpr bool kRough = sizeof(Y) == 2;
+    bits.x.get(z);
+    bits.dy.get(dy);
+    if (!kGate) return;
+    float gate[8];
+    bits.gate.get(gate);
+    // With an activation that is known as it is compiled, elements are computed side by side.
+    const auto each = [&](Activation activation) {
+#pragma unroll
+      for (int e = 0; e < 8; ++e) {
+        const float2 act = activate_with_slope<kRough>(activation, gate[e]);
+        before[e] = p.gate_first ? act.x : 1;
+        // What of the gate's gradient is known before the sums.
+        slope[e] = act.y * (p.gate_first ? z[e] : z[e] * dy[e]);
+        z[e] *= before[e];
+        dy[e] *= p.gate_first ? 1 : act.x;
+      }
+    };
+    p.activation == Activation::kSilu ? each(Activation::kSilu) : each(p.activation);
   }
 };
 
 template <int kTeam>
 constexpr int kBlock = kTeam > 32 ? kTeam : 256;
+constexpr int kLargestTeam = 384;
 
-// kTeam threads a row; kKept vectors of a thread stay in registers.
-template <int kTeam, int kKept>
-__global__ void __launch_bounds__(kBlock<kTeam>) rms_norm_backward_kernel(const Params p) {
-  __shared__ float2 shared[2][kTeam / 32];  // in turns, so that one barrier a row is enough
+// The sums over a team, the same in all its threads.
+template <int kTeam>
+__device__ float2 team_sum(float2 sums, int turn) {
+#pragma unroll
+  for (int offset = kTeam < 32 ? kTeam / 2 : 16; offset > 0; offset /= 2) {
+    sums.x += __shfl_xor_sync(0xffffffff, sums.x, offset);
+    sums.y += __shfl_xor_sync(0xffffffff, sums.y, offset);
+  }
+  if constexpr (kTeam > 32) {
+    __shared__ float2 shared[2][kTeam / 32];  // in turns, so that one barrier a row is enough
+    if (threadIdx.x % 32 == 0) shared[turn][threadIdx.x / 32] = sums;
+    __syncthreads();
+    sums = make_float2(0, 0);
+#pragma unroll
+    for (const float2& part : shared[turn]) {
+      sums.x += part.x;
+      sums.y += part.y;
+    }
+  }
+  return sums;
+}
+
+// Rows of a block's teams are of one group.
+template <typename X, typename Y, bool kGate, int kTeam>
+__global__ void __launch_bounds__(kBlock<kTeam>, kTeam == kLargestTeam ? 1
+                                                 : kGate               ? 2
+                                                                       : 3)
+    rms_norm_backward_kernel(const __grid_constant__ Params<X, Y> p) {
+  constexpr int kTeams = kBlock<kTeam> / kTeam;
   const int lane = static_cast<int>(threadIdx.x) % kTeam;
-  const int team = static_cast<int>(blockIdx.x) * (kBlock<kTeam> / kTeam) +
-                   static_cast<int>(threadIdx.x) / kTeam;
-  const int group = team % p.groups;  // of all rows of the team
-  const auto count = [&](int i) { return p.aligned ? kVector : min(4, p.width - i); };
-  float dw[kKept][4] = {};
+  const int block = static_cast<int>(blockIdx.x) / p.groups;
+  const int group = static_cast<int>(blockIdx.x) % p.groups;
+  const std::int64_t stride = static_cast<std::int64_t>(gridDim.x) * kTeams;
+  const std::int64_t first =
+      (static_cast<std::int64_t>(block) * kTeams + threadIdx.x / kTeam) * p.groups + group;
+  const int own = lane * 8;  // the first of the elements that stay in registers
+  const bool has_own = own < p.width;
+  float w[8] = {};
+  if (has_own) load_weights(w, p, group, own);
+  float dw[8] = {};
+  float* partials = p.partials == nullptr
+                        ? nullptr
+                        : p.partials + static_cast<std::int64_t>(blockIdx.x) * p.width;
+
+  Bits<X, Y, kGate> next = {};
+  if (has_own && first < p.rows) next.fetch(p, first, own);
   int turn = 0;
-  for (std::int64_t row = team; row < p.rows; row += p.teams, turn ^= 1) {
-    const std::int64_t base = row * p.width;
-    Bits kept[kKept];
-#pragma unroll
-    for (int n = 0; n < kKept; ++n) {
-      const int i = (n * kTeam + lane) * 4;
-      if (i < p.width) kept[n].fetch(p, base + i, count(i));
-    }
+  // All teams of a warp take part in its sums, with rows or without.
+  const std::int64_t begin = first - threadIdx.x / kTeam * p.groups;
+  for (std::int64_t base = begin; base < p.rows; base += stride, turn ^= 1) {
+    const std::int64_t row = base + (first - begin);
+    const bool has_row = row < p.rows;
+    const Bits<X, Y, kGate> bits = next;
+    if (has_own && row + stride < p.rows) next.fetch(p, row + stride, own);
     float2 sums = make_float2(0, 0);  // of squares, and of dz · z
-    const auto add = [&](const Bits& bits, int i) {
-      const Four four(p, bits, i, group, count(i));
+    const auto add = [&](const Bits<X, Y, kGate>& from, const float(&weights)[8]) {
+      const Values<X, Y, kGate> values(p, from);
 #pragma unroll
-      for (int e = 0; e < 4; ++e) {
-        const float z = four.x[e] * four.before[e];
-        sums.x = fmaf(z, z, sums.x);
-        sums.y = fmaf(four.dy[e] * four.w[e] * four.after[e], z, sums.y);
+      for (int e = 0; e < 8; ++e) {
+        sums.x = fmaf(values.z[e], values.z[e], sums.x);
+        sums.y = fmaf(values.dy[e] * weights[e], values.z[e], sums.y);
       }
     };
-#pragma unroll
-    for (int n = 0; n < kKept; ++n) {
-      const int i = (n * kTeam + lane) * 4;
-      if (i < p.width) add(kept[n], i);
-    }
+    // Of rows longer than a team's eights.
     const auto each_more = [&](const auto& f) {
-      for (int i = (kKept * kTeam + lane) * 4; i < p.width; i += kTeam * 4) {
-        Bits bits;
-        bits.fetch(p, base + i, count(i));
-        f(bits, i);
+      if constexpr (kTeam == kLargestTeam) {
+        for (int i = own + kTeam * 8; i < p.width; i += kTeam * 8) {
+          Bits<X, Y, kGate> more = {};
+          float weights[8];
+          load_weights(weights, p, group, i);
+          more.fetch(p, row, i);
+          f(more, weights, i);
+        }
       }
     };
-    each_more(add);
-    sums = make_float2(warp_sum(sums.x), warp_sum(sums.y));
-    if constexpr (kTeam > 32) {
-      if (lane % 32 == 0) shared[turn][lane / 32] = sums;
-      __syncthreads();
-      sums = make_float2(0, 0);
-#pragma unroll
-      for (int w = 0; w < kTeam / 32; ++w) {
-        sums.x += shared[turn][w].x;
-        sums.y += shared[turn][w].y;
-      }
+    if (has_row && has_own) {
+      add(bits, w);
+      each_more([&](const auto& more, const auto& weights, int /*i*/) { add(more, weights); });
     }
+    sums = team_sum<kTeam>(sums, turn);
+    if (!has_row || !has_own) continue;
     const float scale = 1 / sqrtf(sums.x / static_cast<float>(p.width) + p.eps);
     const float share = scale * scale * sums.y / static_cast<float>(p.width);
-    // f(e, sum): what element e adds to dw.
-    const auto finish = [&](const Bits& bits, int i, const auto& add_dw) {
-      const Four four(p, bits, i, group, count(i));
-      float dx[4] = {};
-      float dgate[4];
-      if (p.accumulate) p.dx.widen(dx, bits.dx);
+    // What the elements add to dw comes back in dw_parts.
+    const auto finish = [&](const Bits<X, Y, kGate>& from, const float(&weights)[8], int i,
+                            float(&dw_parts)[8]) {
+      const Values<X, Y, kGate> values(p, from);
+      float dx[8] = {};
+      float dgate[8];
+      if (p.accumulate) from.dx.get(dx);
 #pragma unroll
-      for (int e = 0; e < 4; ++e) {
-        const float z = four.x[e] * four.before[e];
-        const float dz = scale * (four.dy[e] * four.w[e] * four.after[e] - z * share);
-        add_dw(e, four.dy[e] * four.after[e] * z * scale);
-        dgate[e] =
-            four.slope[e] * (p.gate_first ? dz * four.x[e] : four.dy[e] * four.w[e] * z * scale);
-        dx[e] += dz * four.before[e];
+      for (int e = 0; e < 8; ++e) {
+        const float z = values.z[e];
+        const float dz = scale * (values.dy[e] * weights[e] - z * share);
+        dw_parts[e] = values.dy[e] * z * scale;
+        if constexpr (kGate) {
+          dgate[e] = values.slope[e] * (p.gate_first ? dz : weights[e] * scale);
+          dx[e] += dz * values.before[e];
+        } else {
+          dx[e] += dz;
+        }
       }
-      p.dx.store(dx, base + i, count(i));
-      if (p.has_rounded) p.rounded.store(dx, base + i, count(i));
-      if (p.has_gate) p.dgate.store(dgate, base + i, count(i));
+      const std::int64_t at = row * p.width + i;
+      store_eight(p.dx + at, dx, p.count(i));
+      if (p.rounded != nullptr) store_eight(p.rounded + at, dx, p.count(i));
+      if constexpr (kGate) store_eight(p.dgate + at, dgate, p.count(i));
     };
+    float parts[8];
+    finish(bits, w, own, parts);
 #pragma unroll
-    for (int n = 0; n < kKept; ++n) {
-      const int i = (n * kTeam + lane) * 4;
-      if (i < p.width) finish(kept[n], i, [&](int e, float sum) { dw[n][e] += sum; });
-    }
+    for (int e = 0; e < 8; ++e) dw[e] += parts[e];
     // Longer rows have their sums in memory.
-    each_more([&](const Bits& bits, int i) {
-      finish(bits, i, [&](int e, float sum) {
-        if (p.partials == nullptr || i + e >= p.width) return;
-        float& to = p.partials[static_cast<std::int64_t>(team) * p.width + i + e];
-        to = row == team ? sum : to + sum;
-      });
+    each_more([&](const auto& more, const auto& weights, int i) {
+      finish(more, weights, i, parts);
+      if (partials == nullptr) return;
+      Eight<float> before = {};
+      if (row != first) load_eight(before, partials + i, p.count(i));
+      float sum[8];
+      before.get(sum);
+#pragma unroll
+      for (int e = 0; e < 8; ++e) sum[e] += parts[e];
+      store_eight(partials + i, sum, p.count(i));
     });
   }
-  if (p.partials == nullptr) return;
+  if (partials == nullptr) return;
+  if constexpr (kTeams > 1) {
+    __shared__ float sums[kTeams][kTeam * 8 + 4];
+    Eight<float>::store(&sums[threadIdx.x / kTeam][own], dw);
+    __syncthreads();
+    for (int i = static_cast<int>(threadIdx.x); i < p.width; i += kBlock<kTeam>) {
+      float sum = 0;
 #pragma unroll
-  for (int n = 0; n < kKept; ++n) {
-    const int i = (n * kTeam + lane) * 4;
-    if (i >= p.width) continue;
-    store_four(p.partials + static_cast<std::int64_t>(team) * p.width + i, dw[n], count(i));
+      for (int team = 0; team < kTeams; ++team) sum += sums[team][i];
+      partials[i] = sum;
+    }
+  } else {
+    if (has_own) store_eight(partials + own, dw, p.count(own));
   }
 }
 
-template <int kTeam, int kKept>
-void launch(Context& ctx, Params p, int max_blocks, float* dw) {
+Shape matrix(std::int64_t rows, std::int64_t columns) {
+  return {rows, columns};
+}
+
+template <int kTeam, typename X, typename Y>
+void launch(Context& ctx, Params<X, Y> p, std::int64_t max_blocks, float* dw) {
   constexpr int kTeams = kBlock<kTeam> / kTeam;
-  // As many blocks on every GPU, so that sums have one order. No more teams than rows: each has
-  // one. Teams are whole sets of groups.
-  const std::int64_t most = std::min<std::int64_t>(max_blocks, p.rows / kTeams);
+  // As many blocks on every GPU, so that sums have one order; whole sets of groups.
+  const std::int64_t most = std::min(max_blocks, (p.rows + kTeams - 1) / kTeams);
   const std::int64_t blocks = std::max<std::int64_t>(1, most / p.groups) * p.groups;
-  p.teams = static_cast<int>(blocks) * kTeams;
   ScratchScope scratch(ctx);
-  if (dw != nullptr) p.partials = scratch.tensor({p.teams, p.width}).f32();
-  rms_norm_backward_kernel<kTeam, kKept>
-      <<<static_cast<unsigned>(blocks), kBlock<kTeam>, 0, stream_of(ctx)>>>(p);
+  if (dw != nullptr) p.partials = scratch.tensor(matrix(blocks, p.width)).f32();
+  const auto kernel = p.gate != nullptr ? rms_norm_backward_kernel<X, Y, true, kTeam>
+                                        : rms_norm_backward_kernel<X, Y, false, kTeam>;
+  kernel<<<static_cast<unsigned>(blocks), kBlock<kTeam>, 0, stream_of(ctx)>>>(p);
   check_launch("rms_norm_backward");
   if (dw == nullptr) return;
   const int sums = p.groups * p.width;
-  add_column_sums(ctx, "rms_norm_backward", p.teams / p.groups, sums, dw,
+  add_column_sums(ctx, "rms_norm_backward", blocks / p.groups, sums, dw,
                   MatrixElements{p.partials, sums});
+}
+
+template <typename X, typename Y>
+void launch_as(Context& ctx, const RmsNormBackwardArgs& args) {
+  const std::int64_t width = args.x.shape[1];
+  const std::int64_t groups = args.w.data == nullptr ? 1 : args.w.shape.size() / width;
+  Params<X, Y> p{
+      .x = static_cast<const X*>(args.x.data),
+      .dy = static_cast<const Y*>(args.dy.data),
+      .gate = static_cast<const Y*>(args.gate.data),
+      .w = static_cast<const float*>(args.w.data),
+      .dx = static_cast<X*>(args.dx.data),
+      .dgate = static_cast<Y*>(args.dgate.data),
+      .rounded = static_cast<bf16*>(args.rounded.data),
+      .partials = nullptr,
+      .gate_first = args.gate_first,
+      .accumulate = args.accumulate_dx,
+      .activation = args.gate_activation,
+      .rows = args.x.shape[0],
+      .width = static_cast<int>(width),
+      .groups = static_cast<int>(std::max<std::int64_t>(1, groups)),
+      .eps = args.eps,
+      .aligned = false,
+  };
+  const auto bits = [](const void* pointer) { return reinterpret_cast<std::uintptr_t>(pointer); };
+  p.aligned = width % 8 == 0 && (bits(p.x) | bits(p.dy) | bits(p.gate) | bits(p.w) | bits(p.dx) |
+                                 bits(p.dgate) | bits(p.rounded)) %
+                                        16 ==
+                                    0;
+  auto* dw = static_cast<float*>(args.dw.data);
+  if (width <= 128) {
+    launch<16>(ctx, p, 528, dw);
+  } else if (width <= 256) {
+    launch<32>(ctx, p, 528, dw);
+  } else if (width <= 1536) {
+    launch<192>(ctx, p, 660, dw);
+  } else {
+    launch<kLargestTeam>(ctx, p, 264, dw);
+  }
 }
 
 }  // namespace
 
 void rms_norm_backward(Context& ctx, const RmsNormBackwardArgs& args) {
   if (args.x.shape.size() == 0) return;
-  const bool has_gate = args.gate.data != nullptr;
-  const std::int64_t width = args.x.shape[1];
-  const std::int64_t groups = args.w.data == nullptr ? 1 : args.w.shape.size() / width;
-  Params p{
-      .x = Elements(args.x),
-      .gate = Elements(args.gate),
-      .dy = Elements(args.dy),
-      .dx = Elements(args.dx),
-      .dgate = Elements(args.dgate),
-      .rounded = Elements(args.rounded),
-      .w = static_cast<const float*>(args.w.data),
-      .partials = nullptr,
-      .has_gate = has_gate,
-      .gate_first = has_gate && args.gate_first,
-      .accumulate = args.accumulate_dx,
-      .has_rounded = args.rounded.data != nullptr,
-      .activation = args.gate_activation,
-      .rows = args.x.shape[0],
-      .width = static_cast<int>(width),
-      .groups = static_cast<int>(std::max<std::int64_t>(1, groups)),
-      .teams = 0,
-      .eps = args.eps,
-      .aligned = false,
-  };
-  p.aligned = width % 4 == 0 && p.x.aligned() && p.gate.aligned() && p.dy.aligned() &&
-              p.dx.aligned() && p.dgate.aligned() && p.rounded.aligned() &&
-              reinterpret_cast<std::uintptr_t>(p.w) % 16 == 0;
-  auto* dw = static_cast<float*>(args.dw.data);
-  if (width <= 128) {
-    launch<32, 1>(ctx, p, 528, dw);
-  } else if (width <= 1536) {
-    launch<128, 3>(ctx, p, 1056, dw);
+  if (args.dy.dtype == DType::kF32) {
+    launch_as<float, float>(ctx, args);
+  } else if (args.x.dtype == DType::kF32) {
+    launch_as<float, bf16>(ctx, args);
   } else {
-    launch<512, 4>(ctx, p, 264, dw);
+    launch_as<bf16, bf16>(ctx, args);
   }
 }
 

@@ -1,5 +1,5 @@
 // Bound by memory: one block a row. Sine and cosine are taken once for all heads.
-#include "cuda/elements.cuh"
+#include "cuda/eight.cuh"
 #include "cuda/rope_kernels.h"
 
 namespace deltafox::cuda {
@@ -9,6 +9,29 @@ constexpr int kThreads = 256;
 
 template <typename T>
 __device__ void turn(T* x, int heads, int half, const float2* turns) {
+  if (half % 8 == 0 && reinterpret_cast<std::uintptr_t>(x) % 16 == 0) {
+    for (int i = static_cast<int>(threadIdx.x) * 8; i < heads * half; i += kThreads * 8) {
+      const int d = i % half;
+      T* head = x + i / half * 2 * half;
+      Eight<T> bits[2];
+      bits[0].load(head + d);
+      bits[1].load(head + d + half);
+      float a[8];
+      float c[8];
+      bits[0].get(a);
+      bits[1].get(c);
+#pragma unroll
+      for (int e = 0; e < 8; ++e) {
+        const float2 by = turns[d + e];
+        const float low = a[e] * by.x - c[e] * by.y;
+        c[e] = a[e] * by.y + c[e] * by.x;
+        a[e] = low;
+      }
+      Eight<T>::store(head + d, a);
+      Eight<T>::store(head + d + half, c);
+    }
+    return;
+  }
   for (int i = static_cast<int>(threadIdx.x); i < heads * half; i += kThreads) {
     const int d = i % half;
     T* head = x + i / half * 2 * half;

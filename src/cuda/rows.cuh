@@ -22,6 +22,17 @@ struct Elements {
   // Whether every fourth element starts a whole vector.
   bool aligned() const { return reinterpret_cast<std::uintptr_t>(data) % 16 == 0; }
 
+  __device__ float get(std::int64_t i) const {
+    return is_bf16 ? to_float(static_cast<const bf16*>(data)[i])
+                   : static_cast<const float*>(data)[i];
+  }
+  __device__ void put(std::int64_t i, float x) const {
+    if (is_bf16) {
+      from_float(static_cast<bf16*>(data)[i], x);
+    } else {
+      static_cast<float*>(data)[i] = x;
+    }
+  }
   __device__ void load(float (&to)[4], std::int64_t i, int count) const {
     if (is_bf16) {
       load_four(to, static_cast<const bf16*>(data) + i, count);

@@ -10,25 +10,6 @@ namespace {
 
 constexpr int kThreads = 64;
 
-// kRough: to about 20 bits, plenty for what is rounded to bfloat16 and three times as fast.
-template <bool kRough>
-__device__ float activate(Activation activation, float x) {
-  switch (activation) {
-    case Activation::kIdentity:
-      return x;
-    case Activation::kSilu:
-      // The rough quotient is zero where the denominator exceeds 2^126.
-      return kRough ? __fdividef(x, 1 + __expf(-x)) : x / (1 + expf(-x));
-    case Activation::kSigmoid:
-      return 1 / (1 + expf(-x));
-    case Activation::kRelu:
-      return fmaxf(x, 0);
-    case Activation::kEluPlusOne:
-      return x > 0 ? x + 1 : expf(x);
-  }
-  return x;
-}
-
 // The rows of a block: part of one sequence.
 struct Rows {
   const BatchEntry* entry;

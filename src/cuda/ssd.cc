@@ -31,9 +31,22 @@ void ssd(Context& ctx, const SsdArgs& args) {
   };
   const bool chunks_fit = ssd_chunks_fit(problem);
   const auto chunked = [&](int length) { return chunks_fit && length >= kLeastChunkedRows; };
+  const int multiprocessors = ctx.stream().multiprocessors();
   for_each_batch(
-      args.sequences, args.states, [&](int length) { return chunked(length) ? 1 : 0; },
-      [&](const SequenceBatch& batch) { launch_ssd_chunks(problem, batch, stream_of(ctx)); });
+      args.sequences, args.states,
+      [&](int length) {
+        return chunked(length) ? ssd_segments(problem, length, multiprocessors) : 0;
+      },
+      [&](const SequenceBatch& batch) {
+        ScratchScope scratch(ctx);
+        SsdSegments segments;
+        if (batch.maps > 0) {
+          const std::int64_t heads = std::int64_t{batch.blocks} * problem.heads;
+          segments.states = scratch.tensor({heads, problem.state_size, problem.head_dim}).f32();
+          segments.decays = scratch.tensor({heads}).f32();
+        }
+        launch_ssd_chunks(problem, segments, batch, stream_of(ctx));
+      });
   for_each_batch(
       args.sequences, args.states, [&](int length) { return chunked(length) ? 0 : 1; },
       [&](const SequenceBatch& batch) { launch_ssd(problem, batch, stream_of(ctx)); });

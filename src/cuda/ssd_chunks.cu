@@ -7,10 +7,15 @@
 //   Sᵀ ← e^λ_last Sᵀ + Xᵀ diag(Δ_s e^(λ_last − λ_s)) B.
 // A third group runs ahead: it loads rows and computes λ and A for both heads. λ never leaves a
 // chunk, so its rounding, relative to e^λ, stays below that of the bfloat16 operands.
+//
+// A long sequence is cut into segments that fill the card. A first walk finds what each but the
+// last adds to the state and how much it leaves of it, `join_segments` puts these together one
+// after the other, and the second walk computes the outputs of all segments at once.
 #include <algorithm>
 
 #include "cuda/check.h"
 #include "cuda/decayed_kernels.h"
+#include "cuda/ssd_decays.cuh"
 #include "cuda/tensor_core.cuh"
 
 namespace deltafox::cuda {
@@ -21,10 +26,25 @@ constexpr int kColumns = 128;  // of a block
 constexpr int kStateThreads = 2 * 128;
 constexpr int kThreads = kStateThreads + 128;
 constexpr int kStages = 2;
+constexpr int kJoinThreads = 256;
+
+// Thread blocks of a segment.
+int ssd_blocks(const SsdProblem& p) {
+  return p.groups * ((p.heads / p.groups * p.head_dim + kColumns - 1) / kColumns);
+}
 
 struct ChunkParams {
   SsdProblem problem;
+  SsdSegments segments;  // of sequences that have several
   SequenceBatch batch;
+
+  __device__ std::ptrdiff_t state_floats() const {
+    return static_cast<std::ptrdiff_t>(problem.heads) * problem.state_size * problem.head_dim;
+  }
+  // [H, N, P], the state before a segment; behind the first walk, of the segment before it alone.
+  __device__ float* state_before(int segment) const {
+    return segments.states + segment * state_floats();
+  }
 };
 
 // What a warp group's head needs of a chunk besides its tiles.
@@ -50,7 +70,11 @@ struct Layout {
 };
 
 struct Block {
-  const BatchEntry* entry;
+  int begin;  // the first of its rows
+  int length;
+  const float* state_before;  // [H, N, P], null for zeros
+  float* state_behind;        // [H, N, P] or null
+  float* decays;              // [H], or null where nobody asks what is left of a state
   int group;
   int first_column;  // of the group's heads
   int columns;       // that exist
@@ -63,6 +87,39 @@ struct Block {
   }
   __device__ static int heads_per_group(const SsdProblem& p) { return p.heads / p.groups; }
 };
+
+// The rows and states of segment `index` of those that the walk has: all of them, or for kSums all
+// but each sequence's last.
+template <bool kSums>
+__device__ void find_segment(Block& block, const ChunkParams& params, int index) {
+  const SequenceBatch& batch = params.batch;
+  int low = 0;
+  int high = batch.count;
+  while (high - low > 1) {
+    const int middle = (low + high) / 2;
+    const BatchEntry& entry = batch.entries[middle];
+    ((kSums ? entry.first_map : entry.first_block) <= index ? low : high) = middle;
+  }
+  const BatchEntry& entry = batch.entries[low];
+  const int segment = index - (kSums ? entry.first_map : entry.first_block);
+  const int chunks = (entry.length + kChunk - 1) / kChunk;
+  const int base = chunks / entry.segments;
+  const int rest = chunks % entry.segments;
+  const int first = segment * base + min(segment, rest);
+  block.chunks = base + (segment < rest ? 1 : 0);
+  block.begin = entry.begin + first * kChunk;
+  block.length = min(block.chunks * kChunk, entry.length - first * kChunk);
+  const int place = entry.first_block + segment;
+  block.decays = nullptr;
+  if (kSums) {
+    block.state_before = nullptr;
+    block.state_behind = params.state_before(place + 1);
+    block.decays = params.segments.decays + place * params.problem.heads;
+    return;
+  }
+  block.state_before = entry.segments == 1 ? entry.state : params.state_before(place);
+  block.state_behind = segment == entry.segments - 1 ? entry.state : nullptr;
+}
 
 template <int kPieces>
 __device__ void load_tile(std::uint32_t tile, const bf16* rows, std::ptrdiff_t stride, int columns,
@@ -80,7 +137,7 @@ __device__ void load_tile(std::uint32_t tile, const bf16* rows, std::ptrdiff_t s
   }
 }
 
-template <class Products, int kStates>
+template <class Products, int kStates, bool kSums>
 __device__ void prepare_chunks(const SsdProblem& p, const Block& block, unsigned char* stages,
                                std::uint32_t barriers) {
   using L = Layout<kStates>;
@@ -99,14 +156,16 @@ __device__ void prepare_chunks(const SsdProblem& p, const Block& block, unsigned
     const int stage = c % kStages;
     unsigned char* base = stages + stage * L::kStage;
     const std::uint32_t at = shared_address(base);
-    const int valid_rows = min(kChunk, block.entry->length - c * kChunk);
-    const auto row = static_cast<std::ptrdiff_t>(block.entry->begin + c * kChunk);
+    const int valid_rows = min(kChunk, block.length - c * kChunk);
+    const auto row = static_cast<std::ptrdiff_t>(block.begin + c * kChunk);
     if (c >= kStages) barrier_wait(barriers + (2 * stage + 1) * 8, (c / kStages - 1) & 1);
     const bf16* token = static_cast<const bf16*>(p.xbc) + row * stride;
     const bf16* b = token + p.heads * p.head_dim + block.group * p.state_size;
     load_tile<kStates / 8>(at + L::kB, b, stride, p.state_size, valid_rows, thread);
-    load_tile<kStates / 8>(at + L::kC, b + p.groups * p.state_size, stride, p.state_size,
-                           valid_rows, thread);
+    if constexpr (!kSums) {
+      load_tile<kStates / 8>(at + L::kC, b + p.groups * p.state_size, stride, p.state_size,
+                             valid_rows, thread);
+    }
     load_tile<kColumns / 8>(at + L::kX,
                             token + block.group * heads_per_group * p.head_dim + block.first_column,
                             stride, block.columns, valid_rows, thread);
@@ -114,42 +173,29 @@ __device__ void prepare_chunks(const SsdProblem& p, const Block& block, unsigned
 
     Decays* decays = reinterpret_cast<Decays*>(base + L::kDecays);
     if (warp < 2) {
-      // Lane l has rows 2l and 2l + 1.
-      float step[2];
-      float log_decay[2];
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        const int t = 2 * lane + i;
-        step[i] = 0;
-        if (t < valid_rows) {
-          const float raw = p.dt[(row + t) * p.heads + head] + dt_bias;
-          const float softplus = fmaxf(raw, 0.0F) + log1pf(expf(-fabsf(raw)));
-          step[i] = fminf(fmaxf(softplus, p.dt_min), p.dt_max);
-        }
-        log_decay[i] = rate * step[i];
-      }
-      float sum = log_decay[0] + log_decay[1];
-#pragma unroll
-      for (int offset = 1; offset < 32; offset *= 2) {
-        const float before = __shfl_up_sync(0xffffffffU, sum, offset);
-        if (lane >= offset) sum += before;
-      }
-      const float last = __shfl_sync(0xffffffffU, sum, 31);
-      const float lambda[2] = {sum - log_decay[1], sum};
+      const ChunkDecays found = find_decays(rate, valid_rows, [&](int t) {
+        const float raw = p.dt[(row + t) * p.heads + head] + dt_bias;
+        const float softplus = fmaxf(raw, 0.0F) + log1pf(expf(-fabsf(raw)));
+        return fminf(fmaxf(softplus, p.dt_min), p.dt_max);
+      });
       Decays& d = decays[warp];
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         const int t = 2 * lane + i;
-        d.lambda[t] = lambda[i];
-        d.into[t] = expf(lambda[i]);
-        d.weight[t] = step[i];
-        d.out[t] = step[i] * expf(last - lambda[i]);
+        d.lambda[t] = found.lambda[i];
+        d.into[t] = expf(found.lambda[i]);
+        d.weight[t] = found.step[i];
+        d.out[t] = found.step[i] * expf(found.last - found.lambda[i]);
       }
-      if (lane == 0) d.whole = expf(last);
+      if (lane == 0) d.whole = expf(found.last);
     }
     wait_copies<0>();
     Products::publish();
     group_sync(1);
+    if constexpr (kSums) {
+      barrier_arrive(barriers + 2 * stage * 8);
+      continue;
+    }
 
     float g[8][4];
     Products::begin(g);
@@ -190,13 +236,7 @@ __device__ void prepare_chunks(const SsdProblem& p, const Block& block, unsigned
   }
 }
 
-// Multiplies column 8j + 2(l%4) and the next of an accumulator's or operand's pair by `scale`'s.
-__device__ std::uint32_t scale_pair(std::uint32_t pair, const float2& scale) {
-  const float2 x = __bfloat1622float2(reinterpret_cast<const __nv_bfloat162&>(pair));
-  return pack(x.x * scale.x, x.y * scale.y);
-}
-
-template <class Products, int kStates>
+template <class Products, int kStates, bool kSums>
 __device__ void walk(const SsdProblem& p, const Block& block, unsigned char* stages,
                      std::uint32_t barriers) {
   using L = Layout<kStates>;
@@ -210,20 +250,27 @@ __device__ void walk(const SsdProblem& p, const Block& block, unsigned char* sta
   const int own = column % p.head_dim + lane / 4;
   const bool exists = 16 * warp < block.columns;
   const float skip = p.d[head];
-  float* state = block.entry->state + static_cast<std::ptrdiff_t>(head) * p.state_size * p.head_dim;
+  const std::ptrdiff_t state = static_cast<std::ptrdiff_t>(head) * p.state_size * p.head_dim;
+  const auto state_at = [&](int j, int i) {
+    return state + (8 * j + 2 * (lane % 4) + i % 2) * p.head_dim + own + i / 2 * 8;
+  };
+  const auto has_state = [&](int j, int i) {
+    return exists && 8 * j + 2 * (lane % 4) + i % 2 < p.state_size;
+  };
 
   float s[kStates / 8][4];
 #pragma unroll
   for (int j = 0; j < kStates / 8; ++j) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const int n = 8 * j + 2 * (lane % 4) + i % 2;
-      s[j][i] = exists && n < p.state_size ? state[n * p.head_dim + own + i / 2 * 8] : 0;
+      const bool known = block.state_before != nullptr && has_state(j, i);
+      s[j][i] = known ? block.state_before[state_at(j, i)] : 0;
     }
   }
   const std::ptrdiff_t stride = static_cast<std::ptrdiff_t>(p.heads) * p.head_dim;
-  bf16* out = static_cast<bf16*>(p.y) + block.entry->begin * stride +
+  bf16* out = static_cast<bf16*>(p.y) + block.begin * stride +
               block.group * heads_per_group * p.head_dim + column;
+  float left = 1;  // of a state
   for (int c = 0; c < block.chunks; ++c) {
     const int stage = c % kStages;
     unsigned char* base = stages + stage * L::kStage;
@@ -237,7 +284,7 @@ __device__ void walk(const SsdProblem& p, const Block& block, unsigned char* sta
 #pragma unroll
     for (int k = 0; k < 4; ++k) load_matrices_transposed(x[k], own_piece + 16 * k * 128);
     float y[8][4];
-    {
+    if constexpr (!kSums) {
       std::uint32_t sf[kStates / 16][4];
       to_operand(sf, s);
       Products::begin(y);
@@ -245,14 +292,14 @@ __device__ void walk(const SsdProblem& p, const Block& block, unsigned char* sta
       Products::commit();
       Products::template wait<0>();
       Products::end(y);
-    }
 #pragma unroll
-    for (int j = 0; j < 8; ++j) {
-      const float2 into = *reinterpret_cast<const float2*>(&decays.into[8 * j + 2 * (lane % 4)]);
-      y[j][0] *= into.x;
-      y[j][1] *= into.y;
-      y[j][2] *= into.x;
-      y[j][3] *= into.y;
+      for (int j = 0; j < 8; ++j) {
+        const float2 into = *reinterpret_cast<const float2*>(&decays.into[8 * j + 2 * (lane % 4)]);
+        y[j][0] *= into.x;
+        y[j][1] *= into.y;
+        y[j][2] *= into.x;
+        y[j][3] *= into.y;
+      }
     }
     std::uint32_t u[4][4];
 #pragma unroll
@@ -264,58 +311,65 @@ __device__ void walk(const SsdProblem& p, const Block& block, unsigned char* sta
       }
     }
     const float whole = decays.whole;
+    left *= whole;
 #pragma unroll
     for (int j = 0; j < kStates / 8; ++j) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) s[j][i] *= whole;
     }
-    Products::begin(y);
     Products::begin(s);
-    Products::template times_transposed<false>(y, x, at + L::kA + warp_group * kTileBlockBytes);
+    if constexpr (!kSums) {
+      Products::begin(y);
+      Products::template times_transposed<false>(y, x, at + L::kA + warp_group * kTileBlockBytes);
+    }
     Products::template times<false>(s, u, at + L::kB);
     Products::commit();
     Products::template wait<0>();
-    Products::end(y);
     Products::end(s);
+    if constexpr (!kSums) Products::end(y);
 
-    // Through this warp's own columns of the tile of x to memory.
+    if constexpr (!kSums) {
+      // Through this warp's own columns of the tile of x to memory.
 #pragma unroll
-    for (int k = 0; k < 4; ++k) {
-      std::uint32_t m[4];
+      for (int k = 0; k < 4; ++k) {
+        std::uint32_t m[4];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const float2 pair = __bfloat1622float2(reinterpret_cast<const __nv_bfloat162&>(x[k][i]));
+          const float* sum = y[2 * k + i / 2] + i % 2 * 2;
+          m[i] = pack(sum[0] + skip * pair.x, sum[1] + skip * pair.y);
+        }
+        store_matrices_transposed(own_piece + 16 * k * 128, m);
+      }
+      __syncwarp();
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        const float2 pair = __bfloat1622float2(reinterpret_cast<const __nv_bfloat162&>(x[k][i]));
-        const float* sum = y[2 * k + i / 2] + i % 2 * 2;
-        m[i] = pack(sum[0] + skip * pair.x, sum[1] + skip * pair.y);
-      }
-      store_matrices_transposed(own_piece + 16 * k * 128, m);
-    }
-    __syncwarp();
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const int row = 16 * i + lane / 2;
-      uint4 data;
-      asm volatile("ld.shared.v4.u32 {%0,%1,%2,%3}, [%4];"
-                   : "=r"(data.x), "=r"(data.y), "=r"(data.z), "=r"(data.w)
-                   : "r"(at + L::kX + piece_offset(row, 2 * warp + lane % 2))
-                   : "memory");
-      if (exists && c * kChunk + row < block.entry->length) {
-        *reinterpret_cast<uint4*>(out + (c * kChunk + row) * stride + 8 * (lane % 2)) = data;
+        const int row = 16 * i + lane / 2;
+        uint4 data;
+        asm volatile("ld.shared.v4.u32 {%0,%1,%2,%3}, [%4];"
+                     : "=r"(data.x), "=r"(data.y), "=r"(data.z), "=r"(data.w)
+                     : "r"(at + L::kX + piece_offset(row, 2 * warp + lane % 2))
+                     : "memory");
+        if (exists && c * kChunk + row < block.length) {
+          *reinterpret_cast<uint4*>(out + (c * kChunk + row) * stride + 8 * (lane % 2)) = data;
+        }
       }
     }
     barrier_arrive(barriers + (2 * stage + 1) * 8);
   }
+  // By the warp of the head's first columns.
+  if (kSums && exists && column % p.head_dim == 0 && lane == 0) block.decays[head] = left;
+  if (block.state_behind == nullptr) return;
 #pragma unroll
   for (int j = 0; j < kStates / 8; ++j) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const int n = 8 * j + 2 * (lane % 4) + i % 2;
-      if (exists && n < p.state_size) state[n * p.head_dim + own + i / 2 * 8] = s[j][i];
+      if (has_state(j, i)) block.state_behind[state_at(j, i)] = s[j][i];
     }
   }
 }
 
-template <class Products, int kStates>
+template <class Products, int kStates, bool kSums>
 __global__ void __launch_bounds__(kThreads, 1)
     ssd_chunks(const __grid_constant__ ChunkParams params) {
   // Other targets compile this kernel too, and never launch it.
@@ -327,11 +381,10 @@ __global__ void __launch_bounds__(kThreads, 1)
     const int group_columns = Block::heads_per_group(p) * p.head_dim;
     const int blocks_per_group = (group_columns + kColumns - 1) / kColumns;
     Block block;
-    block.entry = &params.batch.entries[blockIdx.y];
+    find_segment<kSums>(block, params, static_cast<int>(blockIdx.y));
     block.group = blockIdx.x / blocks_per_group;
     block.first_column = blockIdx.x % blocks_per_group * kColumns;
     block.columns = min(kColumns, group_columns - block.first_column);
-    block.chunks = (block.entry->length + kChunk - 1) / kChunk;
 
     const std::uint32_t barriers = shared_address(stages + kStages * L::kStage);
     if (threadIdx.x == 0) {
@@ -350,25 +403,54 @@ __global__ void __launch_bounds__(kThreads, 1)
     __syncthreads();
     if (threadIdx.x >= kStateThreads) {
       if constexpr (Products::kGroup) give_registers<88>();
-      prepare_chunks<Products, kStates>(p, block, stages, barriers);
+      prepare_chunks<Products, kStates, kSums>(p, block, stages, barriers);
     } else {
       if constexpr (Products::kGroup) take_registers<208>();
-      walk<Products, kStates>(p, block, stages, barriers);
+      walk<Products, kStates, kSums>(p, block, stages, barriers);
     }
   }
 }
 
-template <class Products, int kStates>
-void launch(const ChunkParams& params, cudaStream_t stream) {
+// From what the segments add and leave, in the place behind each, to the states before them.
+__global__ void __launch_bounds__(kJoinThreads)
+    join_segments(const __grid_constant__ ChunkParams params) {
+  const BatchEntry& entry = params.batch.entries[blockIdx.y];
+  const std::ptrdiff_t i = static_cast<std::ptrdiff_t>(blockIdx.x) * kJoinThreads + threadIdx.x;
+  if (entry.segments == 1 || i >= params.state_floats()) return;
+  const int heads = params.problem.heads;
+  const auto head = i / (params.state_floats() / heads);
+  float state = entry.state[i];
+  for (int place = entry.first_block; place < entry.first_block + entry.segments; ++place) {
+    const bool last = place == entry.first_block + entry.segments - 1;
+    const float sum = last ? 0 : params.state_before(place + 1)[i];
+    const float left = last ? 0 : params.segments.decays[place * heads + head];
+    params.state_before(place)[i] = state;
+    state = fmaf(left, state, sum);
+  }
+}
+
+template <class Products, int kStates, bool kSums>
+void launch_walk(const ChunkParams& params, cudaStream_t stream) {
   constexpr int kBytes = Layout<kStates>::kBytes;
-  const auto kernel = ssd_chunks<Products, kStates>;
+  const auto kernel = ssd_chunks<Products, kStates, kSums>;
   check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes),
         "cudaFuncSetAttribute");
   const SsdProblem& p = params.problem;
-  const int group_columns = p.heads / p.groups * p.head_dim;
-  const int blocks = p.groups * ((group_columns + kColumns - 1) / kColumns);
-  kernel<<<dim3(blocks, params.batch.count), kThreads, kBytes, stream>>>(params);
+  const int segments = kSums ? params.batch.maps : params.batch.blocks;
+  kernel<<<dim3(ssd_blocks(p), segments), kThreads, kBytes, stream>>>(params);
   check_launch("ssd_chunks");
+}
+
+template <class Products, int kStates>
+void launch(const ChunkParams& params, cudaStream_t stream) {
+  if (params.batch.maps > 0) {
+    launch_walk<Products, kStates, true>(params, stream);
+    const SsdProblem& p = params.problem;
+    const int blocks = (p.heads * p.state_size * p.head_dim + kJoinThreads - 1) / kJoinThreads;
+    join_segments<<<dim3(blocks, params.batch.count), kJoinThreads, 0, stream>>>(params);
+    check_launch("ssd_chunks");
+  }
+  launch_walk<Products, kStates, false>(params, stream);
 }
 
 int attribute(cudaDeviceAttr which) {
@@ -387,8 +469,18 @@ bool ssd_chunks_fit(const SsdProblem& p) {
              (p.state_size <= 64 ? Layout<64>::kBytes : Layout<128>::kBytes);
 }
 
-void launch_ssd_chunks(const SsdProblem& problem, const SequenceBatch& batch, cudaStream_t stream) {
-  const ChunkParams params{.problem = problem, .batch = batch};
+int ssd_segments(const SsdProblem& problem, int length, int multiprocessors) {
+  // Two walks cost about half as much again as one: short segments gain nothing.
+  constexpr int kLeastChunks = 8;
+  const int chunks = (length + kChunk - 1) / kChunk;
+  if (chunks < 3 * kLeastChunks) return 1;
+  const int segments = multiprocessors / ssd_blocks(problem);
+  return segments < 3 ? 1 : std::min(segments, chunks / kLeastChunks);
+}
+
+void launch_ssd_chunks(const SsdProblem& problem, const SsdSegments& segments,
+                       const SequenceBatch& batch, cudaStream_t stream) {
+  const ChunkParams params{.problem = problem, .segments = segments, .batch = batch};
   const bool group = attribute(cudaDevAttrComputeCapabilityMajor) == 9;
   if (problem.state_size <= 64) {
     group ? launch<GroupProducts, 64>(params, stream) : launch<WarpProducts, 64>(params, stream);

@@ -1,5 +1,5 @@
 // Bound by memory: one block a few rows of a sequence.
-#include "cuda/elements.cuh"
+#include "cuda/eight.cuh"
 #include "cuda/rows.cuh"
 #include "cuda/token_shift_kernels.h"
 
@@ -73,6 +73,90 @@ __global__ __launch_bounds__(kThreads) void shift_backward(
   }
 }
 
+// A thread walks the block's rows of eight elements of a head at a time, with the row of x before
+// and the row of dy behind in registers.
+template <typename T>
+__global__ __launch_bounds__(kThreads) void shift_backward_eight(
+    const __grid_constant__ TokenShiftBackwardProblem problem,
+    const __grid_constant__ SequenceBatch batch) {
+  constexpr int kAtOnce = 4;
+  const BatchEntry& entry = entry_of_block(batch);
+  const int first = (static_cast<int>(blockIdx.x) - entry.first_block) * kTokenShiftRows;
+  const int end = min(entry.length, first + kTokenShiftRows);
+  const int width = problem.heads * problem.dim;
+  const int lanes = problem.dim / 8;  // of a head
+  for (int base = 0; base < width; base += kThreads * 8) {
+    const int own = base + static_cast<int>(threadIdx.x) * 8;
+    const bool exists = own < width;  // all threads of a warp take part in its sums
+    const int column = exists ? own : 0;
+    const int head = column / problem.dim;
+    const std::ptrdiff_t begin = static_cast<std::ptrdiff_t>(entry.begin) * width + column;
+    const T* x = static_cast<const T*>(problem.x) + begin;
+    const T* dy = static_cast<const T*>(problem.dy) + begin;
+    T* dx = static_cast<T*>(problem.dx) + begin;
+    const auto at = [&](int t) { return static_cast<std::ptrdiff_t>(t) * width; };
+    const auto scalar_at = [&](int t) {
+      return static_cast<std::ptrdiff_t>(entry.begin + t) * problem.heads + head;
+    };
+    Eight<T> bits = {};
+    float before[8];
+    float now[8];
+    if (first > 0) bits.load(x + at(first - 1));
+    bits.get(before);
+    bits.load(dy + at(first));
+    bits.get(now);
+    float alpha = problem.alpha[scalar_at(first)];
+    for (int t = first; t < end; t += kAtOnce) {
+      Eight<T> x_bits[kAtOnce];
+      Eight<T> next_bits[kAtOnce] = {};
+      float next_alpha[kAtOnce] = {};
+#pragma unroll
+      for (int r = 0; r < kAtOnce; ++r) {
+        if (t + r >= end) break;
+        x_bits[r].load(x + at(t + r));
+        if (t + r + 1 >= entry.length) break;
+        next_bits[r].load(dy + at(t + r + 1));
+        next_alpha[r] = problem.alpha[scalar_at(t + r + 1)];
+      }
+#pragma unroll
+      for (int r = 0; r < kAtOnce; ++r) {
+        if (t + r >= end) break;
+        float input[8];
+        float next[8];
+        float d[8];
+        x_bits[r].get(input);
+        next_bits[r].get(next);
+        float dalpha = 0;
+#pragma unroll
+        for (int e = 0; e < 8; ++e) {
+          dalpha = fmaf(now[e], before[e] - input[e], dalpha);
+          d[e] = (1 - alpha) * now[e] + next_alpha[r] * next[e];
+          before[e] = input[e];
+          now[e] = next[e];
+        }
+        alpha = next_alpha[r];
+        for (int offset = lanes / 2; offset > 0; offset /= 2) {
+          dalpha += __shfl_xor_sync(0xffffffffU, dalpha, offset);
+        }
+        if (!exists) continue;
+        Eight<T>::store(dx + at(t + r), d);
+        if (own % problem.dim == 0) problem.dalpha[scalar_at(t + r)] = dalpha;
+      }
+    }
+  }
+}
+
+template <typename T>
+void launch_backward(const TokenShiftBackwardProblem& problem, const SequenceBatch& batch,
+                     cudaStream_t stream) {
+  const auto bits = [](const void* pointer) { return reinterpret_cast<std::uintptr_t>(pointer); };
+  const int lanes = problem.dim / 8;
+  const bool eights = problem.dim % 8 == 0 && lanes <= 32 && (lanes & (lanes - 1)) == 0 &&
+                      (bits(problem.x) | bits(problem.dy) | bits(problem.dx)) % 16 == 0;
+  const auto kernel = eights ? shift_backward_eight<T> : shift_backward<T>;
+  kernel<<<batch.blocks, kThreads, 0, stream>>>(problem, batch);
+}
+
 }  // namespace
 
 void launch_token_shift(const TokenShiftProblem& problem, const SequenceBatch& batch,
@@ -86,11 +170,8 @@ void launch_token_shift(const TokenShiftProblem& problem, const SequenceBatch& b
 
 void launch_token_shift_backward(const TokenShiftBackwardProblem& problem,
                                  const SequenceBatch& batch, cudaStream_t stream) {
-  if (problem.is_bf16) {
-    shift_backward<bf16><<<batch.blocks, kThreads, 0, stream>>>(problem, batch);
-  } else {
-    shift_backward<float><<<batch.blocks, kThreads, 0, stream>>>(problem, batch);
-  }
+  problem.is_bf16 ? launch_backward<bf16>(problem, batch, stream)
+                  : launch_backward<float>(problem, batch, stream);
 }
 
 }  // namespace deltafox::cuda

@@ -14,7 +14,8 @@ struct EmbeddingArgs {
   TensorView y;                       // [T, C] F32
 };
 
-// dtable_n += Σ_{t: ids_t = n} dy_t, in the order of the tokens
+// dtable_n += Σ_{t: ids_t = n} dy_t, on the CPU in the order of the tokens, on a GPU in one that
+// depends on the ids alone
 struct EmbeddingBackwardArgs {
   std::span<const std::int32_t> ids;  // [T], each in [0, N); on a GPU in its memory
   ConstTensorView dy;                 // [T, C] F32, on a GPU also of the activation dtype

@@ -24,20 +24,20 @@ void gla(Context& ctx, const GlaArgs& args) {
 void gla_backward(Context& ctx, const GlaBackwardArgs& args) {
   const std::int64_t tokens = args.sequences.tokens();
   const std::int64_t heads = args.q.shape[1];
-  check("gla_backward", "q", args.q, {tokens, heads, args.q.shape[2]});
+  check_activation(ctx, "gla_backward", "q", args.q, {tokens, heads, args.q.shape[2]});
   check("gla_backward", "k", args.k, args.q.shape);
   check("gla_backward", "g", args.g, args.q.shape);
-  check("gla_backward", "v", args.v, {tokens, heads, args.v.shape[2]});
-  check("gla_backward", "d_o", args.d_o, args.v.shape);
-  check("gla_backward", "dq", args.dq, args.q.shape);
+  check_activation(ctx, "gla_backward", "v", args.v, {tokens, heads, args.v.shape[2]});
+  check_activation(ctx, "gla_backward", "d_o", args.d_o, args.v.shape);
+  check_activation(ctx, "gla_backward", "dq", args.dq, args.q.shape);
   check("gla_backward", "dk", args.dk, args.q.shape);
   check("gla_backward", "dg", args.dg, args.q.shape);
-  check("gla_backward", "dv", args.dv, args.v.shape);
+  check_activation(ctx, "gla_backward", "dv", args.dv, args.v.shape);
   switch (ctx.device()) {
     case Device::kCpu:
       return cpu::gla_backward(ctx, args);
     case Device::kCuda:
-      fail_on_cuda("gla_backward");
+      return cuda::gla_backward(ctx, args);
   }
 }
 

@@ -33,6 +33,8 @@ struct GlaArgs {
 // token, per token from the last to the first:
 //   dS ← dS + q doᵀ / √K,  dq = S do / √K,  dk = dS v,  dv = dSᵀ k,  dg_i = Σ_j dS_ij S₋_ij,
 //   dS₋ = diag(g) dS     (S₋: the state before the token)
+//
+// On a GPU q, v, d_o, dq and dv are each F32 or of the Context's activation dtype, the rest is F32.
 struct GlaBackwardArgs {
   ConstTensorView q;  // [T, H, K]
   ConstTensorView k;  // [T, H, K]
@@ -56,7 +58,8 @@ void gla_backward(Context& ctx, const GlaBackwardArgs& args);
 }  // namespace cpu
 namespace cuda {
 void gla(Context& ctx, const GlaArgs& args);
-}
+void gla_backward(Context& ctx, const GlaBackwardArgs& args);
+}  // namespace cuda
 namespace reference {
 void gla(const GlaArgs& args);
 void gla_backward(const GlaBackwardArgs& args);

@@ -35,14 +35,16 @@ void rms_norm_backward(Context& ctx, const RmsNormBackwardArgs& args) {
     }
   }
   check_activation(ctx, "rms_norm_backward", "dy", args.dy, args.x.shape);
-  check_activation(ctx, "rms_norm_backward", "dx", args.dx, args.x.shape);
+  check("rms_norm_backward", "dx", args.dx, args.x.shape, args.x.dtype);
+  if (args.x.dtype != DType::kF32)
+    check("rms_norm_backward", "dy", args.dy, args.dy.shape, args.x.dtype);
   if (args.rounded.data != nullptr) {
     check("rms_norm_backward", "rounded", args.rounded, args.x.shape, DType::kBF16);
   }
   if (args.dw.data != nullptr) check("rms_norm_backward", "dw", args.dw, args.w.shape);
   if (args.gate.data != nullptr) {
-    check_activation(ctx, "rms_norm_backward", "gate", args.gate, args.x.shape);
-    check_activation(ctx, "rms_norm_backward", "dgate", args.dgate, args.x.shape);
+    check("rms_norm_backward", "gate", args.gate, args.x.shape, args.dy.dtype);
+    check("rms_norm_backward", "dgate", args.dgate, args.x.shape, args.dy.dtype);
   }
   switch (ctx.device()) {
     case Device::kCpu:

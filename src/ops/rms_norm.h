@@ -3,7 +3,8 @@
 // With `gate_first` the gate comes before the norm: x · act(gate) takes the place of x.
 //
 // On a GPU x, y, the gate and their gradients are each F32 or of the Context's activation dtype; w
-// and dw are F32.
+// and dw are F32. Backward, x and dx are of one dtype and so are dy, the gate and its gradient;
+// where x is BF16, so is dy.
 #pragma once
 
 #include "core/context.h"

@@ -1,8 +1,46 @@
 #include "ops/short_conv.h"
 
+#include <vector>
+
+#include "ops/activation.h"
 #include "ops/check.h"
 
 namespace deltafox::ops {
+namespace {
+
+// Where no kernel does it at once: the convolution once more, the norm's gradient, the rest.
+void norm_backward(Context& ctx, ShortConvBackwardArgs args) {
+  const std::int64_t tokens = args.x.shape[0];
+  const std::int64_t channels = args.x.shape[1];
+  const Shape heads{tokens, channels / args.norm_width, args.norm_width};
+  ScratchScope scratch(ctx);
+  // Sequences begin from zeros; what is left in a state is of no use.
+  const auto count = static_cast<std::size_t>(args.sequences.count());
+  Tensor zeros(DType::kF32, {static_cast<std::int64_t>(count), channels, args.w.shape[1]},
+               ctx.device());
+  std::vector<float*> states(count);
+  for (std::size_t b = 0; b < count; ++b) {
+    states[b] = zeros.f32() + b * static_cast<std::size_t>(args.w.shape.size());
+  }
+  const TensorView convolved = scratch.tensor(args.x.shape, args.x.dtype);  // [T, C]
+  const TensorView dy = scratch.tensor(args.x.shape, args.dy.dtype);        // [T, C]
+  short_conv(ctx, {.x = args.x,
+                   .w = args.w,
+                   .bias = args.bias,
+                   .sequences = args.sequences,
+                   .states = states,
+                   .activation = args.activation,
+                   .y = convolved});
+  feature_map_backward(ctx, {.norm = FeatureNorm::kL2,
+                             .x = convolved.reshaped(heads),
+                             .dy = args.dy.reshaped(heads),
+                             .dx = dy.reshaped(heads)});
+  args.dy = dy;
+  args.norm_width = 0;
+  short_conv_backward(ctx, args);
+}
+
+}  // namespace
 
 void short_conv(Context& ctx, const ShortConvArgs& args) {
   const OpTimer timer("short_conv");
@@ -29,6 +67,13 @@ void short_conv_backward(Context& ctx, const ShortConvBackwardArgs& args) {
   check_activation(ctx, "short_conv_backward", "dx", args.dx, args.x.shape);
   if (args.dw.data != nullptr) check("short_conv_backward", "dw", args.dw, args.w.shape);
   if (args.dbias.data != nullptr) check("short_conv_backward", "dbias", args.dbias, {channels});
+  if (args.norm_width > 0) {
+    if (channels % args.norm_width != 0) {
+      fail("short_conv_backward: {} channels are not whole heads of {}", channels, args.norm_width);
+    }
+    const bool at_once = ctx.device() == Device::kCuda && cuda::short_conv_backward_has_norm(args);
+    if (!at_once) return norm_backward(ctx, args);
+  }
   switch (ctx.device()) {
     case Device::kCpu:
       return cpu::short_conv_backward(ctx, args);

@@ -29,16 +29,19 @@ struct ShortConvArgs {
 // Of whole sequences, which begin from a zero state. With s the sums before the activation:
 //   ds = dy · act'(s), dx_t = Σ_i w_i · ds_{t+W-1-i}, dw_i += Σ_t ds_t · x_{t-W+1+i}, dbias += Σ_t
 //   ds_t
+// With `norm_width` dy is the gradient behind an L2 norm of act(s) over each head's channels
+// (FeatureNorm::kL2 of ops/activation.h).
 struct ShortConvBackwardArgs {
   ConstTensorView x;          // [T, C]
   ConstTensorView w;          // [C, W]
   ConstTensorView bias = {};  // [C] or no data
   Sequences sequences;
   Activation activation = Activation::kIdentity;
-  ConstTensorView dy;     // [T, C]
-  TensorView dx;          // [T, C], =, not dy
-  TensorView dw = {};     // [C, W] or no data
-  TensorView dbias = {};  // [C] or no data
+  std::int64_t norm_width = 0;  // channels of a head, or 0
+  ConstTensorView dy;           // [T, C]
+  TensorView dx;                // [T, C], =, not dy
+  TensorView dw = {};           // [C, W] or no data
+  TensorView dbias = {};        // [C] or no data
 };
 
 namespace ops {
@@ -52,6 +55,8 @@ void short_conv_backward(Context& ctx, const ShortConvBackwardArgs& args);
 namespace cuda {
 void short_conv(Context& ctx, const ShortConvArgs& args);
 void short_conv_backward(Context& ctx, const ShortConvBackwardArgs& args);
+// Whether short_conv_backward takes args.norm_width > 0.
+bool short_conv_backward_has_norm(const ShortConvBackwardArgs& args);
 }  // namespace cuda
 namespace reference {
 void short_conv(const ShortConvArgs& args);

@@ -36,10 +36,10 @@ void ssd_backward(Context& ctx, const SsdBackwardArgs& args) {
   if (groups < 1 || heads % groups != 0) {
     fail("ssd_backward: {} heads do not fall into {} groups", heads, groups);
   }
-  check("ssd_backward", "dy", args.dy, {tokens, heads, head_dim});
-  check("ssd_backward", "xbc", args.xbc,
+  check_activation(ctx, "ssd_backward", "dy", args.dy, {tokens, heads, head_dim});
+  check_activation(ctx, "ssd_backward", "xbc", args.xbc,
         {tokens, heads * head_dim + 2 * groups * args.state_size()});
-  check("ssd_backward", "dxbc", args.dxbc, args.xbc.shape);
+  check_activation(ctx, "ssd_backward", "dxbc", args.dxbc, args.xbc.shape);
   check("ssd_backward", "dt", args.dt, {tokens, heads});
   check("ssd_backward", "ddt", args.ddt, args.dt.shape);
   check("ssd_backward", "dt_bias", args.dt_bias, {heads});
@@ -52,7 +52,7 @@ void ssd_backward(Context& ctx, const SsdBackwardArgs& args) {
     case Device::kCpu:
       return cpu::ssd_backward(ctx, args);
     case Device::kCuda:
-      fail_on_cuda("ssd_backward");
+      return cuda::ssd_backward(ctx, args);
   }
 }
 

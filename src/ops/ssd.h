@@ -44,6 +44,8 @@ struct SsdArgs {
 //   dx = Δ du + d dy,  dΔ = du·x − e^a_log a da,  d a_log = −Δ e^a_log a da,  dd = dy·x
 // (S₋: the state before the token), summed over what shares b, c and the parameters. Where Δ is
 // clamped, dt gets nothing.
+//
+// On a GPU xbc, dxbc and dy are each F32 or of the Context's activation dtype, the rest is F32.
 struct SsdBackwardArgs {
   ConstTensorView xbc;      // [T, H·P + 2·G·N]
   ConstTensorView dt;       // [T, H]
@@ -76,7 +78,8 @@ void ssd_backward(Context& ctx, const SsdBackwardArgs& args);
 }  // namespace cpu
 namespace cuda {
 void ssd(Context& ctx, const SsdArgs& args);
-}
+void ssd_backward(Context& ctx, const SsdBackwardArgs& args);
+}  // namespace cuda
 namespace reference {
 void ssd(const SsdArgs& args);
 void ssd_backward(const SsdBackwardArgs& args);

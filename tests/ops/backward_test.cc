@@ -427,5 +427,40 @@ TEST(Backward, ShortConv) {
   }
 }
 
+TEST(Backward, ShortConvBehindANorm) {
+  Random random(16);
+  const std::int64_t head_dim = 5;
+  const std::vector<std::int64_t> cu = random.lengths(3, 12);
+  Tensor x = random.normal_tensor({cu.back(), 3 * head_dim});
+  Tensor w = random.normal_tensor({3 * head_dim, 4});
+  const Tensor dy = random.normal_tensor(x.view().shape);
+  GradientCheck gradient_check(random, {{"x", &x}, {"w", &w, true}});
+  const auto backward = [&](Context& ctx, std::vector<Tensor>& d) {
+    ops::short_conv_backward(ctx, {.x = x.view(),
+                                   .w = w.view(),
+                                   .sequences = Sequences(cu),
+                                   .activation = Activation::kSilu,
+                                   .norm_width = head_dim,
+                                   .dy = dy.view(),
+                                   .dx = d[0].view(),
+                                   .dw = d[1].view()});
+  };
+  gradient_check.expect_slopes_of(
+      [&] {
+        Tensor y = dy;
+        std::vector<Tensor> states(3, Tensor(DType::kF32, w.view().shape));
+        reference::short_conv({.x = x.view(),
+                               .w = w.view(),
+                               .sequences = Sequences(cu),
+                               .states = test::pointers(states),
+                               .activation = Activation::kSilu,
+                               .y = y.view()});
+        reference::feature_map(
+            {.norm = FeatureNorm::kL2, .x = y.view().reshaped({cu.back(), 3, head_dim})});
+        return dot(dy, y);
+      },
+      backward);
+}
+
 }  // namespace
 }  // namespace deltafox

@@ -148,6 +148,9 @@ void gate_backward(Context& /*ctx*/, const GateBackwardArgs& /*args*/) {
 void gla(Context& /*ctx*/, const GlaArgs& /*args*/) {
   fail_without_cuda();
 }
+void gla_backward(Context& /*ctx*/, const GlaBackwardArgs& /*args*/) {
+  fail_without_cuda();
+}
 void kv_append(Context& /*ctx*/, const KvAppendArgs& /*args*/) {
   fail_without_cuda();
 }
@@ -184,7 +187,13 @@ void short_conv(Context& /*ctx*/, const ShortConvArgs& /*args*/) {
 void short_conv_backward(Context& /*ctx*/, const ShortConvBackwardArgs& /*args*/) {
   fail_without_cuda();
 }
+bool short_conv_backward_has_norm(const ShortConvBackwardArgs& /*args*/) {
+  fail_without_cuda();
+}
 void ssd(Context& /*ctx*/, const SsdArgs& /*args*/) {
+  fail_without_cuda();
+}
+void ssd_backward(Context& /*ctx*/, const SsdBackwardArgs& /*args*/) {
   fail_without_cuda();
 }
 void token_shift(Context& /*ctx*/, const TokenShiftArgs& /*args*/) {

@@ -77,7 +77,8 @@ DeltaNetMixer::Inputs DeltaNetMixer::inputs(Context& ctx, ScratchScope& scratch,
   const std::int64_t heads = config_.num_heads;
   const Shape keys{saved.o.shape[0], heads, config_.key_dim / heads};
   const auto mapped = [&](const TensorView& before) {
-    const TensorView y = backward ? copy_of(ctx, scratch, before) : before;
+    const bool keep = backward && !has_normed_convolutions();
+    const TensorView y = keep ? copy_of(ctx, scratch, before) : before;
     ops::feature_map(ctx, {.activation = head_activation(), .norm = config_.qk_norm, .x = y});
     return y;
   };
@@ -356,21 +357,25 @@ void DeltaNetMixer::inputs_backward(Context& ctx, const ConstTensorView& input,
         ctx,
         {.activation = head_activation(), .norm = config_.qk_norm, .x = before, .dy = d, .dx = d});
   };
-  through_features(in.q_convolved, dq);
-  through_features(in.k_convolved, dk);
+  const std::int64_t norm_width = has_normed_convolutions() ? dq.shape[2] : 0;
+  if (norm_width == 0) {
+    through_features(in.q_convolved, dq);
+    through_features(in.k_convolved, dk);
+  }
   bool accumulate = weights_.g_proj.has_value();
   const auto through_projection = [&](const TensorView& projected, const Param& proj,
                                       const std::optional<Param>& conv, Activation activation,
-                                      const TensorView& d) {
+                                      const TensorView& d, std::int64_t norm) {
     project_and_convolve_backward(ctx, input, projected, proj, conv, sequences, activation,
-                                  d.reshaped(projected.shape), dinput, accumulate, gradients);
+                                  d.reshaped(projected.shape), dinput, accumulate, gradients, norm);
     accumulate = true;
   };
   through_projection(saved.q_projected, weights_.q_proj, weights_.q_conv1d, qk_conv_activation(),
-                     dq);
+                     dq, norm_width);
   through_projection(saved.k_projected, weights_.k_proj, weights_.k_conv1d, qk_conv_activation(),
-                     dk);
-  through_projection(saved.v_projected, weights_.v_proj, weights_.v_conv1d, Activation::kSilu, dv);
+                     dk, norm_width);
+  through_projection(saved.v_projected, weights_.v_proj, weights_.v_conv1d, Activation::kSilu, dv,
+                     0);
   if (!weights_.b_proj) return;
   ops::activation_backward(
       ctx, {.activation = Activation::kSigmoid, .x = saved.beta_logits, .dy = dbeta, .dx = dbeta});

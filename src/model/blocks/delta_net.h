@@ -129,13 +129,18 @@ class DeltaNetMixer {
     const bool silu = config_.qk_activation == Activation::kSilu;
     return silu ? Activation::kIdentity : config_.qk_activation;
   }
+  // Whether the heads' L2 norms follow their convolutions at once.
+  bool has_normed_convolutions() const {
+    return config_.use_short_conv && config_.qk_norm == FeatureNorm::kL2 &&
+           head_activation() == Activation::kIdentity;
+  }
   // Of the convolution's state: [channels, W].
   static Shape state_shape(const Param& conv) { return {conv.shape[0], conv.shape[2]}; }
 
   // What the delta rule reads.
   struct Inputs {
     TensorView q_convolved, k_convolved;  // [T, H, K] before the feature maps
-    TensorView q, k;                      // [T, H, K], in place of those unless for backward
+    TensorView q, k;                      // [T, H, K], in place of those unless backward reads both
     TensorView v;                         // [T, H, V]
     TensorView beta;                      // [T, H], with b_proj
   };

@@ -124,7 +124,7 @@ TensorView project_and_convolve(Context& ctx, ScratchScope& scratch, const Const
 void convolve_backward(Context& ctx, const ConstTensorView& x, const Param& conv,
                        const std::optional<Param>& bias, const Sequences& sequences,
                        Activation activation, const TensorView& dy, const TensorView& dx,
-                       Gradients& gradients) {
+                       Gradients& gradients, std::int64_t norm_width) {
   const Shape taps{conv.shape[0], conv.shape[2]};
   const TensorView dw = gradients.of(conv);
   ops::short_conv_backward(ctx, {.x = x,
@@ -132,6 +132,7 @@ void convolve_backward(Context& ctx, const ConstTensorView& x, const Param& conv
                                  .bias = value_of(bias),
                                  .sequences = sequences,
                                  .activation = activation,
+                                 .norm_width = norm_width,
                                  .dy = dy,
                                  .dx = dx,
                                  .dw = dw.reshaped(taps),
@@ -142,13 +143,14 @@ void project_and_convolve_backward(Context& ctx, const ConstTensorView& x,
                                    const ConstTensorView& projected, const Param& proj,
                                    const std::optional<Param>& conv, const Sequences& sequences,
                                    Activation activation, const TensorView& dy,
-                                   const TensorView& dx, bool accumulate_dx, Gradients& gradients) {
+                                   const TensorView& dx, bool accumulate_dx, Gradients& gradients,
+                                   std::int64_t norm_width) {
   ScratchScope scratch(ctx);
   TensorView dprojected = dy;  // [T, N]
   if (conv) {
     dprojected = scratch.like(dy);
     convolve_backward(ctx, projected, *conv, std::nullopt, sequences, activation, dy, dprojected,
-                      gradients);
+                      gradients, norm_width);
   } else if (activation != Activation::kIdentity) {
     ops::activation_backward(ctx, {.activation = activation, .x = projected, .dy = dy, .dx = dy});
   }

@@ -86,18 +86,20 @@ TensorView project_and_convolve(Context& ctx, ScratchScope& scratch, const Const
                                 Activation activation, TensorView* projected = nullptr,
                                 std::optional<DType> dtype = {});
 
-// Of convolve over whole sequences: dx [T, N] =, given dy [T, N].
+// Of convolve over whole sequences: dx [T, N] =, given dy [T, N]; with `norm_width`, behind an L2
+// norm of heads of that width.
 void convolve_backward(Context& ctx, const ConstTensorView& x, const Param& conv,
                        const std::optional<Param>& bias, const Sequences& sequences,
                        Activation activation, const TensorView& dy, const TensorView& dx,
-                       Gradients& gradients);
+                       Gradients& gradients, std::int64_t norm_width = 0);
 
 // Of project_and_convolve over whole sequences: dx [T, C] = or +=, given dy [T, N], which it
-// overwrites.
+// overwrites; `norm_width`, with a convolution, as in convolve_backward.
 void project_and_convolve_backward(Context& ctx, const ConstTensorView& x,
                                    const ConstTensorView& projected, const Param& proj,
                                    const std::optional<Param>& conv, const Sequences& sequences,
                                    Activation activation, const TensorView& dy,
-                                   const TensorView& dx, bool accumulate_dx, Gradients& gradients);
+                                   const TensorView& dx, bool accumulate_dx, Gradients& gradients,
+                                   std::int64_t norm_width = 0);
 
 }  // namespace deltafox
