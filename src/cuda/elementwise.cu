@@ -1,7 +1,10 @@
 // The ops that touch each element once: activations, gates, norms of rows, the embedding. All are
 // bound by memory; see the headers of ops/ for the equations. Every element or row is computed by
 // itself, so neighbours change nothing.
+#include <algorithm>
+
 #include "cuda/each_four.cuh"
+#include "cuda/eight.cuh"
 #include "ops/activation.h"
 #include "ops/embedding.h"
 #include "ops/gate.h"
@@ -116,6 +119,80 @@ __global__ void __launch_bounds__(kThreads) rms_norm_kernel(const RmsNormParams 
     finish(bits, i);
   }
 }
+
+// The usual norm: no gate, one weight for all rows, whole vectors, eight elements a thread. A team
+// of threads walks rows in strides and asks for the next before it has done with one.
+template <typename X, typename Y, int kTeam>
+__global__ void __launch_bounds__(kTeam > 32 ? kTeam : kThreads)
+    rms_norm_rows_kernel(const RmsNormParams p) {
+  constexpr int kTeams = kTeam > 32 ? 1 : kThreads / kTeam;
+  constexpr int kWarps = kTeam / 32;
+  const int own = static_cast<int>(threadIdx.x) % kTeam * 8;
+  const bool has_own = own < p.width;
+  const std::int64_t first =
+      static_cast<std::int64_t>(blockIdx.x) * kTeams + static_cast<int>(threadIdx.x) / kTeam;
+  const std::int64_t stride = static_cast<std::int64_t>(gridDim.x) * kTeams;
+  const auto* x = static_cast<const X*>(p.x.data) + own;
+  auto* y = static_cast<Y*>(p.y.data) + own;
+  float w[8] = {1, 1, 1, 1, 1, 1, 1, 1};
+  if (p.w != nullptr && has_own) {
+    Eight<float> loaded;
+    loaded.load(p.w + own);
+    loaded.get(w);
+  }
+  Eight<X> next = {};
+  if (has_own && first < p.rows) next.load(x + first * p.width);
+  int turn = 0;
+  // As long for all threads of a block: they take part in its sums.
+  for (std::int64_t row = first; row - first % kTeams < p.rows; row += stride, turn ^= 1) {
+    float v[8];
+    next.get(v);
+    if (has_own && row + stride < p.rows) next.load(x + (row + stride) * p.width);
+    float sum = 0;
+#pragma unroll
+    for (const float value : v) sum = fmaf(value, value, sum);
+#pragma unroll
+    for (int offset = kTeam < 32 ? kTeam / 2 : 16; offset > 0; offset /= 2) {
+      sum += __shfl_xor_sync(0xffffffff, sum, offset);
+    }
+    if constexpr (kTeam > 32) {
+      __shared__ float sums[2][kWarps];  // in turns, so that one barrier a row is enough
+      if (threadIdx.x % 32 == 0) sums[turn][threadIdx.x / 32] = sum;
+      __syncthreads();
+      sum = 0;
+#pragma unroll
+      for (int n = 0; n < kWarps; ++n) sum += sums[turn][n];
+    }
+    if (!has_own || row >= p.rows) continue;
+    const float scale = 1 / sqrtf(sum / static_cast<float>(p.width) + p.eps);
+#pragma unroll
+    for (int e = 0; e < 8; ++e) v[e] = v[e] * scale * w[e];
+    Eight<Y>::store(y + row * p.width, v);
+  }
+}
+
+template <typename X, typename Y>
+void launch_rows(Context& ctx, const RmsNormParams& p) {
+  const auto launch = [&](auto kernel, int team) {
+    const int threads = team > 32 ? team : kThreads;
+    const std::int64_t all = (p.rows + threads / team - 1) / (threads / team);
+    const std::int64_t at_once = std::int64_t{2048} / threads * ctx.stream().multiprocessors();
+    kernel<<<static_cast<unsigned>(std::min(all, at_once)), threads, 0, stream_of(ctx)>>>(p);
+  };
+  if (p.width <= 64) {
+    launch(rms_norm_rows_kernel<X, Y, 8>, 8);
+  } else if (p.width <= 128) {
+    launch(rms_norm_rows_kernel<X, Y, 16>, 16);
+  } else if (p.width <= 512) {
+    launch(rms_norm_rows_kernel<X, Y, 64>, 64);
+  } else if (p.width <= 1536) {
+    launch(rms_norm_rows_kernel<X, Y, 192>, 192);
+  } else {
+    launch(rms_norm_rows_kernel<X, Y, 512>, 512);
+  }
+}
+
+constexpr std::int64_t kWidestRow = 4096;  // of the largest team
 
 // A warp a row.
 __global__ void __launch_bounds__(kThreads)
@@ -284,6 +361,16 @@ void rms_norm(Context& ctx, const RmsNormArgs& args) {
   };
   p.aligned = width % 4 == 0 && p.x.aligned() && p.y.aligned() && p.gate.aligned() &&
               reinterpret_cast<std::uintptr_t>(p.w) % 16 == 0;
+  if (p.aligned && !has_gate && p.groups == 1 && width % 8 == 0 && width <= kWidestRow) {
+    const bool to_bf16 = args.y.dtype == DType::kBF16;
+    if (args.x.dtype == DType::kBF16) {
+      to_bf16 ? launch_rows<bf16, bf16>(ctx, p) : launch_rows<bf16, float>(ctx, p);
+    } else {
+      to_bf16 ? launch_rows<float, bf16>(ctx, p) : launch_rows<float, float>(ctx, p);
+    }
+    check_launch("rms_norm");
+    return;
+  }
   const auto launch = [&](auto kernel, int row_threads) {
     kernel<<<blocks_for(rows, kThreads / row_threads), kThreads, 0, stream_of(ctx)>>>(p);
   };

@@ -20,10 +20,11 @@ constexpr int kChannels = 8;  // its channels
 
 struct Params {
   Elements x, dy, dx;
-  const float* w;     // [C, W]
-  const float* bias;  // [C] or null
-  float* dw;          // [blocks, C, W] or null
-  float* dbias;       // [blocks, C] or null
+  const float* w;         // [C, W]
+  const float* bias;      // [C] or null
+  float* dw;              // [blocks, C, W] or null
+  float* dbias;           // [blocks, C] or null
+  std::int64_t x_stride;  // of x and dx
   int channels;
   int width;
   int norm_width;  // or 0
@@ -70,11 +71,11 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 2 && !kBias ? 6 : 4)
   const int channel = exists ? own_channel : 0;
   const Activation activation = kSilu ? Activation::kSilu : p.activation;
   const Rows rows(batch, static_cast<int>(blockIdx.y));
-  const std::ptrdiff_t first = rows.first * p.channels + channel;
+  const std::ptrdiff_t first = rows.first * p.x_stride + channel;
   const T* x_rows = static_cast<const T*>(p.x.data) + first;
-  const T* dy_rows = static_cast<const T*>(p.dy.data) + first;
+  const T* dy_rows = static_cast<const T*>(p.dy.data) + rows.first * p.channels + channel;
   T* dx_rows = static_cast<T*>(p.dx.data) + first;
-  const auto at = [&](int t) { return static_cast<std::ptrdiff_t>(t) * p.channels; };
+  const auto at = [&](int t) { return t * p.x_stride; };
   float w[kChannels][kWidth];
   float bias[kChannels] = {};
 #pragma unroll
@@ -108,7 +109,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 2 && !kBias ? 6 : 4)
       dy_bits[half][r] = {};
       if (t + r >= rows.length) continue;
       x_bits[half][r].load(x_rows + at(t + r));
-      dy_bits[half][r].load(dy_rows + at(t + r));
+      dy_bits[half][r].load(dy_rows + static_cast<std::ptrdiff_t>(t + r) * p.channels);
     }
   };
   fetch(0, rows.begin);
@@ -183,17 +184,18 @@ __global__ void __launch_bounds__(kThreads)
   const int channel = static_cast<int>(blockIdx.x * kThreads + threadIdx.x);
   if (channel >= p.channels) return;
   const Rows rows(batch, static_cast<int>(blockIdx.y));
-  const auto load = [&](const Elements& from, int t) {
+  const auto load = [&](const Elements& from, std::int64_t stride, int t) {
     if (t < 0 || t >= rows.length) return 0.0F;
     float v[4];
-    from.load(v, (rows.first + t) * p.channels + channel, 1);
+    from.load(v, (rows.first + t) * stride + channel, 1);
     return v[0];
   };
   const float* w = p.w + channel * p.width;
   const auto gradient_of_sum = [&](int t) {
     float sum = p.bias == nullptr ? 0 : p.bias[channel];
-    for (int i = 0; i < p.width; ++i) sum = fmaf(w[i], load(p.x, t - p.width + 1 + i), sum);
-    return load(p.dy, t) * activation_slope(p.activation, sum);
+    for (int i = 0; i < p.width; ++i)
+      sum = fmaf(w[i], load(p.x, p.x_stride, t - p.width + 1 + i), sum);
+    return load(p.dy, p.channels, t) * activation_slope(p.activation, sum);
   };
   const std::int64_t sums = static_cast<std::int64_t>(blockIdx.y) * p.channels + channel;
   float dbias = 0;
@@ -202,13 +204,13 @@ __global__ void __launch_bounds__(kThreads)
     for (int i = 0; i < p.width; ++i) {
       dx[0] = fmaf(w[i], gradient_of_sum(t + p.width - 1 - i), dx[0]);
     }
-    p.dx.store(dx, (rows.first + t) * p.channels + channel, 1);
+    p.dx.store(dx, (rows.first + t) * p.x_stride + channel, 1);
     const float ds = gradient_of_sum(t);
     dbias += ds;
     if (p.dw == nullptr) continue;
     float* dw = p.dw + sums * p.width;
     for (int i = 0; i < p.width; ++i) {
-      dw[i] = fmaf(ds, load(p.x, t - p.width + 1 + i), t == rows.begin ? 0 : dw[i]);
+      dw[i] = fmaf(ds, load(p.x, p.x_stride, t - p.width + 1 + i), t == rows.begin ? 0 : dw[i]);
     }
   }
   if (p.dbias != nullptr) p.dbias[sums] = dbias;
@@ -231,10 +233,11 @@ Kernel width_4_kernel_of(const Params& p) {
 
 // Whether the fast kernel takes it.
 bool has_width_4(const ShortConvBackwardArgs& args) {
-  return args.w.shape[1] == kWidth && args.x.shape[1] % kChannels == 0 &&
-         args.dy.dtype == args.x.dtype && args.dx.dtype == args.x.dtype &&
-         Elements(args.x).aligned() && Elements(args.dy).aligned() && Elements(args.dx).aligned() &&
-         Elements(args.w).aligned() && Elements(args.bias).aligned();
+  return args.w.shape[1] == kWidth && args.w.shape[0] % kChannels == 0 &&
+         args.x.shape[1] % kChannels == 0 && args.dy.dtype == args.x.dtype &&
+         args.dx.dtype == args.x.dtype && Elements(args.x).aligned() &&
+         Elements(args.dy).aligned() && Elements(args.dx).aligned() && Elements(args.w).aligned() &&
+         Elements(args.bias).aligned();
 }
 
 }  // namespace
@@ -253,7 +256,8 @@ void short_conv_backward(Context& ctx, const ShortConvBackwardArgs& args) {
            .bias = static_cast<const float*>(args.bias.data),
            .dw = nullptr,
            .dbias = nullptr,
-           .channels = static_cast<int>(args.x.shape[1]),
+           .x_stride = args.x.shape[1],
+           .channels = static_cast<int>(args.w.shape[0]),
            .width = static_cast<int>(args.w.shape[1]),
            .norm_width = static_cast<int>(args.norm_width),
            .activation = args.activation};

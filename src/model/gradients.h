@@ -15,14 +15,15 @@ namespace deltafox {
 
 class CausalLM;
 
-// One float32 tensor for each trainable parameter, in the model's order. Parameters are found by
-// where they are: the model must outlive this and not be moved.
+// One float32 tensor for each trainable parameter, in the model's order and so in memory, each
+// aligned to 256 bytes. Parameters are found by where they are: the model must outlive this and not
+// be moved.
 class Gradients {
  public:
   struct Entry {
     std::string name;  // of the parameter, as in the checkpoint
     const Param* param = nullptr;
-    Tensor value{};  // of the parameter's shape
+    TensorView value{};  // of the parameter's shape
   };
 
   explicit Gradients(CausalLM& model, Device device = Device::kCpu);  // zeros
@@ -37,6 +38,7 @@ class Gradients {
   TensorView of(const std::optional<Param>& param) { return param ? of(*param) : TensorView{}; }
 
  private:
+  Tensor memory_;
   std::vector<Entry> entries_;
   std::unordered_map<const Param*, std::size_t> places_;
 };

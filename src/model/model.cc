@@ -694,10 +694,10 @@ void Model::loss_and_gradients(const Batch& batch, std::span<const std::int32_t>
     std::vector<std::int64_t> dims(static_cast<std::size_t>(shape.rank()));
     for (int i = 0; i < shape.rank(); ++i) dims[static_cast<std::size_t>(i)] = shape[i];
     std::vector<float> host;
-    const float* values = entry.value.view().f32();
+    const float* values = entry.value.f32();
     if (impl_->device_ == Device::kCuda) {
       host.resize(static_cast<std::size_t>(shape.size()));
-      entry.value.write_to(host.data());
+      cuda::copy(host.data(), values, host.size() * sizeof(float));
       values = host.data();
     }
     sink(entry.name, dims, {values, static_cast<std::size_t>(shape.size())});

@@ -8,7 +8,8 @@
 namespace deltafox::ops {
 namespace {
 
-// Where no kernel does it at once: the convolution once more, the norm's gradient, the rest.
+// Where no kernel does it at once, of rows of C: the convolution once more, the norm's gradient,
+// the rest.
 void norm_backward(Context& ctx, ShortConvBackwardArgs args) {
   const std::int64_t tokens = args.x.shape[0];
   const std::int64_t channels = args.x.shape[1];
@@ -59,11 +60,14 @@ void short_conv(Context& ctx, const ShortConvArgs& args) {
 
 void short_conv_backward(Context& ctx, const ShortConvBackwardArgs& args) {
   const OpTimer timer("short_conv_backward");
-  const std::int64_t channels = args.x.shape[1];
-  check_activation(ctx, "short_conv_backward", "x", args.x, {args.sequences.tokens(), channels});
+  const std::int64_t tokens = args.sequences.tokens();
+  const std::int64_t channels = args.w.shape[0];
+  const bool longer = ctx.device() == Device::kCuda && args.x.shape[1] > channels;
+  check_activation(ctx, "short_conv_backward", "x", args.x,
+                   {tokens, longer ? args.x.shape[1] : channels});
   check("short_conv_backward", "w", args.w, {channels, args.w.shape[1]});
   if (args.bias.data != nullptr) check("short_conv_backward", "bias", args.bias, {channels});
-  check_activation(ctx, "short_conv_backward", "dy", args.dy, args.x.shape);
+  check_activation(ctx, "short_conv_backward", "dy", args.dy, {tokens, channels});
   check_activation(ctx, "short_conv_backward", "dx", args.dx, args.x.shape);
   if (args.dw.data != nullptr) check("short_conv_backward", "dw", args.dw, args.w.shape);
   if (args.dbias.data != nullptr) check("short_conv_backward", "dbias", args.dbias, {channels});
@@ -72,6 +76,10 @@ void short_conv_backward(Context& ctx, const ShortConvBackwardArgs& args) {
       fail("short_conv_backward: {} channels are not whole heads of {}", channels, args.norm_width);
     }
     const bool at_once = ctx.device() == Device::kCuda && cuda::short_conv_backward_has_norm(args);
+    if (!at_once && longer) {
+      fail("short_conv_backward: heads of {} and rows of {} are not for one call", args.norm_width,
+           args.x.shape[1]);
+    }
     if (!at_once) return norm_backward(ctx, args);
   }
   switch (ctx.device()) {

@@ -30,7 +30,8 @@ struct ShortConvArgs {
 //   ds = dy · act'(s), dx_t = Σ_i w_i · ds_{t+W-1-i}, dw_i += Σ_t ds_t · x_{t-W+1+i}, dbias += Σ_t
 //   ds_t
 // With `norm_width` dy is the gradient behind an L2 norm of act(s) over each head's channels
-// (FeatureNorm::kL2 of ops/activation.h).
+// (FeatureNorm::kL2 of ops/activation.h). On a GPU rows of x and dx may be longer than C: what lies
+// behind is not touched.
 struct ShortConvBackwardArgs {
   ConstTensorView x;          // [T, C]
   ConstTensorView w;          // [C, W]

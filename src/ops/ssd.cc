@@ -38,7 +38,7 @@ void ssd_backward(Context& ctx, const SsdBackwardArgs& args) {
   }
   check_activation(ctx, "ssd_backward", "dy", args.dy, {tokens, heads, head_dim});
   check_activation(ctx, "ssd_backward", "xbc", args.xbc,
-        {tokens, heads * head_dim + 2 * groups * args.state_size()});
+                   {tokens, heads * head_dim + 2 * groups * args.state_size()});
   check_activation(ctx, "ssd_backward", "dxbc", args.dxbc, args.xbc.shape);
   check("ssd_backward", "dt", args.dt, {tokens, heads});
   check("ssd_backward", "ddt", args.ddt, args.dt.shape);

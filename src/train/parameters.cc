@@ -53,9 +53,6 @@ Parameters::Parameters(Context& ctx, const std::string& config_json, const Decay
     Entry entry{.name = name, .param = &param, .weight = Tensor(DType::kF32, param.shape, device)};
     entry.trained = param.trainable;
     entry.decayed = decays(name, rule);
-    if (param.is_matrix && ctx.activation_dtype() == DType::kBF16) {
-      entry.rounded = Tensor(DType::kBF16, param.shape, device);
-    }
     if (param.read_on_host && device != Device::kCpu) entry.host = Tensor(DType::kF32, param.shape);
     if (param.trainable) {
       entry.m = Tensor(DType::kF32, param.shape, device);
@@ -64,9 +61,29 @@ Parameters::Parameters(Context& ctx, const std::string& config_json, const Decay
     }
     entries_.push_back(std::move(entry));
   });
+  if (ctx.activation_dtype() == DType::kBF16) place_copies();
   for (Entry& entry : entries_) {
-    entry.param->value = entry.rounded.bytes() > 0 ? entry.rounded.view() : entry.weight.view();
+    const bool is_copy = entry.rounded.data != nullptr;
+    entry.param->value = is_copy ? entry.rounded : entry.weight.view();
     if (entry.host.bytes() > 0) entry.param->host = entry.host.view();
+  }
+}
+
+void Parameters::place_copies() {
+  constexpr std::int64_t kAlignment = 128;  // elements
+  const auto padded = [](const Param& param) {
+    return (param.shape.size() + kAlignment - 1) / kAlignment * kAlignment;
+  };
+  std::int64_t total = 0;
+  for (const Entry& entry : entries_) {
+    if (entry.param->is_matrix) total += padded(*entry.param);
+  }
+  copies_ = Tensor(DType::kBF16, {total}, ctx_.device());
+  auto* to = static_cast<std::byte*>(copies_.view().data);
+  for (Entry& entry : entries_) {
+    if (!entry.param->is_matrix) continue;
+    entry.rounded = {to, DType::kBF16, entry.param->shape};
+    to += static_cast<std::size_t>(padded(*entry.param)) * size_of(DType::kBF16);
   }
 }
 
@@ -93,14 +110,14 @@ void Parameters::refresh_host(Entry& entry) const {
 void Parameters::set_weight(Entry& entry, const float* values) {
   entry.weight.read_from(values);
   refresh_host(entry);
-  if (entry.rounded.bytes() == 0) return;
+  if (entry.rounded.data == nullptr) return;
   Tensor rounded(DType::kBF16, entry.param->shape);
   auto* const to = static_cast<std::byte*>(rounded.view().data);
   for_pieces(ctx_.threads(), entry.param->shape.size(), [&](std::int64_t begin, std::int64_t n) {
     convert({values + begin, DType::kF32, {n}},
             {to + static_cast<std::size_t>(begin) * size_of(DType::kBF16), DType::kBF16, {n}});
   });
-  entry.rounded.read_from(to);
+  cuda::copy(entry.rounded.data, to, rounded.bytes());
 }
 
 void Parameters::initialise(std::uint64_t seed) {
@@ -140,7 +157,7 @@ double Parameters::step(const OptimizerConfig& optimizer, double lr, double max_
                       .w = entry.weight.view(),
                       .m = entry.m.view(),
                       .v = entry.v.view(),
-                      .rounded = entry.rounded.bytes() > 0 ? entry.rounded.view() : TensorView{},
+                      .rounded = entry.rounded,
                       .weight_decay = entry.decayed ? optimizer.weight_decay : 0});
   }
   ops::adamw_step(ctx_, {.params = params,

@@ -25,7 +25,7 @@ class Parameters {
     std::string name;
     Param* param;           // of the model, which reads the weight or its copy
     Tensor weight;          // float32, as all but the copy
-    Tensor rounded{};       // bfloat16, where the model reads a copy
+    TensorView rounded{};   // bfloat16, where the model reads a copy
     Tensor host{};          // a copy of what the model reads on the host as well
     Tensor m{}, v{};        // empty where it is not trained
     TensorView gradient{};  // no data where it is not trained
@@ -60,6 +60,7 @@ class Parameters {
   double step(const OptimizerConfig& optimizer, double lr, double max_grad_norm, std::int64_t step);
 
  private:
+  void place_copies();
   void refresh_host(Entry& entry) const;
 
   Context& ctx_;
@@ -67,6 +68,7 @@ class Parameters {
   std::unique_ptr<CausalLM> model_;
   std::unique_ptr<Gradients> gradients_;
   std::vector<Entry> entries_;  // in the model's order
+  Tensor copies_;               // the rounded matrices, each aligned to 256 bytes
   Tensor norm_;                 // [1]
 };
 

@@ -57,6 +57,28 @@ TEST_P(CudaElementwise, RmsNormWithGatesGroupsAndOddWidths) {
   }
 }
 
+// More rows than are walked at a time, and every size of team.
+TEST_P(CudaElementwise, RmsNormOfManyRows) {
+  Random random(6);
+  Gpu gpu(GetParam());
+  for (const std::int64_t width : {8, 64, 72, 128, 136, 512, 520, 1536, 1544, 4096}) {
+    const std::int64_t rows = (std::int64_t{3} << 21) / width + 3;
+    Tensor x = random.normal_tensor({rows, width});
+    Tensor w = random.normal_tensor({width});
+    Tensor y(DType::kF32, x.view().shape);
+    const Tensor gpu_w = gpu.upload(w);
+    for (const DType dtype : {DType::kF32, gpu.dtype()}) {
+      const Tensor gpu_x = gpu.upload(x, dtype);
+      Tensor gpu_y(gpu.dtype(), x.view().shape, Device::kCuda);
+      reference::rms_norm({.x = x.view(), .w = w.view(), .y = y.view(), .eps = 1e-5F});
+      ops::rms_norm(gpu.ctx(),
+                    {.x = gpu_x.view(), .w = gpu_w.view(), .y = gpu_y.view(), .eps = 1e-5F});
+      SCOPED_TRACE(testing::Message() << width << " wide, from " << name_of(dtype));
+      expect_close(gpu.download(gpu_y), y, tolerance(gpu.dtype()));
+    }
+  }
+}
+
 TEST_P(CudaElementwise, GluOfAnyWidth) {
   Random random(2);
   Gpu gpu(GetParam());

@@ -115,6 +115,55 @@ TEST_P(CudaSequenceBackward, ShortConvolutionBehindANorm) {
   }
 }
 
+// Of columns of a wider matrix: the same bits, and nothing else is touched.
+TEST_P(CudaSequenceBackward, ShortConvolutionOfColumns) {
+  Random random(5);
+  Gpu gpu(GetParam());
+  for (const std::int64_t width : {4, 3}) {
+    const std::vector<std::int64_t> cu = random.lengths(3, 100);
+    const std::int64_t tokens = cu.back();
+    const std::int64_t channels = 64;
+    const std::int64_t first = 40;
+    const std::int64_t all = 112;
+    Tensor wide_x = random.normal_tensor({tokens, all});
+    Tensor x(DType::kF32, {tokens, channels});
+    for (std::int64_t i = 0; i < tokens * channels; ++i) {
+      x.f32()[i] = wide_x.f32()[i / channels * all + first + i % channels];
+    }
+    Tensor dy = random.normal_tensor(x.view().shape);
+    Tensor w = random.normal_tensor({channels, width});
+    const Tensor gpu_x = gpu.upload(x, gpu.dtype());
+    Tensor gpu_wide_x = gpu.upload(wide_x, gpu.dtype());
+    const Tensor gpu_dy = gpu.upload(dy, gpu.dtype());
+    const Tensor gpu_w = gpu.upload(w);
+    Tensor wide_dx = random.normal_tensor(wide_x.view().shape);
+    Tensor gpu_wide_dx = gpu.upload(wide_dx, gpu.dtype());
+    Tensor gpu_dx(gpu.dtype(), x.view().shape, Device::kCuda);
+    const auto columns = [&](Tensor& wide) {
+      return TensorView{static_cast<std::byte*>(wide.view().data) + first * size_of(gpu.dtype()),
+                        gpu.dtype(), wide.view().shape};
+    };
+    const auto backward = [&](const ConstTensorView& input, const TensorView& gradient) {
+      ops::short_conv_backward(gpu.ctx(), {.x = input,
+                                           .w = gpu_w.view(),
+                                           .sequences = Sequences(cu),
+                                           .activation = Activation::kSilu,
+                                           .dy = gpu_dy.view(),
+                                           .dx = gradient});
+    };
+    backward(gpu_x.view(), gpu_dx.view());
+    backward(columns(gpu_wide_x), columns(gpu_wide_dx));
+    const Tensor dx = gpu.download(gpu_dx);
+    const Tensor got = gpu.download(gpu_wide_dx);
+    for (std::int64_t i = 0; i < tokens * all; ++i) {
+      const std::int64_t column = i % all - first;
+      const bool inside = column >= 0 && column < channels;
+      ASSERT_EQ(got.f32()[i], inside ? dx.f32()[i / all * channels + column] : wide_dx.f32()[i])
+          << "element " << i;
+    }
+  }
+}
+
 TEST_P(CudaSequenceBackward, TokenShift) {
   Random random(2);
   Gpu gpu(GetParam());

@@ -2,6 +2,7 @@
 
 #include <array>
 #include <bit>
+#include <cassert>
 
 #include "model/blocks/projection.h"
 #include "ops/delta_mixer.h"
@@ -63,6 +64,21 @@ DeltaNetMixer::Inputs DeltaNetMixer::inputs(Context& ctx, ScratchScope& scratch,
                                             const Sequences& sequences,
                                             std::span<State* const> states, const Saved& saved,
                                             bool backward) const {
+  Inputs in;
+  if (weights_.b_proj) in.beta = copy_of(ctx, scratch, saved.beta_logits);
+  if (saved.joined.data != nullptr) {
+    in.q = scratch.like(saved.o);
+    in.k = scratch.like(saved.o);
+    in.v = scratch.like(saved.o);
+    ops::delta_inputs(ctx, {.projected = saved.joined,
+                            .convolutions = convolutions(ctx, scratch, sequences, states),
+                            .sequences = sequences,
+                            .beta = in.beta,
+                            .q = in.q,
+                            .k = in.k,
+                            .v = in.v});
+    return in;
+  }
   const auto convolved = [&](const TensorView& projected, const std::optional<Param>& conv,
                              Tensor State::*conv_state, Activation activation) {
     if (!conv) {
@@ -77,12 +93,10 @@ DeltaNetMixer::Inputs DeltaNetMixer::inputs(Context& ctx, ScratchScope& scratch,
   const std::int64_t heads = config_.num_heads;
   const Shape keys{saved.o.shape[0], heads, config_.key_dim / heads};
   const auto mapped = [&](const TensorView& before) {
-    const bool keep = backward && !has_normed_convolutions();
-    const TensorView y = keep ? copy_of(ctx, scratch, before) : before;
+    const TensorView y = backward ? copy_of(ctx, scratch, before) : before;
     ops::feature_map(ctx, {.activation = head_activation(), .norm = config_.qk_norm, .x = y});
     return y;
   };
-  Inputs in;
   in.q_convolved =
       convolved(saved.q_projected, weights_.q_conv1d, &State::q_conv, qk_conv_activation())
           .reshaped(keys);
@@ -93,11 +107,38 @@ DeltaNetMixer::Inputs DeltaNetMixer::inputs(Context& ctx, ScratchScope& scratch,
              .reshaped(saved.o.shape);
   in.q = mapped(in.q_convolved);
   in.k = mapped(in.k_convolved);
-  if (weights_.b_proj) {
-    in.beta = copy_of(ctx, scratch, saved.beta_logits);
-    ops::activation(ctx, {.activation = Activation::kSigmoid, .x = in.beta});
-  }
+  if (weights_.b_proj) ops::activation(ctx, {.activation = Activation::kSigmoid, .x = in.beta});
   return in;
+}
+
+DeltaConvolutions DeltaNetMixer::convolutions(Context& ctx, ScratchScope& scratch,
+                                              const Sequences& sequences,
+                                              std::span<State* const> states) const {
+  const auto taps = [](const Param& conv) {
+    return conv.value.reshaped({conv.shape[0], conv.shape[2]});
+  };
+  const auto conv_states = [&](Tensor State::*state, const Param& conv) {
+    return state_pointers(ctx, scratch, sequences, states, state, state_shape(conv));
+  };
+  return {
+      .q = taps(*weights_.q_conv1d),
+      .k = taps(*weights_.k_conv1d),
+      .v = taps(*weights_.v_conv1d),
+      .q_states = conv_states(&State::q_conv, *weights_.q_conv1d),
+      .k_states = conv_states(&State::k_conv, *weights_.k_conv1d),
+      .v_states = conv_states(&State::v_conv, *weights_.v_conv1d),
+  };
+}
+
+ConstTensorView DeltaNetMixer::joined_projections(const Context& ctx) const {
+  const auto keys = static_cast<std::uint64_t>(config_.key_dim / config_.num_heads);
+  const bool fits = ctx.device() == Device::kCuda && weights_.q_conv1d && weights_.b_proj &&
+                    config_.conv_size == kDeltaConvWidth &&
+                    config_.qk_activation == Activation::kSilu &&
+                    config_.qk_norm == FeatureNorm::kL2 && config_.key_dim == config_.value_dim &&
+                    keys >= 8 && keys <= 256 && std::has_single_bit(keys);
+  if (!fits) return {};
+  return joined({weights_.q_proj.value, weights_.k_proj.value, weights_.v_proj.value});
 }
 
 TensorView DeltaNetMixer::output(Context& ctx, ScratchScope& scratch, const Saved& saved) const {
@@ -120,17 +161,25 @@ void DeltaNetMixer::forward(Context& ctx, const ConstTensorView& x, const Sequen
   ScratchScope kept_scratch(ctx, saved != nullptr);
   ScratchScope scratch(ctx);
   const ConstTensorView input = normed(ctx, scratch, x);  // [T, C]
-  if (saved == nullptr && has_fused(ctx)) {
-    return add_output(ctx, fused(ctx, scratch, input, sequences, states), weights_.o_proj, {},
-                      residual, hidden);
+  const bool single = tokens == sequences.count() && saved == nullptr && !states.empty();
+  if (single && has_token(ctx)) {
+    const TensorView o = token(ctx, scratch, input, sequences, states);  // [B, H·V]
+    return add_output(ctx, o, weights_.o_proj, {}, residual, hidden);
   }
   const auto projected = [&](const Param& proj) {
     return project(ctx, kept_scratch, input, proj.value);
   };
   Saved kept;
-  kept.q_projected = projected(weights_.q_proj);
-  kept.k_projected = projected(weights_.k_proj);
-  kept.v_projected = projected(weights_.v_proj);
+  // In training float32 weights lie each by itself, or beside another by chance.
+  const bool joins = !states.empty() || weights_.q_proj.value.dtype == DType::kBF16;
+  const ConstTensorView w = joins ? joined_projections(ctx) : ConstTensorView{};
+  if (w.data != nullptr) {
+    kept.joined = project(ctx, kept_scratch, input, w);
+  } else {
+    kept.q_projected = projected(weights_.q_proj);
+    kept.k_projected = projected(weights_.k_proj);
+    kept.v_projected = projected(weights_.v_proj);
+  }
   if (weights_.b_proj) {
     kept.beta_logits = project(ctx, kept_scratch, input, weights_.b_proj->value, {}, DType::kF32);
   }
@@ -155,80 +204,24 @@ void DeltaNetMixer::forward(Context& ctx, const ConstTensorView& x, const Sequen
   if (saved != nullptr) *saved = kept;
 }
 
-bool DeltaNetMixer::has_fused(const Context& ctx) const {
-  const auto keys = static_cast<std::uint64_t>(config_.key_dim / config_.num_heads);
-  return ctx.device() == Device::kCuda && weights_.q_conv1d && weights_.b_proj &&
-         config_.conv_size == kDeltaConvWidth && config_.qk_activation == Activation::kSilu &&
-         config_.qk_norm == FeatureNorm::kL2 && config_.key_dim == config_.value_dim && keys >= 8 &&
-         keys <= 256 && std::has_single_bit(keys) &&
-         joined({&weights_.q_proj, &weights_.k_proj, &weights_.v_proj}).data != nullptr;
+bool DeltaNetMixer::has_token(const Context& ctx) const {
+  return !weights_.g_proj && config_.value_dim == config_.num_heads * kDeltaTokenHead &&
+         joined_projections(ctx).data != nullptr;
 }
 
-TensorView DeltaNetMixer::fused(Context& ctx, ScratchScope& scratch, const ConstTensorView& input,
+TensorView DeltaNetMixer::token(Context& ctx, ScratchScope& scratch, const ConstTensorView& input,
                                 const Sequences& sequences, std::span<State* const> states) const {
-  const std::int64_t tokens = input.shape[0];
-  const std::int64_t heads = config_.num_heads;
-  const std::int64_t values = config_.value_dim / heads;
-  const TensorView projected =
-      project(ctx, scratch, input,
-              joined({&weights_.q_proj, &weights_.k_proj, &weights_.v_proj}));  // [T, 3·H·K]
+  const TensorView projected = project(ctx, scratch, input, joined_projections(ctx));
   const TensorView beta =
-      project(ctx, scratch, input, weights_.b_proj->value, {}, DType::kF32);  // [T, H]
-  const auto taps = [](const Param& conv) {
-    return conv.value.reshaped({conv.shape[0], conv.shape[2]});
-  };
-  const auto conv_states = [&](Tensor State::*state, const Param& conv) {
-    return state_pointers(ctx, scratch, sequences, states, state, state_shape(conv));
-  };
-  const DeltaConvolutions convolutions{
-      .q = taps(*weights_.q_conv1d),
-      .k = taps(*weights_.k_conv1d),
-      .v = taps(*weights_.v_conv1d),
-      .q_states = conv_states(&State::q_conv, *weights_.q_conv1d),
-      .k_states = conv_states(&State::k_conv, *weights_.k_conv1d),
-      .v_states = conv_states(&State::v_conv, *weights_.v_conv1d),
-  };
-  const std::span<float* const> recurrent =
-      state_pointers(ctx, scratch, sequences, states, &State::recurrent, {heads, values, values});
-  const TensorView o = scratch.activation({tokens, config_.value_dim});  // [T, H·V]
-  const Shape of_heads{tokens, heads, values};
-  const Shape rows{tokens * heads, values};
-  const bool single = tokens == sequences.count() && values == kDeltaTokenHead;
-  if (single && !weights_.g_proj) {
-    ops::delta_token(ctx, {.projected = projected,
-                           .convolutions = convolutions,
-                           .beta = beta,
-                           .states = recurrent,
-                           .norm = weights_.o_norm.value,
-                           .norm_eps = config_.norm_eps,
-                           .o = o});
-    return o;
-  }
-  const TensorView q = scratch.activation(of_heads);  // [T, H, K]
-  const TensorView k = scratch.activation(of_heads);  // [T, H, K]
-  const TensorView v = scratch.activation(of_heads);  // [T, H, V]
-  ops::delta_inputs(ctx, {.projected = projected,
-                          .convolutions = convolutions,
-                          .sequences = sequences,
-                          .beta = beta,
-                          .q = q,
-                          .k = k,
-                          .v = v});
-  ops::delta_rule(ctx, {.q = q,
-                        .k = k,
-                        .v = v,
-                        .beta = beta,
-                        .sequences = sequences,
-                        .states = recurrent,
-                        .o = o.reshaped(of_heads)});
-  TensorView gate;  // [T, H·V]
-  if (weights_.g_proj) gate = project(ctx, scratch, input, weights_.g_proj->value);
-  ops::rms_norm(ctx, {.x = o.reshaped(rows),
-                      .w = weights_.o_norm.value,
-                      .gate = weights_.g_proj ? gate.reshaped(rows) : TensorView{},
-                      .gate_activation = Activation::kSilu,
-                      .y = o.reshaped(rows),
-                      .eps = config_.norm_eps});
+      project(ctx, scratch, input, weights_.b_proj->value, {}, DType::kF32);  // [B, H]
+  const TensorView o = scratch.activation({input.shape[0], config_.value_dim});
+  ops::delta_token(ctx, {.projected = projected,
+                         .convolutions = convolutions(ctx, scratch, sequences, states),
+                         .beta = beta,
+                         .states = state_pointers(scratch, states, &State::recurrent),
+                         .norm = weights_.o_norm.value,
+                         .norm_eps = config_.norm_eps,
+                         .o = o});
   return o;
 }
 
@@ -357,25 +350,11 @@ void DeltaNetMixer::inputs_backward(Context& ctx, const ConstTensorView& input,
         ctx,
         {.activation = head_activation(), .norm = config_.qk_norm, .x = before, .dy = d, .dx = d});
   };
-  const std::int64_t norm_width = has_normed_convolutions() ? dq.shape[2] : 0;
-  if (norm_width == 0) {
+  if (saved.joined.data == nullptr) {
     through_features(in.q_convolved, dq);
     through_features(in.k_convolved, dk);
   }
-  bool accumulate = weights_.g_proj.has_value();
-  const auto through_projection = [&](const TensorView& projected, const Param& proj,
-                                      const std::optional<Param>& conv, Activation activation,
-                                      const TensorView& d, std::int64_t norm) {
-    project_and_convolve_backward(ctx, input, projected, proj, conv, sequences, activation,
-                                  d.reshaped(projected.shape), dinput, accumulate, gradients, norm);
-    accumulate = true;
-  };
-  through_projection(saved.q_projected, weights_.q_proj, weights_.q_conv1d, qk_conv_activation(),
-                     dq, norm_width);
-  through_projection(saved.k_projected, weights_.k_proj, weights_.k_conv1d, qk_conv_activation(),
-                     dk, norm_width);
-  through_projection(saved.v_projected, weights_.v_proj, weights_.v_conv1d, Activation::kSilu, dv,
-                     0);
+  projections_backward(ctx, input, sequences, saved, dq, dk, dv, dinput, gradients);
   if (!weights_.b_proj) return;
   ops::activation_backward(
       ctx, {.activation = Activation::kSigmoid, .x = saved.beta_logits, .dy = dbeta, .dx = dbeta});
@@ -385,6 +364,51 @@ void DeltaNetMixer::inputs_backward(Context& ctx, const ConstTensorView& input,
                              .dx = dinput,
                              .accumulate_dx = true,
                              .dw = gradients.of(weights_.b_proj)});
+}
+
+void DeltaNetMixer::projections_backward(Context& ctx, const ConstTensorView& input,
+                                         const Sequences& sequences, const Saved& saved,
+                                         const TensorView& dq, const TensorView& dk,
+                                         const TensorView& dv, const TensorView& dinput,
+                                         Gradients& gradients) const {
+  const std::int64_t tokens = input.shape[0];
+  bool accumulate = weights_.g_proj.has_value();
+  if (saved.joined.data != nullptr) {
+    const ConstTensorView w = joined_projections(ctx);
+    // Gradients lie in the order of the weights, and pad no less.
+    const TensorView dq_proj = gradients.of(weights_.q_proj);
+    const TensorView dw{dq_proj.data, dq_proj.dtype, w.shape};
+    assert(joined({dq_proj, gradients.of(weights_.k_proj), gradients.of(weights_.v_proj)}).shape ==
+           w.shape);
+    ScratchScope scratch(ctx);
+    const TensorView d = scratch.like(saved.joined);  // [T, 3·H·K]
+    const auto through_conv = [&](std::int64_t part, const Param& conv, const TensorView& dy,
+                                  std::int64_t norm_width) {
+      const std::int64_t column = part * config_.key_dim;
+      convolve_backward(ctx, columns_of(saved.joined, column), conv, std::nullopt, sequences,
+                        Activation::kSilu, dy.reshaped({tokens, config_.key_dim}),
+                        columns_of(d, column), gradients, norm_width);
+    };
+    through_conv(0, *weights_.q_conv1d, dq, config_.key_dim / config_.num_heads);
+    through_conv(1, *weights_.k_conv1d, dk, config_.key_dim / config_.num_heads);
+    through_conv(2, *weights_.v_conv1d, dv, 0);
+    ops::linear_backward(
+        ctx, {.dy = d, .x = input, .w = w, .dx = dinput, .accumulate_dx = accumulate, .dw = dw});
+    return;
+  }
+  const auto through_projection = [&](const TensorView& projected, const Param& proj,
+                                      const std::optional<Param>& conv, Activation activation,
+                                      const TensorView& d) {
+    project_and_convolve_backward(ctx, input, projected, proj, conv, sequences, activation,
+                                  d.reshaped({tokens, proj.shape[0]}), dinput, accumulate,
+                                  gradients);
+    accumulate = true;
+  };
+  through_projection(saved.q_projected, weights_.q_proj, weights_.q_conv1d, qk_conv_activation(),
+                     dq);
+  through_projection(saved.k_projected, weights_.k_proj, weights_.k_conv1d, qk_conv_activation(),
+                     dk);
+  through_projection(saved.v_projected, weights_.v_proj, weights_.v_conv1d, Activation::kSilu, dv);
 }
 
 }  // namespace deltafox

@@ -15,6 +15,7 @@
 #include "model/gradients.h"
 #include "model/param.h"
 #include "ops/activation.h"
+#include "ops/delta_mixer.h"
 
 namespace deltafox {
 
@@ -61,6 +62,7 @@ class DeltaNetMixer {
   // What backward needs of a forward and what is costly to compute again, in the context's kept
   // memory.
   struct Saved {
+    TensorView joined;                    // [T, 3·H·K] of joined_projections, or
     TensorView q_projected, k_projected;  // [T, H·K] before the convolutions
     TensorView v_projected;               // [T, H·V]
     TensorView beta_logits;               // [T, H], with b_proj
@@ -129,24 +131,26 @@ class DeltaNetMixer {
     const bool silu = config_.qk_activation == Activation::kSilu;
     return silu ? Activation::kIdentity : config_.qk_activation;
   }
-  // Whether the heads' L2 norms follow their convolutions at once.
-  bool has_normed_convolutions() const {
-    return config_.use_short_conv && config_.qk_norm == FeatureNorm::kL2 &&
-           head_activation() == Activation::kIdentity;
-  }
+  // q_proj, k_proj and v_proj as one matrix, where they lie so in memory and delta_inputs
+  // (ops/delta_mixer.h) takes what they give; else no data.
+  ConstTensorView joined_projections(const Context& ctx) const;
   // Of the convolution's state: [channels, W].
   static Shape state_shape(const Param& conv) { return {conv.shape[0], conv.shape[2]}; }
 
   // What the delta rule reads.
   struct Inputs {
-    TensorView q_convolved, k_convolved;  // [T, H, K] before the feature maps
-    TensorView q, k;                      // [T, H, K], in place of those unless backward reads both
-    TensorView v;                         // [T, H, V]
-    TensorView beta;                      // [T, H], with b_proj
+    TensorView q_convolved,
+        k_convolved;  // [T, H, K] before the feature maps that are by themselves
+    TensorView q, k;  // [T, H, K], in place of those unless for backward
+    TensorView v;     // [T, H, V]
+    TensorView beta;  // [T, H], with b_proj
   };
-  // From the normed input to what o_proj reads, by the passes of ops/delta_mixer.h.
-  bool has_fused(const Context& ctx) const;
-  TensorView fused(Context& ctx, ScratchScope& scratch, const ConstTensorView& input,
+  // What delta_inputs and delta_token convolve with.
+  DeltaConvolutions convolutions(Context& ctx, ScratchScope& scratch, const Sequences& sequences,
+                                 std::span<State* const> states) const;
+  // From the normed input to what o_proj reads, for one token of each sequence.
+  bool has_token(const Context& ctx) const;
+  TensorView token(Context& ctx, ScratchScope& scratch, const ConstTensorView& input,
                    const Sequences& sequences, std::span<State* const> states) const;
   // x [T, C] through the norm, with norm_first.
   ConstTensorView normed(Context& ctx, ScratchScope& scratch, const ConstTensorView& x) const;
@@ -163,6 +167,11 @@ class DeltaNetMixer {
   void inputs_backward(Context& ctx, const ConstTensorView& input, const Sequences& sequences,
                        const Saved& saved, const TensorView& d_o, const TensorView& dinput,
                        Gradients& gradients) const;
+  // The same, given the gradients behind the convolutions.
+  void projections_backward(Context& ctx, const ConstTensorView& input, const Sequences& sequences,
+                            const Saved& saved, const TensorView& dq, const TensorView& dk,
+                            const TensorView& dv, const TensorView& dinput,
+                            Gradients& gradients) const;
 
   Config config_;
   Weights weights_;

@@ -39,21 +39,25 @@ TensorView rows_of(const TensorView& tensor, std::int64_t begin, std::int64_t co
   return {const_cast<void*>(rows.data), rows.dtype, rows.shape};
 }
 
-ConstTensorView joined(std::initializer_list<const Param*> matrices) {
-  ConstTensorView all = (*matrices.begin())->value;
-  const std::int64_t columns = all.shape[1];
+ConstTensorView joined(std::initializer_list<ConstTensorView> matrices) {
+  ConstTensorView all = *matrices.begin();
   std::int64_t rows = 0;
-  for (const Param* matrix : matrices) {
-    const ConstTensorView& value = matrix->value;
-    const std::size_t before = rows == 0 ? 0 : bytes_of(all.dtype, {rows, columns});
-    if (value.dtype != all.dtype || value.shape[1] != columns ||
-        value.data != static_cast<const std::byte*>(all.data) + before) {
+  for (const ConstTensorView& matrix : matrices) {
+    const Shape before{rows, all.shape[1]};
+    const auto* const end = static_cast<const std::byte*>(all.data) + bytes_of(all.dtype, before);
+    if (matrix.dtype != all.dtype || matrix.shape[1] != all.shape[1] || matrix.data != end) {
       return {};
     }
-    rows += value.shape[0];
+    rows += matrix.shape[0];
   }
-  all.shape = {rows, columns};
+  all.shape = {rows, all.shape[1]};
   return all;
+}
+
+TensorView columns_of(const TensorView& tensor, std::int64_t begin) {
+  return {static_cast<std::byte*>(tensor.data) +
+              static_cast<std::size_t>(begin) * size_of(tensor.dtype),
+          tensor.dtype, tensor.shape};
 }
 
 TensorView copy_of(Context& ctx, ScratchScope& scratch, const ConstTensorView& from) {

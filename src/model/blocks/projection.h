@@ -30,7 +30,10 @@ ConstTensorView rows_of(const ConstTensorView& tensor, std::int64_t begin, std::
 TensorView rows_of(const TensorView& tensor, std::int64_t begin, std::int64_t count);
 
 // The matrices one below the other as one, where they lie so in memory; else no data.
-ConstTensorView joined(std::initializer_list<const Param*> matrices);
+ConstTensorView joined(std::initializer_list<ConstTensorView> matrices);
+
+// A view that begins at a column of each row and has the rows of the whole.
+TensorView columns_of(const TensorView& tensor, std::int64_t begin);
 
 // No data for a weight that a block lacks.
 inline ConstTensorView value_of(const std::optional<Param>& param) {
