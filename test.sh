@@ -115,7 +115,7 @@ test_python() {
   rm -rf build/python-fresh
   /usr/bin/python3 -m venv build/python-fresh &&
     build/python-fresh/bin/pip -q install build/wheels/deltafox-*.whl &&
-    build/python-fresh/bin/python python/tests/fresh.py models/tiny
+    build/python-fresh/bin/python python/tests/fresh.py models/english-9m
 }
 
 # fuzz NAME: new inputs stay in build/; the seeds are only read.

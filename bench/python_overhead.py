@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """What a `generate` from Python costs over the same one from the command line.
 
-    mkdir build/tiny && cp models/tiny/{config.json,model.safetensors} build/tiny
+    mkdir build/tiny && cp tests/data/tiny/{config.json,model.safetensors} build/tiny
     PYTHONPATH=build/cpu/python bench/python_overhead.py build/cpu/deltafox build/tiny \
         --tokens 4000 --threads 1 --output bench/results/python_overhead.json
 
@@ -69,7 +69,7 @@ def compare(program, directory, ids, tokens, threads, rounds):
 
 def call_microseconds(tokens, rounds):
     """Of model.generate over the library's own generate, called without the Python layer."""
-    model = deltafox.AutoModelForCausalLM.from_pretrained(ROOT / "models" / "tiny", threads=1)
+    model = deltafox.AutoModelForCausalLM.from_pretrained(ROOT / "tests" / "data" / "tiny", threads=1)
     prompt, ids = np.array([PROMPT]) % 1000, [np.array(PROMPT, np.int32) % 1000]
     config = deltafox._core.GenerationConfig()
     config.max_new_tokens = config.min_new_tokens = tokens

@@ -15,7 +15,7 @@ run(${CMAKE_COMMAND} --install ${BUILD} --prefix ${work}/prefix)
 run(${CMAKE_COMMAND} -G Ninja -S ${SOURCE}/examples/hello -B ${work}/hello
     -D CMAKE_PREFIX_PATH=${work}/prefix)
 run(${CMAKE_COMMAND} --build ${work}/hello)
-run(${work}/hello/hello ${SOURCE}/models/tiny "Once upon a time")
+run(${work}/hello/hello ${SOURCE}/models/english-9m "Once upon a time")
 string(STRIP "${output}" text)
 if(text STREQUAL "")
   message(FATAL_ERROR "hello printed no text")

@@ -92,7 +92,7 @@ void add_data(CLI::App& app) {
       "it was when run again.\n\n"
       "Examples:\n"
       "  deltafox data books/ --train-tokenizer --vocab-size 8192 --heldout 0.01 -o data\n"
-      "  deltafox data pages.jsonl --tokenizer models/tiny -o data");
+      "  deltafox data pages.jsonl --tokenizer models/english-9m -o data");
   command->callback([data] { data->run(); });
 }
 

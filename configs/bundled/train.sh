@@ -1,10 +1,10 @@
 #!/bin/bash
-# Trains the bundled model from nothing: configs/bundled/train.sh WORK [key=value...]
+# Trains the bundled model from nothing: configs/bundled/train.sh WORK [--device cuda] [key=value...]
 # WORK receives the texts, the data, the run and, in WORK/model, the model in bfloat16. Whatever is
 # already there is not made again; a run that was interrupted goes on.
 set -euo pipefail
 root=$(cd "$(dirname "$0")/../.." && pwd)
-work=${1:?usage: $0 WORK [key=value...]}
+work=${1:?usage: $0 WORK [--device cuda] [key=value...]}
 shift
 deltafox=${DELTAFOX:-$root/build/cpu/deltafox}
 mkdir -p "$work"
@@ -16,3 +16,4 @@ mkdir -p "$work"
   output_dir="$work/run" "$@"
 [[ -f $work/model/model.safetensors ]] ||
   "$deltafox" export "$work/run" --dtype bfloat16 --output "$work/model"
+cp "$root/models/english-9m/generation_config.json" "$work/model"

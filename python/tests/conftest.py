@@ -11,7 +11,8 @@ import deltafox
 
 ROOT = Path(__file__).resolve().parents[2]
 GOLDEN = ROOT / "tests" / "data" / "golden"
-TINY = ROOT / "models" / "tiny"
+TINY = ROOT / "tests" / "data" / "tiny"  # random weights
+BUNDLED = ROOT / "models" / "english-9m"
 _DTYPES = {"F32": np.float32, "I32": np.int32, "I64": np.int64, "F64": np.float64}
 
 

@@ -5,7 +5,7 @@ import importlib.util
 
 import pytest
 
-from conftest import GOLDEN, ROOT, TINY, cuda_missing
+from conftest import BUNDLED, GOLDEN, TINY, cuda_missing
 
 CARD = '''
 model = AutoModelForCausalLM.from_pretrained("zhixuan-lin/delta_net-760m-longcrawl64-48b")
@@ -47,9 +47,9 @@ def run(imports, directory):
 
 @pytest.fixture(params=["bundled", "golden"])
 def checkpoint(request, tmp_path):
-    """models/tiny; a golden checkpoint of 256 ids with a tokenizer of as many put beside it."""
+    """The bundled model; a golden checkpoint of 256 ids with a tokenizer of as many put beside it."""
     if request.param == "bundled":
-        return TINY
+        return BUNDLED
     import json
 
     for file in (GOLDEN / "delta_net-tiny").iterdir():
