@@ -39,6 +39,7 @@ void forgetting_attention(Context& ctx, const ForgettingAttentionArgs& args) {
 }
 
 void forgetting_attention_backward(Context& ctx, const ForgettingAttentionBackwardArgs& args) {
+  const OpTimer timer("forgetting_attention_backward");
   const std::int64_t tokens = args.sequences.tokens();
   const std::int64_t heads = args.q.shape[1];
   const std::int64_t dim = args.q.shape[2];

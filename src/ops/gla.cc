@@ -22,6 +22,7 @@ void gla(Context& ctx, const GlaArgs& args) {
 }
 
 void gla_backward(Context& ctx, const GlaBackwardArgs& args) {
+  const OpTimer timer("gla_backward");
   const std::int64_t tokens = args.sequences.tokens();
   const std::int64_t heads = args.q.shape[1];
   check_activation(ctx, "gla_backward", "q", args.q, {tokens, heads, args.q.shape[2]});

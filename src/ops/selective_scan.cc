@@ -28,6 +28,7 @@ void selective_scan(Context& ctx, const SelectiveScanArgs& args) {
 }
 
 void selective_scan_backward(Context& ctx, const SelectiveScanBackwardArgs& args) {
+  const OpTimer timer("selective_scan_backward");
   const std::int64_t tokens = args.sequences.tokens();
   const std::int64_t channels = args.x.shape[1];
   const std::int64_t size = args.a_log.shape[1];

@@ -29,6 +29,7 @@ void ssd(Context& ctx, const SsdArgs& args) {
 }
 
 void ssd_backward(Context& ctx, const SsdBackwardArgs& args) {
+  const OpTimer timer("ssd_backward");
   const std::int64_t tokens = args.sequences.tokens();
   const std::int64_t heads = args.dy.shape[1];
   const std::int64_t head_dim = args.dy.shape[2];
