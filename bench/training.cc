@@ -1,24 +1,42 @@
-// One forward and backward pass of a model of the paper with random weights in float32, beside the
-// peak of this machine's float32 arithmetic. Prints JSON: seconds, tokens/s, FLOP/s counting 6 for
-// each token and parameter but the embedding's, and their share of the peak; medians of the runs.
+// Training steps of a model of the paper with random weights: forward, backward and AdamW. Prints
+// JSON: seconds, tokens/s, FLOP/s counting 6 for each token and parameter but the embedding's,
+// medians of the runs, and memory. On a CPU in float32 beside the peak of the machine's float32
+// arithmetic, on a GPU as with bf16-mixed.
 //
-//   bench_training [MODEL [TOKENS [RUNS [THREADS [recompute]]]]]
+//   bench_training [MODEL [TOKENS [RUNS [THREADS]]]] [recompute] [cuda] [float32] [ops]
+//   [sequences=N]
+//
+// sequences: TOKENS fall into N of one length. ops: one step more, with the time of each op, on a
+// GPU with a wait behind each.
 #include <fmt/format.h>
 
 #include <algorithm>
+#include <charconv>
 #include <chrono>
-#include <cstdlib>
 #include <nlohmann/json.hpp>
 #include <random>
 
 #include "core/context.h"
-#include "io/json.h"
+#include "core/op_times.h"
 #include "model/gradients.h"
 #include "model/registry.h"
 #include "ops/peak_rate.h"
+#include "train/parameters.h"
 
 namespace deltafox {
 namespace {
+
+struct Options {
+  std::string model = "delta_net-125m";
+  std::int64_t tokens = 2048;
+  int runs = 3;
+  int threads = 0;
+  std::int64_t sequences = 1;
+  Device device = Device::kCpu;
+  DType dtype = DType::kBF16;  // of a GPU's products
+  bool recompute = false;
+  bool ops = false;
+};
 
 double seconds_since(std::chrono::steady_clock::time_point begin) {
   return std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
@@ -29,80 +47,158 @@ double median(std::vector<double> values) {
   return values[values.size() / 2];
 }
 
-// Weights that keep activations of order one.
-std::vector<Tensor> random_weights(CausalLM& model) {
-  std::vector<Tensor> weights;
-  std::mt19937 random(0);
-  std::uniform_real_distribution<float> draw(-0.04F, 0.04F);
-  model.visit_params([&](const std::string&, Param& param) {
-    Tensor& tensor = weights.emplace_back(DType::kF32, param.shape);
-    for (std::int64_t i = 0; i < param.shape.size(); ++i) tensor.f32()[i] = draw(random);
-    param.value = std::as_const(tensor).view();
-  });
-  return weights;
+// One window of random ids, trained on again and again.
+class Training {
+ public:
+  explicit Training(const Options& options)
+      : options_(options),
+        threads_(options.threads),
+        ctx_(threads_, options.device,
+             options.device == Device::kCuda ? options.dtype : DType::kF32),
+        parameters_(ctx_, preset_config(options.model), {}),
+        ids_(DType::kI32, {options.tokens}, options.device),
+        loss_(DType::kF32, {options.tokens}, options.device) {
+    parameters_.initialise(0);
+    std::mt19937 random(0);
+    std::vector<std::int32_t> ids(static_cast<std::size_t>(options.tokens));
+    const auto vocab = static_cast<std::uint64_t>(parameters_.model().config().vocab_size);
+    for (std::int32_t& id : ids) id = static_cast<std::int32_t>(random() % vocab);
+    ids_.read_from(ids.data());
+    for (std::int64_t b = 0; b <= options.sequences; ++b) {
+      cu_seqlens_.push_back(b * options.tokens / options.sequences);
+    }
+  }
+
+  void gradients() {
+    const std::span<const std::int32_t> ids(static_cast<const std::int32_t*>(ids_.view().data),
+                                            static_cast<std::size_t>(options_.tokens));
+    parameters_.gradients().zero(ctx_);
+    parameters_.model().forward_backward(
+        ctx_, ids, Sequences(cu_seqlens_), ids, 1 / static_cast<float>(options_.tokens),
+        {loss_.f32(), ids.size()}, parameters_.gradients(), {.recompute = options_.recompute});
+    ctx_.synchronize();
+  }
+  void step() {
+    parameters_.step({.lr = 1e-5, .betas = {0.9, 0.95}, .weight_decay = 0.1}, 1e-5, 1, ++steps_);
+  }
+
+  Context& ctx() { return ctx_; }
+  ThreadPool& threads() { return threads_; }
+  const train::Parameters& parameters() const { return parameters_; }
+
+ private:
+  Options options_;
+  ThreadPool threads_;
+  Context ctx_;
+  train::Parameters parameters_;
+  Tensor ids_, loss_;  // [T]
+  std::vector<std::int64_t> cu_seqlens_;
+  std::int64_t steps_ = 0;
+};
+
+nlohmann::ordered_json op_times(Training& training) {
+  start_op_times([&] { training.ctx().synchronize(); });
+  training.gradients();
+  training.step();
+  nlohmann::ordered_json report = nlohmann::ordered_json::array();
+  for (const OpTime& time : stop_op_times()) {
+    report.push_back({{"op", time.op}, {"calls", time.calls}, {"seconds", time.seconds}});
+  }
+  return report;
 }
 
-void run(const std::string& name, std::int64_t tokens, int runs, int num_threads, bool recompute) {
-  ThreadPool threads(num_threads);
-  Context ctx(threads);
-  CausalLM model = build_model(io::JsonObject::parse(preset_config(name), name));
-  const std::vector<Tensor> weights = random_weights(model);
-  Gradients gradients(model);
-  std::int64_t parameters = 0;
-  for (const Gradients::Entry& entry : gradients.entries()) {
-    if (entry.name != model.config().names.embeddings) parameters += entry.param->shape.size();
-  }
-  std::mt19937 random(0);
-  std::vector<std::int32_t> ids(static_cast<std::size_t>(tokens));
-  for (std::int32_t& id : ids) {
-    id =
-        static_cast<std::int32_t>(random() % static_cast<std::uint64_t>(model.config().vocab_size));
-  }
-  const std::vector<std::int64_t> cu_seqlens{0, tokens};
-  std::vector<float> loss(ids.size());
-  const double flops = 6.0 * static_cast<double>(parameters) * static_cast<double>(tokens);
+void run(const Options& options) {
+  Training training(options);
+  const bool on_gpu = options.device == Device::kCuda;
+  const double flops = 6.0 * static_cast<double>(training.parameters().non_embedding_size()) *
+                       static_cast<double>(options.tokens);
   constexpr int kWarmUps = 2;  // scratch memory grows in the first, and is one piece from then on
   std::vector<double> seconds;
+  std::vector<double> step_seconds;
   std::vector<double> peaks;
   std::vector<double> shares;
-  for (int r = 0; r < kWarmUps + runs; ++r) {
+  for (int r = 0; r < kWarmUps + options.runs; ++r) {
     // Machines change their pace: a peak beside each run.
-    const double peak = r >= kWarmUps ? cpu::measure_float32_peak(threads) : 0;
+    const double peak =
+        r >= kWarmUps && !on_gpu ? cpu::measure_float32_peak(training.threads()) : 0;
     const auto begin = std::chrono::steady_clock::now();
-    model.forward_backward(ctx, ids, Sequences(cu_seqlens), ids, 1 / static_cast<float>(tokens),
-                           loss, gradients, {.recompute = recompute});
+    training.gradients();
+    const double of_gradients = seconds_since(begin);
+    training.step();
     if (r < kWarmUps) continue;
-    seconds.push_back(seconds_since(begin));
+    seconds.push_back(of_gradients);
+    step_seconds.push_back(seconds_since(begin));
+    if (on_gpu) continue;
     peaks.push_back(peak);
-    shares.push_back(peak > 0 ? flops / seconds.back() / peak : 0);
+    shares.push_back(peak > 0 ? flops / of_gradients / peak : 0);
   }
-  const nlohmann::ordered_json report{
-      {"model", name},
-      {"parameters_but_embedding", parameters},
-      {"tokens", tokens},
-      {"threads", threads.size()},
-      {"recompute", recompute},
-      {"runs", runs},
+  Context& ctx = training.ctx();
+  nlohmann::ordered_json report{
+      {"model", options.model},
+      {"parameters_but_embedding", training.parameters().non_embedding_size()},
+      {"device", name_of(options.device)},
+      {"dtype", name_of(ctx.activation_dtype())},
+      {"tokens", options.tokens},
+      {"sequences", options.sequences},
+      {"threads", training.threads().size()},
+      {"recompute", options.recompute},
+      {"runs", options.runs},
       {"seconds", median(seconds)},
       {"seconds_of_each", seconds},
-      {"tokens_per_second", static_cast<double>(tokens) / median(seconds)},
+      {"tokens_per_second", static_cast<double>(options.tokens) / median(seconds)},
       {"flops_per_second", flops / median(seconds)},
-      {"peak_of_each", peaks},
-      {"share_of_peak", median(shares)},
-      {"share_of_each", shares},
-      {"scratch_bytes", ctx.scratch().capacity()},
+      {"step_seconds", median(step_seconds)},
+      {"step_tokens_per_second", static_cast<double>(options.tokens) / median(step_seconds)},
+      {"scratch_bytes", ctx.scratch().capacity() + (on_gpu ? ctx.tensor_scratch().capacity() : 0)},
+      {"kept_bytes", ctx.kept_scratch().capacity()},
   };
+  if (on_gpu) {
+    report["device_memory_in_use"] = cuda::memory_in_use();
+  } else {
+    report["peak_of_each"] = peaks;
+    report["share_of_peak"] = median(shares);
+    report["share_of_each"] = shares;
+  }
+  if (options.ops) report["ops"] = op_times(training);
   fmt::print("{}\n", report.dump(2));
+}
+
+std::int64_t number(std::string_view text, std::int64_t otherwise) {
+  std::int64_t value = otherwise;
+  std::from_chars(text.data(), text.data() + text.size(), value);
+  return std::max<std::int64_t>(1, value);
+}
+
+Options parse(std::span<char*> arguments) {
+  Options options;
+  int place = 0;
+  for (const std::string argument : arguments) {
+    if (argument == "recompute") {
+      options.recompute = true;
+    } else if (argument == "cuda") {
+      options.device = Device::kCuda;
+    } else if (argument == "float32") {
+      options.dtype = DType::kF32;
+    } else if (argument == "ops") {
+      options.ops = true;
+    } else if (argument.starts_with("sequences=")) {
+      options.sequences = number(argument.substr(argument.find('=') + 1), 1);
+    } else if (const int at = place++; at == 0) {
+      options.model = argument;
+    } else if (at == 1) {
+      options.tokens = number(argument, options.tokens);
+    } else if (at == 2) {
+      options.runs = static_cast<int>(number(argument, options.runs));
+    } else {
+      options.threads = std::atoi(argument.c_str());
+    }
+  }
+  return options;
 }
 
 }  // namespace
 }  // namespace deltafox
 
 int main(int argc, char** argv) {
-  const auto number = [&](int i, int otherwise) {
-    return argc > i ? std::atoi(argv[i]) : otherwise;
-  };
-  const bool recompute = argc > 5 && std::string(argv[5]) == "recompute";
-  deltafox::run(argc > 1 ? argv[1] : "delta_net-125m", std::max(1, number(2, 2048)),
-                std::max(1, number(3, 3)), number(4, 0), recompute);
+  deltafox::run(deltafox::parse({argv + 1, static_cast<std::size_t>(argc - 1)}));
 }

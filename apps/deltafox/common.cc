@@ -34,6 +34,13 @@ DType dtype_named(const std::string& name) {
   fail("--dtype: must be float32, bfloat16, float16, int8 or int4, got '{}'", io::printable(name));
 }
 
+Device device_named(const std::string& name) {
+  for (const Device device : {Device::kCpu, Device::kCuda}) {
+    if (name == name_of(device)) return device;
+  }
+  fail("--device: must be cpu or cuda, got '{}'", io::printable(name));
+}
+
 std::string_view torch_name(DType dtype) {
   for (const NamedDType& known : kDTypes) {
     if (dtype == known.dtype) return known.name;
@@ -79,10 +86,7 @@ std::optional<DType> ModelOptions::dtype() const {
 }
 
 Device ModelOptions::device() const {
-  for (const Device device : {Device::kCpu, Device::kCuda}) {
-    if (device_ == name_of(device)) return device;
-  }
-  fail("--device: must be cpu or cuda, got '{}'", io::printable(device_));
+  return device_named(device_);
 }
 
 Model ModelOptions::load(const std::string& directory) const {

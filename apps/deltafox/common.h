@@ -48,6 +48,9 @@ class ModelOptions {
   std::string device_ = "cpu";
 };
 
+// cpu or cuda; what --device says.
+Device device_named(const std::string& name);
+
 // float32, bfloat16, float16, as PyTorch calls them; int8 and int4, the packed forms.
 DType dtype_named(const std::string& name);
 std::string_view torch_name(DType dtype);

@@ -83,14 +83,17 @@ void LossCommand::write_output(const ScoreInput& input, const std::vector<float>
 
 void LossCommand::run() const {
   const std::string directory = model_options.directory();
-  if (!gradients.empty() && model_options.dtype().value_or(DType::kF32) != DType::kF32) {
+  // Whatever the checkpoint's dtype, gradients are those of float32 weights unless a GPU is told
+  // otherwise.
+  const DType dtype = model_options.dtype().value_or(DType::kF32);
+  if (!gradients.empty() && dtype != DType::kF32 && model_options.device() == Device::kCpu) {
     fail("--gradients: needs --dtype float32");
   }
-  // Whatever the checkpoint's dtype, gradients are those of float32 weights.
-  const Model model =
-      gradients.empty()
-          ? model_options.load(directory)
-          : Model::load(directory, {.dtype = DType::kF32, .threads = model_options.threads()});
+  const Model model = gradients.empty()
+                          ? model_options.load(directory)
+                          : Model::load(directory, {.dtype = dtype,
+                                                    .threads = model_options.threads(),
+                                                    .device = model_options.device()});
   const ScoreInput input = input_options.read(model, directory);
   const std::vector<float> losses =
       gradients.empty() ? compute(model, input) : compute_gradients(input, model);
@@ -140,7 +143,7 @@ void add_loss(CLI::App& app) {
       command
           ->add_option("--gradients", options->gradients,
                        "safetensors file to write: grad.<parameter>, the gradients of the mean "
-                       "loss, with the weights as float32")
+                       "loss, with the weights as float32, or on a GPU as --dtype says")
           ->type_name("FILE");
   command
       ->add_flag("--recompute", options->recompute,

@@ -63,6 +63,7 @@ std::string line_of(const train::StepReport& report) {
 struct TrainCommand {
   std::string config;
   std::vector<std::string> overrides;
+  std::string device = "cpu";
   int threads = 0;
   bool quiet = false;
   bool json = false;
@@ -94,7 +95,7 @@ void TrainCommand::run() const {
   listener.on_validation = [&](std::int64_t done, std::int64_t total) {
     if (!quiet) validation.update("validation", done, total);
   };
-  train::Trainer trainer(settings, threads, std::move(listener));
+  train::Trainer trainer(settings, threads, device_named(device), std::move(listener));
   if (!quiet) {
     note(fmt::format("{} parameters, {} of {} tokens done, writing to {}",
                      format_count(trainer.num_parameters()), format_count(trainer.tokens()),
@@ -143,6 +144,9 @@ void add_train(CLI::App& app) {
       ->add_option("OVERRIDES", options->overrides,
                    "Values of single keys, as in optimizer.lr=0.001")
       ->type_name("");
+  command->add_option("--device", options->device, "Where to compute: cpu or cuda")
+      ->type_name("NAME")
+      ->capture_default_str();
   command->add_option("--threads", options->threads, "Threads; 0: one for each core")
       ->type_name("N")
       ->capture_default_str();

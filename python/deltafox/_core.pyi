@@ -170,6 +170,7 @@ def train(
     path: str,
     overrides: List[str],
     threads: int,
+    device: str,
     on_step: Callable[[dict], Optional[bool]],
     on_note: Callable[[str], None],
     on_validation: Callable[[int, int], None],

@@ -24,12 +24,12 @@ class TrainResult:
         return os.path.join(self.output_dir, "model") if self.finished else None
 
 
-def train(config, overrides=None, *, threads=0, on_step=None, progress=True):
+def train(config, overrides=None, *, device="cpu", threads=0, on_step=None, progress=True):
     """Trains a model from scratch, or further, and returns a TrainResult.
 
     config: the path of a YAML file (see configs/), or a dictionary of the same keys. overrides:
     values of single keys, {"optimizer.lr": 1e-3}. A run that was stopped goes on where it was when it
-    is started again, to the same bits.
+    is started again, to the same bits. device: "cpu" or "cuda".
 
     on_step: called after every step with a dictionary of tokens, max_tokens, loss, lr, grad_norm and
     tokens_per_second; returning False stops the run. What it raises, and Ctrl-C, stop it too: the
@@ -52,7 +52,7 @@ def train(config, overrides=None, *, threads=0, on_step=None, progress=True):
             return on_step(report) if on_step is not None else None
 
         output_dir, tokens, finished = _core.train(
-            path, settings, threads, step, bar.note, bar.validation
+            path, settings, threads, device, step, bar.note, bar.validation
         )
     return TrainResult(output_dir, tokens, last["loss"], finished)
 

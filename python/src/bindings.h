@@ -34,6 +34,9 @@ std::span<T> write(Array<T>& array) {
   return {array.mutable_data(), static_cast<std::size_t>(array.size())};
 }
 
+// Throws Error unless it is "cpu" or "cuda".
+Device device_named(const std::string& name);
+
 // A State that Python holds, perhaps from several threads.
 struct SharedState {
   explicit SharedState(State value) : state(std::move(value)) {}

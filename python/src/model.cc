@@ -30,6 +30,13 @@ std::vector<State*> StateLock::pointers() const {
   return pointers;
 }
 
+Device device_named(const std::string& name) {
+  for (const Device device : {Device::kCpu, Device::kCuda}) {
+    if (name_of(device) == name) return device;
+  }
+  throw Error("device: must be cpu or cuda, got '" + name + "'");
+}
+
 namespace {
 
 constexpr std::array kDTypes{DType::kF32, DType::kBF16, DType::kF16, DType::kQ8, DType::kQ4};
@@ -40,13 +47,6 @@ DType dtype_named(const std::string& name) {
                                          [&](DType dtype) { return name_of(dtype) == name; });
   if (found == kDTypes.end()) throw Error("dtype: unknown '" + name + "'");
   return *found;
-}
-
-Device device_named(const std::string& name) {
-  for (const Device device : {Device::kCpu, Device::kCuda}) {
-    if (name_of(device) == name) return device;
-  }
-  throw Error("device: must be cpu or cuda, got '" + name + "'");
 }
 
 Model load(const std::string& path_or_id, const std::optional<std::string>& dtype,

@@ -93,15 +93,15 @@ class Session {
 
 // Returns (output directory, tokens, finished).
 py::tuple run_training(const std::string& path, const std::vector<std::string>& overrides,
-                       int threads, const py::object& on_step, const py::object& on_note,
-                       const py::object& on_validation) {
+                       int threads, const std::string& device, const py::object& on_step,
+                       const py::object& on_note, const py::object& on_validation) {
   const train::Config config = train::load_config(path, overrides);
   Session session(on_step, on_note, on_validation);
   std::int64_t tokens = 0;
   bool finished = false;
   {
     const py::gil_scoped_release release;
-    train::Trainer trainer(config, threads, session.listener());
+    train::Trainer trainer(config, threads, device_named(device), session.listener());
     finished = trainer.run(session.stop()) == train::Outcome::kFinished;
     tokens = trainer.tokens();
   }
@@ -116,8 +116,8 @@ void bind_training(py::module_& module) {
   module.def("loss_and_gradients", &loss_and_gradients, arg("model"), arg("ids").noconvert(),
              arg("cu_seqlens").noconvert(), arg("labels").noconvert(), arg("loss").noconvert(),
              arg("recompute"));
-  module.def("train", &run_training, arg("path"), arg("overrides"), arg("threads"), arg("on_step"),
-             arg("on_note"), arg("on_validation"));
+  module.def("train", &run_training, arg("path"), arg("overrides"), arg("threads"), arg("device"),
+             arg("on_step"), arg("on_note"), arg("on_validation"));
 }
 
 }  // namespace deltafox::python

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import deltafox
-from conftest import GOLDEN, read_safetensors
+from conftest import GOLDEN, cuda_missing, read_safetensors
 
 TOLERANCE = 2e-5  # that of the C++ golden tests of gradients
 
@@ -84,6 +84,19 @@ def test_training_learns_and_leaves_a_model(config):
     assert losses[-1] < losses[0] - 0.5 and result.loss == losses[-1]
     model = deltafox.AutoModelForCausalLM.from_pretrained(result.model)
     assert model.info.vocab_size == 64
+
+
+@pytest.mark.skipif(bool(cuda_missing()), reason=cuda_missing())
+def test_a_gpu_gives_the_golden_gradients_and_learns(golden, config):
+    model = deltafox.AutoModelForCausalLM.from_pretrained(
+        GOLDEN / "delta_net-tiny", device="cuda", dtype="float32"
+    )
+    _, gradients = model.loss_and_grad(golden["input_ids"], golden["labels"])
+    for name, gradient in gradients.items():
+        np.testing.assert_allclose(gradient, golden["grad." + name], rtol=0, atol=TOLERANCE)
+    losses = []
+    deltafox.train(config, device="cuda", on_step=lambda report: losses.append(report["loss"]))
+    assert losses[-1] < losses[0] - 0.5
 
 
 def test_a_stopped_training_goes_on(config):

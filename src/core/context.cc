@@ -11,6 +11,11 @@ constexpr std::size_t kMinBlock = std::size_t{1} << 20;
 
 std::byte* Scratch::allocate(std::size_t bytes) {
   bytes = (bytes + kAlignment - 1) / kAlignment * kAlignment;
+  if (growing_) {
+    used_ += bytes;
+    grown_ = std::max(grown_, used_);
+    return cuda::grow(*growing_, grown_) + (used_ - bytes);
+  }
   if (blocks_.empty() || used_ + bytes > blocks_[block_].size()) {
     // Blocks behind the one in use are unused: what they hold has been released.
     blocks_.resize(blocks_.empty() ? 0 : block_ + 1);
@@ -35,7 +40,7 @@ void Scratch::release(Mark mark) {
 }
 
 std::size_t Scratch::capacity() const {
-  std::size_t total = 0;
+  std::size_t total = grown_;
   for (const Buffer& block : blocks_) total += block.size();
   return total;
 }
@@ -45,6 +50,14 @@ void Context::copy(void* to, const void* from, std::size_t bytes) {
     cuda::copy(*stream_, to, from, bytes);
   } else {
     std::memcpy(to, from, bytes);
+  }
+}
+
+void Context::zero(void* memory, std::size_t bytes) {
+  if (stream_) {
+    cuda::zero(*stream_, memory, bytes);
+  } else {
+    std::memset(memory, 0, bytes);
   }
 }
 

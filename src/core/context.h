@@ -14,11 +14,15 @@
 
 namespace deltafox {
 
-// Memory that is handed out in stack order. It grows while a shape is new and is one block from
-// then on, so the second call with the same shapes allocates nothing.
+// Memory that is handed out in stack order. It grows while a shape is new and is of a piece from
+// then on, so the second call with the same shapes allocates nothing. A GPU's grows in place and is
+// no larger than what was in use at a time; the host's, whose pages cost nothing before they are
+// touched, grows by blocks, which become one when all is released.
 class Scratch {
  public:
-  explicit Scratch(Device device = Device::kCpu) : device_(device) {}
+  explicit Scratch(Device device = Device::kCpu)
+      : device_(device),
+        growing_(device == Device::kCuda ? cuda::make_growing_memory() : nullptr) {}
 
   struct Mark {
     std::size_t block;
@@ -32,6 +36,8 @@ class Scratch {
 
  private:
   Device device_;
+  std::shared_ptr<cuda::GrowingMemory> growing_;  // or null, and then there are blocks
+  std::size_t grown_ = 0;                         // bytes of it that are there
   std::vector<Buffer> blocks_;
   std::size_t block_ = 0;  // the block in use
   std::size_t used_ = 0;   // bytes used of it
@@ -53,7 +59,8 @@ class Context {
       : threads_(&threads),
         device_(device),
         activation_dtype_(activation_dtype),
-        tensor_scratch_(device) {
+        tensor_scratch_(device),
+        kept_scratch_(device) {
     if (device == Device::kCuda) stream_ = cuda::make_stream();
   }
 
@@ -62,6 +69,8 @@ class Context {
   Scratch& scratch() { return scratch_; }
   // Where ScratchScope takes tensors from.
   Scratch& tensor_scratch() { return device_ == Device::kCpu ? scratch_ : tensor_scratch_; }
+  // Where tensors lie that outlive the scope they were made in; see KeptScope.
+  Scratch& kept_scratch() { return kept_scratch_; }
   Statistics& statistics() { return statistics_; }
 
   // What blocks keep activations in: F32 on the CPU, F32 or BF16 on a GPU. The residual stream,
@@ -75,6 +84,8 @@ class Context {
   }
   // Between any two of host and device; see cuda::copy.
   void copy(void* to, const void* from, std::size_t bytes);
+  // Zeroes memory of the Context's device.
+  void zero(void* memory, std::size_t bytes);
 
  private:
   ThreadPool* threads_;
@@ -83,23 +94,23 @@ class Context {
   Scratch scratch_;
   std::shared_ptr<cuda::Stream> stream_;
   Scratch tensor_scratch_;
+  Scratch kept_scratch_;
   Statistics statistics_;
 };
 
-// Hands out scratch memory that lives as long as it does; or, with `keep`, as long as the scope
-// around it.
+// Hands out scratch memory that lives as long as it does; or, with `keep`, tensors that live as
+// long as the KeptScope around it.
 class ScratchScope {
  public:
   explicit ScratchScope(Context& ctx, bool keep = false)
       : scratch_(ctx.scratch()),
         mark_(scratch_.mark()),
-        tensor_scratch_(ctx.tensor_scratch()),
+        tensor_scratch_(keep ? ctx.kept_scratch() : ctx.tensor_scratch()),
         tensor_mark_(tensor_scratch_.mark()),
         activation_dtype_(ctx.activation_dtype()),
         keep_(keep) {}
   ~ScratchScope() {
-    if (keep_) return;
-    tensor_scratch_.release(tensor_mark_);
+    if (!keep_) tensor_scratch_.release(tensor_mark_);
     scratch_.release(mark_);
   }
   ScratchScope(const ScratchScope&) = delete;
@@ -111,6 +122,8 @@ class ScratchScope {
             dtype, shape};
   }
   TensorView activation(const Shape& shape) { return tensor(shape, activation_dtype_); }
+  // Of the same shape and dtype.
+  TensorView like(const ConstTensorView& x) { return tensor(x.shape, x.dtype); }
   // In the host's memory.
   template <typename T>
   std::span<T> array(std::int64_t n) {
@@ -127,6 +140,19 @@ class ScratchScope {
   Scratch::Mark tensor_mark_;
   DType activation_dtype_;
   bool keep_;
+};
+
+// Gives back at its end what was kept while it lived.
+class KeptScope {
+ public:
+  explicit KeptScope(Context& ctx) : scratch_(ctx.kept_scratch()), mark_(scratch_.mark()) {}
+  ~KeptScope() { scratch_.release(mark_); }
+  KeptScope(const KeptScope&) = delete;
+  KeptScope& operator=(const KeptScope&) = delete;
+
+ private:
+  Scratch& scratch_;
+  Scratch::Mark mark_;
 };
 
 }  // namespace deltafox

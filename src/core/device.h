@@ -31,6 +31,18 @@ void copy(void* to, const void* from, std::size_t bytes);
 // The same as a part of a stream's work, not waited for. The host's side must be kept until
 // synchronize().
 void copy(Stream& stream, void* to, const void* from, std::size_t bytes);
+// Zeroes the device's memory as a part of a stream's work.
+void zero(Stream& stream, void* memory, std::size_t bytes);
+// Bytes of the device's memory that are taken, by whomever.
+std::size_t memory_in_use();
+
+// Memory that grows at its end and stays where it is, so that nothing has to know its size before.
+class GrowingMemory;
+// Null where the driver has no such memory.
+std::shared_ptr<GrowingMemory> make_growing_memory();
+// Its beginning, aligned to 256 bytes, with at least `bytes` there, not zeroed. Throws Error saying
+// how much was needed.
+std::byte* grow(GrowingMemory& memory, std::size_t bytes);
 
 // Host memory to be copied to the device's.
 struct Piece {

@@ -11,6 +11,7 @@ namespace {
 struct Record {
   std::mutex mutex;
   std::map<std::string, OpTime> ops;
+  std::function<void()> wait;
 };
 
 Record& record() {
@@ -22,18 +23,21 @@ Record& record() {
 
 std::atomic<bool> OpTimer::recording_{false};
 
-void OpTimer::add(const char* op, double seconds) {
+void OpTimer::add(const char* op, Clock::time_point begin) {
   Record& kept = record();
   const std::lock_guard lock(kept.mutex);
+  if (kept.wait) kept.wait();
+  const double seconds = std::chrono::duration<double>(Clock::now() - begin).count();
   OpTime& time = kept.ops[op];
   time.op = op;
   time.calls += 1;
   time.seconds += seconds;
 }
 
-void start_op_times() {
+void start_op_times(std::function<void()> wait) {
   const std::lock_guard lock(record().mutex);
   record().ops.clear();
+  record().wait = std::move(wait);
   OpTimer::recording_ = true;
 }
 

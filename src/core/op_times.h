@@ -6,6 +6,7 @@
 #include <atomic>
 #include <chrono>
 #include <cstdint>
+#include <functional>
 #include <string>
 #include <vector>
 
@@ -17,8 +18,9 @@ struct OpTime {
   double seconds = 0;
 };
 
-// Forgets what was recorded and records from now on.
-void start_op_times();
+// Forgets what was recorded and records from now on. `wait` is called at the end of each op, within
+// its time: on a GPU it waits for the op's work.
+void start_op_times(std::function<void()> wait = {});
 // Ends the recording and returns it, the longest first.
 std::vector<OpTime> stop_op_times();
 
@@ -30,17 +32,17 @@ class OpTimer {
     if (op_ != nullptr) begin_ = Clock::now();
   }
   ~OpTimer() {
-    if (op_ != nullptr) add(op_, std::chrono::duration<double>(Clock::now() - begin_).count());
+    if (op_ != nullptr) add(op_, begin_);
   }
   OpTimer(const OpTimer&) = delete;
   OpTimer& operator=(const OpTimer&) = delete;
 
  private:
   using Clock = std::chrono::steady_clock;
-  friend void start_op_times();
+  friend void start_op_times(std::function<void()> wait);
   friend std::vector<OpTime> stop_op_times();
 
-  static void add(const char* op, double seconds);
+  static void add(const char* op, Clock::time_point begin);
 
   static std::atomic<bool> recording_;
   const char* op_;

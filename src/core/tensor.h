@@ -100,6 +100,10 @@ class Tensor {
   std::size_t bytes() const { return buffer_.size(); }
   Device device() const { return buffer_.device(); }
 
+  // All of it, from and to the host's memory, wherever the tensor lies.
+  void read_from(const void* host);
+  void write_to(void* host) const;
+
  private:
   Buffer buffer_;
   DType dtype_ = DType::kF32;

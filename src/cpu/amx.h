@@ -20,4 +20,10 @@ struct alignas(64) TileConfig {
 };
 static_assert(sizeof(TileConfig) == 64);
 
+// _tile_loadconfig of GCC 12 tells the optimiser of the first 8 bytes alone, which then leaves the
+// others unwritten.
+__attribute__((target("amx-tile"))) inline void load_tiles(const TileConfig& config) {
+  asm volatile("ldtilecfg %0" : : "m"(config));  // NOLINT(hicpp-no-assembler)
+}
+
 }  // namespace deltafox::cpu

@@ -51,7 +51,7 @@ DELTAFOX_TARGET void configure(const Square& s) {
     if (s.rows_of(i) > 0) config.set(4 + i, s.rows_of(i), kStep * 2);
     if (s.tokens_of(i) > 0) config.set(6 + i, kSide, s.tokens_of(i) * 4);
   }
-  _tile_loadconfig(&config);
+  load_tiles(config);
 }
 
 template <bool kRows2, bool kTokens2>

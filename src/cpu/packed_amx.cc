@@ -27,7 +27,7 @@ DELTAFOX_TARGET void configure(std::int64_t tokens) {
     config.set(2 * i, rows, 64);
     config.set(2 * i + 1, rows, 64);
   }
-  _tile_loadconfig(&config);
+  load_tiles(config);
 }
 
 // sums[t, 16·p + r] += (products[t, r] − 128 · Σx) · (scale of x · scale of w)

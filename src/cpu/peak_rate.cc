@@ -12,6 +12,8 @@
 
 #if defined(__x86_64__)
 #include <immintrin.h>
+
+#include "cpu/amx.h"
 #endif
 
 namespace deltafox::cpu {
@@ -89,18 +91,10 @@ __attribute__((target("avx512f"))) void dot_int8(std::int64_t rounds) {
 
 // Tiles 0 to 3 are sums, 4 and 5 rows of one factor, 6 and 7 columns of the other, all of 16 rows
 // of 64 bytes.
-struct alignas(64) TileConfig {
-  std::uint8_t palette = 1;
-  std::uint8_t start_row = 0;
-  std::uint8_t reserved[14] = {};
-  std::uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-  std::uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
-};
-static_assert(sizeof(TileConfig) == 64);
-
 __attribute__((target("amx-tile"))) void clear_tiles() {
-  const TileConfig config;
-  _tile_loadconfig(&config);
+  TileConfig config;
+  for (int tile = 0; tile < 8; ++tile) config.set(tile, 16, 64);
+  load_tiles(config);
   _tile_zero(0);
   _tile_zero(1);
   _tile_zero(2);

@@ -86,9 +86,23 @@ void delta_rule_backward(Context& ctx, const DeltaRuleBackwardArgs& args) {
       .key_dim = static_cast<int>(args.q.shape[2]),
       .value_dim = static_cast<int>(args.v.shape[2]),
   };
+  const bool chunks_fit = delta_rule_backward_chunks_fit(problem);
+  const auto chunked = [&](int length) { return chunks_fit && length >= kLeastChunkedRows; };
+  const int multiprocessors = ctx.stream().multiprocessors();
   for_each_batch(
       args.sequences, {},
-      [](int length) { return static_cast<int>((length + kDeltaRuleChunk - 1) / kDeltaRuleChunk); },
+      [&](int length) {
+        return chunked(length) ? delta_rule_backward_segments(problem, length, multiprocessors) : 0;
+      },
+      [&](const SequenceBatch& batch) {
+        ScratchScope scratch(ctx);
+        const auto bytes =
+            static_cast<std::int64_t>(delta_rule_backward_chunks_bytes(problem, batch));
+        launch_delta_rule_backward_chunks(problem, batch, scratch.tensor({bytes / 4}).data,
+                                          stream_of(ctx));
+      });
+  for_each_batch(
+      args.sequences, {}, [&](int length) { return chunked(length) ? 0 : chunks_of(length); },
       [&](const SequenceBatch& batch) {
         ScratchScope scratch(ctx);
         const Shape states{batch.blocks, problem.heads, problem.key_dim, problem.value_dim};

@@ -16,15 +16,10 @@
 #include <cmath>
 
 #include "cuda/check.h"
-#include "cuda/delta_rule_kernels.h"
-#include "cuda/tensor_core.cuh"
+#include "cuda/delta_rule_chunks.cuh"
 
 namespace deltafox::cuda {
 namespace {
-
-constexpr int kChunk = kTileRows;
-constexpr int kValues = 128;  // value columns of a block
-constexpr int kStateThreads = 2 * 128;
 
 // Groups that prepare chunks, in turns: preparing one takes longer than advancing one state over
 // it, and less than advancing both M and N.
@@ -32,12 +27,11 @@ template <class Products, bool kMaps>
 constexpr int kPreparingGroups = Products::kGroup && !kMaps ? 2 : 1;
 template <class Products, bool kMaps>
 constexpr int kThreads = kStateThreads + 128 * kPreparingGroups<Products, kMaps>;
-constexpr int kInverseStride = 20;
-constexpr int kInverseBlock = 16 * kInverseStride;  // floats of a 16×16 block, padded
 
 struct ChunkParams {
   DeltaRuleProblem problem;
-  float* maps;  // per map and head: Nᵀ [kValues, K'], Mᵀ [K', K'] with K' the padded K
+  float* maps;    // per map and head: Nᵀ [kValues, K'], Mᵀ [K', K'] with K' the padded K
+  float* d_maps;  // per map and head: N'ᵀ [kValues, K'], see join_segments
   float scale;
   int stages;
   SequenceBatch batch;
@@ -63,19 +57,6 @@ struct Layout {
   static int bytes(int stages) { return 1024 + stages * kStage + kFixed; }
 };
 
-// The thread's index, read anew: keeps what depends on it out of the registers between chunks.
-__device__ int read_thread() {
-  int thread;
-  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
-  return thread;
-}
-
-// The same for a value that the whole block shares.
-__device__ int read_again(int value) {
-  asm volatile("" : "+r"(value));
-  return value;
-}
-
 // A place among the buffers, and how often they have been used before.
 struct Ring {
   int stage;
@@ -90,45 +71,11 @@ struct Ring {
   }
 };
 
-struct Segment {
-  const BatchEntry* entry;
-  int index;
-  int begin;  // first row
-  int rows;
-  int chunks;
-  bool last;
-};
-
 template <bool kMaps>
 __device__ Segment find_segment(const SequenceBatch& batch, int block) {
-  int low = 0;
-  int high = batch.count;
-  while (high - low > 1) {
-    const int middle = (low + high) / 2;
-    const int first = kMaps ? batch.entries[middle].first_map : batch.entries[middle].first_block;
-    if (first <= block) {
-      low = middle;
-    } else {
-      high = middle;
-    }
-  }
-  const BatchEntry& entry = batch.entries[low];
-  Segment s;
-  s.entry = &entry;
-  s.index = block - (kMaps ? entry.first_map : entry.first_block);
-  const int chunks = (entry.length + kChunk - 1) / kChunk;
-  const int base = chunks / entry.segments;
-  const int rest = chunks % entry.segments;
-  const int first = s.index * base + min(s.index, rest);
-  s.chunks = base + (s.index < rest ? 1 : 0);
-  s.begin = entry.begin + first * kChunk;
-  s.rows = min(s.chunks * kChunk, entry.length - first * kChunk);
-  s.last = s.index == entry.segments - 1;
-  return s;
-}
-
-__device__ std::size_t map_floats(int keys) {
-  return static_cast<std::size_t>(kValues + keys) * keys;
+  constexpr auto kFirst = kMaps ? &BatchEntry::first_map : &BatchEntry::first_block;
+  const BatchEntry& entry = find_entry(batch, kFirst, block);
+  return segment_of(entry, block - entry.*kFirst);
 }
 
 // ---- The group that prepares ------------------------------------------------------------------
@@ -140,30 +87,6 @@ struct Loader {
   int block_head;
   int block_first_value;
   std::uint32_t stages_base;
-
-  template <int kPieces>
-  __device__ static void load_tile(std::uint32_t tile, const bf16* rows, int stride, int columns,
-                                   int valid_rows, int thread) {
-    constexpr int kRowStep = 128 / kPieces;  // a multiple of 8: the permutation stays the same
-    const int piece = thread % kPieces;
-    const int first = thread / kPieces;
-    const bf16* source = rows + static_cast<std::ptrdiff_t>(first) * stride + piece * 8;
-    const std::ptrdiff_t step = static_cast<std::ptrdiff_t>(kRowStep) * stride;
-    tile += piece_offset(first, piece);
-    if (valid_rows == kChunk && columns >= 8 * kPieces) {
-#pragma unroll
-      for (int i = 0; i < kChunk / kRowStep; ++i) {
-        copy_piece_async(tile + i * kRowStep * 128, source, true);
-        source += step;
-      }
-      return;
-    }
-    for (int i = 0; i < kChunk / kRowStep; ++i) {
-      const bool valid = piece * 8 < columns && first + i * kRowStep < valid_rows;
-      copy_piece_async(tile + i * kRowStep * 128, valid ? source : rows, valid);
-      source += step;
-    }
-  }
 
   // Starts the copies of one chunk.
   __device__ void load(int chunk, int stage) const {
@@ -201,103 +124,6 @@ struct Loader {
     }
   }
 };
-
-// Block (i, m) of the lower triangle, m ≤ i.
-template <typename Float>
-__device__ Float* inverse_block(Float* blocks, int i, int m) {
-  return blocks + (i * (i + 1) / 2 + m) * kInverseBlock;
-}
-
-// Replaces the transpose of a 16×16 unit lower triangular block by the negated inverse of the
-// block: a lane solves for one column, and takes what it has found out of all rows below at once.
-__device__ void invert_diagonal(float* block, int column) {
-  float x[16];
-#pragma unroll
-  for (int r = 0; r < 16; ++r) x[r] = r == column ? 1.0F : 0.0F;
-#pragma unroll
-  for (int m = 0; m < 15; ++m) {
-#pragma unroll
-    for (int r = (m + 1) / 4 * 4; r < 16; r += 4) {
-      const float4 l = *reinterpret_cast<const float4*>(block + m * kInverseStride + r);
-      if (r > m) x[r] -= l.x * x[m];
-      if (r + 1 > m) x[r + 1] -= l.y * x[m];
-      if (r + 2 > m) x[r + 2] -= l.z * x[m];
-      x[r + 3] -= l.w * x[m];
-    }
-  }
-  __syncwarp();
-#pragma unroll
-  for (int r = 0; r < 16; ++r) block[r * kInverseStride + column] = to_tf32(-x[r]);
-}
-
-// d += x · blockᵀ for 16×16 matrices in TF32; x is an accumulator of two 16×8 tiles. Slots l%4 and
-// l%4 + 4 of the depth stand for columns 2(l%4) and 2(l%4) + 1, in both operands, so that an
-// accumulator is an operand as it is.
-__device__ void times_block_transposed(float (&d)[2][4], const float (&x)[2][4], int lane,
-                                       const float* block) {
-#pragma unroll
-  for (int k = 0; k < 2; ++k) {
-    const float a[4] = {x[k][0], x[k][2], x[k][1], x[k][3]};
-#pragma unroll
-    for (int n = 0; n < 2; ++n) {
-      const float2 b = *reinterpret_cast<const float2*>(
-          block + (8 * n + lane / 4) * kInverseStride + 8 * k + 2 * (lane % 4));
-      mma_tf32(d[n], a, b.x, b.y);
-    }
-  }
-}
-
-__device__ void round_to_tf32(float (&x)[2][4]) {
-#pragma unroll
-  for (int n = 0; n < 2; ++n) {
-#pragma unroll
-    for (float& e : x[n]) e = to_tf32(e);
-  }
-}
-
-// Column j (warp j's) of the negated inverse, transposed, from the blocks L below the diagonal and
-// the negated inverses D on it: X_j = D_jᵀ, X_i = (Σ_{j≤m<i} X_m L_imᵀ) D_iᵀ. `tile` receives
-// −(inverse · diag(β))ᵀ.
-__device__ void finish_inverse(const float* blocks, const float* beta, unsigned char* tile,
-                               int lane, int column) {
-  float x[4][2][4];
-  const float* diagonal = inverse_block(blocks, column, column);
-#pragma unroll
-  for (int n = 0; n < 2; ++n) {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      x[0][n][i] =
-          diagonal[(8 * n + 2 * (lane % 4) + i % 2) * kInverseStride + lane / 4 + i / 2 * 8];
-    }
-  }
-  const float beta_low = beta[16 * column + lane / 4];
-  const float beta_high = beta[16 * column + lane / 4 + 8];
-#pragma unroll
-  for (int d = 0; d < 4; ++d) {
-    if (column + d < 4) {
-      if (d > 0) {
-        float y[2][4] = {};
-#pragma unroll
-        for (int e = 0; e < d; ++e) {
-          times_block_transposed(y, x[e], lane, inverse_block(blocks, column + d, column + e));
-        }
-        round_to_tf32(y);
-#pragma unroll
-        for (int n = 0; n < 2; ++n) x[d][n][0] = x[d][n][1] = x[d][n][2] = x[d][n][3] = 0;
-        times_block_transposed(x[d], y, lane, inverse_block(blocks, column + d, column + d));
-        round_to_tf32(x[d]);
-      }
-#pragma unroll
-      for (int n = 0; n < 2; ++n) {
-        unsigned char* to =
-            tile + piece_offset(16 * column + lane / 4, 2 * (column + d) + n) + lane % 4 * 4;
-        *reinterpret_cast<std::uint32_t*>(to) = pack(x[d][n][0] * beta_low, x[d][n][1] * beta_low);
-        *reinterpret_cast<std::uint32_t*>(to + 8 * 128) =
-            pack(x[d][n][2] * beta_high, x[d][n][3] * beta_high);
-      }
-    }
-  }
-}
 
 template <class Products, int kKeys, bool kMaps>
 __device__ void prepare_chunks(const ChunkParams& p, const Segment& segment, int head,
@@ -344,7 +170,6 @@ __device__ void prepare_chunks(const ChunkParams& p, const Segment& segment, int
     unsigned char* base = stages + stage * L::kStage;
     const std::uint32_t k = shared_address(base + L::kK);
     const float* beta = reinterpret_cast<const float*>(base + L::kBeta);
-    const int row = 16 * warp + lane / 4;
     {
       float g[8][4];
       Products::begin(g);
@@ -352,32 +177,7 @@ __device__ void prepare_chunks(const ChunkParams& p, const Segment& segment, int
       Products::commit();
       Products::template wait<0>();
       Products::end(g);
-      const float beta_low = beta[row];
-      const float beta_high = beta[row + 8];
-#pragma unroll
-      for (int j = 0; j < 8; ++j) {
-        if (j < 2 * warp + 2) {
-          // The product is symmetric, which gives the diagonal block transposed for nothing.
-          const bool diagonal = j >= 2 * warp;
-          float2 low = make_float2(beta_low, beta_low);
-          float2 high = make_float2(beta_high, beta_high);
-          if (diagonal) {
-            low = *reinterpret_cast<const float2*>(beta + 8 * j + 2 * (lane % 4));
-            high = low;
-          }
-          low = make_float2(low.x * g[j][0], low.y * g[j][1]);
-          high = make_float2(high.x * g[j][2], high.y * g[j][3]);
-          if (!diagonal) {
-            low = make_float2(to_tf32(low.x), to_tf32(low.y));
-            high = make_float2(to_tf32(high.x), to_tf32(high.y));
-          }
-          float* to = inverse_block(blocks, warp, j / 2) + lane / 4 * kInverseStride + j % 2 * 8 +
-                      2 * (lane % 4);
-          *reinterpret_cast<float2*>(to) = low;
-          *reinterpret_cast<float2*>(to + 8 * kInverseStride) = high;
-        }
-      }
-      __syncwarp();
+      store_scaled_products(g, beta, blocks, lane, warp);
     }
     invert_diagonal(inverse_block(blocks, warp, warp), lane % 16);
     if (!kMaps) {
@@ -387,17 +187,7 @@ __device__ void prepare_chunks(const ChunkParams& p, const Segment& segment, int
       Products::commit();
       Products::template wait<0>();
       Products::end(a);
-#pragma unroll
-      for (int j = 0; j < 8; ++j) {
-        if (j < 2 * warp + 2) {
-          const int column = 8 * j + 2 * (lane % 4);
-          unsigned char* to = base + L::kA + piece_offset(row, j) + 4 * (lane % 4);
-          *reinterpret_cast<std::uint32_t*>(to) =
-              pack(column <= row ? a[j][0] : 0, column + 1 <= row ? a[j][1] : 0);
-          *reinterpret_cast<std::uint32_t*>(to + 8 * 128) =
-              pack(column <= row + 8 ? a[j][2] : 0, column + 1 <= row + 8 ? a[j][3] : 0);
-        }
-      }
+      store_lower(a, base + L::kA, lane, warp);
     }
     group_sync(1 + group);
     finish_inverse(blocks, beta, base + L::kT, lane, warp);
@@ -443,87 +233,14 @@ __device__ void store_state(const float (&s)[kTiles][4], float* state, int keys,
   }
 }
 
-// A transposed state of a map, rows `row` and `row` + 8.
-template <int kTiles>
-__device__ void load_transposed(float (&s)[kTiles][4], const float* from, int row) {
-  const int lane = threadIdx.x % 32;
-#pragma unroll
-  for (int j = 0; j < kTiles; ++j) {
-    const float* at = from + row * (8 * kTiles) + 8 * j + 2 * (lane % 4);
-    const float2 low = *reinterpret_cast<const float2*>(at);
-    const float2 high = *reinterpret_cast<const float2*>(at + 8 * (8 * kTiles));
-    s[j][0] = low.x;
-    s[j][1] = low.y;
-    s[j][2] = high.x;
-    s[j][3] = high.y;
-  }
-}
-
-template <int kTiles>
-__device__ void store_transposed(const float (&s)[kTiles][4], float* to, int row) {
-  const int lane = threadIdx.x % 32;
-#pragma unroll
-  for (int j = 0; j < kTiles; ++j) {
-    float* at = to + row * (8 * kTiles) + 8 * j + 2 * (lane % 4);
-    *reinterpret_cast<float2*>(at) = make_float2(s[j][0], s[j][1]);
-    *reinterpret_cast<float2*>(at + 8 * (8 * kTiles)) = make_float2(s[j][2], s[j][3]);
-  }
-}
-
-// −Vᵀ of this warp's 16 value columns as an accumulator.
-__device__ void load_values(float (&r)[8][4], std::uint32_t tile) {
-  const int thread = read_thread();
-  const int lane = thread % 32;
-  const int first_piece = thread / 32 * 2;
-#pragma unroll
-  for (int j = 0; j < 8; j += 2) {
-    std::uint32_t m[4];
-    load_matrices_transposed(
-        m, tile + piece_offset(8 * (j + lane / 16) + lane % 8, first_piece + (lane / 8) % 2));
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const float2 pair = __bfloat1622float2(reinterpret_cast<const __nv_bfloat162&>(m[i]));
-      r[j + i / 2][i % 2 * 2] = -pair.x;
-      r[j + i / 2][i % 2 * 2 + 1] = -pair.y;
-    }
-  }
-}
-
-// Oᵀ of this warp's columns through its own columns of the value tile to memory.
 __device__ void store_outputs(const float (&o)[8][4], std::uint32_t tile, const ChunkParams& p,
                               const Segment& segment, int head, int first_value, int chunk) {
-  const int thread = read_thread();
-  const int lane = thread % 32;
-  const int warp = thread / 32;
-#pragma unroll
-  for (int j = 0; j < 8; j += 2) {
-    const std::uint32_t m[4] = {pack(o[j][0] * p.scale, o[j][1] * p.scale),
-                                pack(o[j][2] * p.scale, o[j][3] * p.scale),
-                                pack(o[j + 1][0] * p.scale, o[j + 1][1] * p.scale),
-                                pack(o[j + 1][2] * p.scale, o[j + 1][3] * p.scale)};
-    store_matrices_transposed(
-        tile + piece_offset(lane / 16 * 8 + lane % 8, 2 * warp + (lane / 8) % 2) + j * 8 * 128, m);
-  }
-  __syncwarp();
   const int values = read_again(p.problem.value_dim);
   const int stride = read_again(p.problem.heads) * values;
-  const int column = first_value + 8 * (2 * warp + lane % 2);
-  const int first_row = chunk * kChunk + lane / 2;
   bf16* out = static_cast<bf16*>(p.problem.o) +
-              static_cast<std::ptrdiff_t>(segment.begin + first_row) * stride + head * values +
-              column;
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    uint4 data;
-    asm volatile("ld.shared.v4.u32 {%0,%1,%2,%3}, [%4];"
-                 : "=r"(data.x), "=r"(data.y), "=r"(data.z), "=r"(data.w)
-                 : "r"(tile + piece_offset(lane / 2, 2 * warp + lane % 2) + i * 16 * 128)
-                 : "memory");
-    if (first_row + 16 * i < segment.rows && column < values) {
-      *reinterpret_cast<uint4*>(out) = data;
-    }
-    out += 16 * static_cast<std::ptrdiff_t>(stride);
-  }
+              static_cast<std::ptrdiff_t>(segment.begin + chunk * kChunk) * stride + head * values +
+              first_value;
+  store_columns(o, p.scale, tile, out, stride, segment.rows - chunk * kChunk, values - first_value);
 }
 
 template <class Products, int kKeys>
@@ -559,7 +276,7 @@ __device__ void walk_outputs(const ChunkParams& p, const Segment& segment, int h
     to_operand(sf, s);
     {
       float r[8][4];
-      load_values(r, base + L::kV);
+      load_negated_columns(r, base + L::kV);
       Products::begin(r);
       Products::template times_transposed<false>(r, sf, base + L::kK);
       Products::commit();
@@ -595,88 +312,24 @@ __device__ void walk_outputs(const ChunkParams& p, const Segment& segment, int h
   }
 }
 
-// One chunk's change of 64 columns of [M | N].
-template <class Products, int kKeys, bool kHasValues>
-__device__ void advance_map(float (&s)[kKeys / 8][4], std::uint32_t base) {
-  using L = Layout<Products, kKeys, true>;
-  float r[8][4];
-  std::uint32_t f[4][4];
-  if (kHasValues) load_values(r, base + L::kV);
-    // In parts, lest [M | N] and its rounded copy outgrow the registers.
-#pragma unroll
-  for (int i = 0; i < kKeys / 64; ++i) {
-    const auto& part = reinterpret_cast<const float(&)[8][4]>(s[8 * i]);
-    to_operand(f, part);
-    Products::begin(r);
-    if (i == 0 && !kHasValues) {
-      Products::template times_transposed<true>(r, f, base + L::kK);
-    } else {
-      Products::template times_transposed<false>(r, f, base + L::kK + i * kTileBlockBytes);
-    }
-    Products::commit();
-    Products::template wait<0>();
-    Products::end(r);
-  }
-  to_operand(f, r);
-  Products::begin(r);
-  Products::template times<true>(r, f, base + L::kT);
-  Products::commit();
-  Products::template wait<0>();
-  Products::end(r);
-  to_operand(f, r);
-  Products::begin(s);
-  Products::template times<false>(s, f, base + L::kK);
-  Products::commit();
-  Products::template wait<0>();
-  Products::end(s);
-}
-
 template <class Products, int kKeys>
-__device__ void walk_maps(const ChunkParams& p, const Segment& segment, int head,
-                          unsigned char* stages, unsigned char* fixed) {
+__device__ void walk_segment_maps(const ChunkParams& p, const Segment& segment, int head,
+                                  unsigned char* stages, unsigned char* fixed) {
   using L = Layout<Products, kKeys, true>;
   const DeltaRuleProblem& problem = p.problem;
-  const int lane = threadIdx.x % 32;
-  const int warp = threadIdx.x / 32;  // of eight
-  const int row = 16 * warp + lane / 4;
-  const std::uint32_t barriers = shared_address(fixed + L::kBarriers);
-  const bool has_map = segment.index > 0 && warp / 4 * 64 < kKeys;
-
   float n[kKeys / 8][4];
-  float m[kKeys / 8][4];
   if (segment.index == 0) {
     load_state(n,
                segment.entry->state +
                    static_cast<std::ptrdiff_t>(head) * problem.key_dim * problem.value_dim,
-               problem.key_dim, problem.value_dim, row);
+               problem.key_dim, problem.value_dim, state_row());
   } else {
-#pragma unroll
-    for (int j = 0; j < kKeys / 8; ++j) n[j][0] = n[j][1] = n[j][2] = n[j][3] = 0;
-  }
-#pragma unroll
-  for (int j = 0; j < kKeys / 8; ++j) {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      m[j][i] = 8 * j + 2 * (lane % 4) + i % 2 == row + i / 2 * 8 ? 1.0F : 0.0F;
-    }
-  }
-  int stage = 0;
-  int parity = 0;
-  for (int c = 0; c < segment.chunks; ++c) {
-    const std::uint32_t base = shared_address(stages) + stage * L::kStage;
-    barrier_wait(barriers + 2 * stage * 8, parity);
-    advance_map<Products, kKeys, true>(n, base);
-    if (has_map) advance_map<Products, kKeys, false>(m, base);
-    barrier_arrive(barriers + (2 * stage + 1) * 8);
-    if (++stage == p.stages) {
-      stage = 0;
-      parity ^= 1;
-    }
+    WarpProducts::clear(n);
   }
   const std::size_t slot = segment.entry->first_map + segment.index;
-  float* map = p.maps + (slot * problem.heads + head) * map_floats(kKeys);
-  store_transposed(n, map, row);
-  if (has_map) store_transposed(m, map + kValues * kKeys, row);
+  walk_maps<Products, L, kKeys>(
+      n, segment, {shared_address(stages), shared_address(fixed + L::kBarriers), p.stages},
+      p.maps + (slot * problem.heads + head) * map_floats(kKeys));
 }
 
 // ---- Kernels ----------------------------------------------------------------------------------
@@ -719,7 +372,7 @@ __global__ void __launch_bounds__((kThreads<Products, kMaps>), 1)
     } else {
       if constexpr (Products::kGroup) take_registers<kMaps ? 208 : 176>();
       if constexpr (kMaps) {
-        walk_maps<Products, kKeys>(p, segment, head, stages, fixed);
+        walk_segment_maps<Products, kKeys>(p, segment, head, stages, fixed);
       } else {
         walk_outputs<Products, kKeys>(p, segment, head, first_value, stages, fixed);
       }
@@ -735,8 +388,10 @@ __device__ void split(float x, float y, std::uint32_t& high, std::uint32_t& low)
 }
 
 // S_{s+1}ᵀ = S_sᵀ M_sᵀ + N_sᵀ for the segments of one sequence and head, kJoinRows value columns a
-// block; N is replaced by the state behind the segment. Operands are split into two bfloat16 halves
-// each, which leaves products of 16 bits: the state stays a float32 one.
+// block; N is replaced by the state behind the segment. In reverse the same for gradients of
+// states, D_{s-1}ᵀ = D_sᵀ M_s + N'_sᵀ: map slot s - 1 holds N'_s, and then D_{s-1}, the gradient of
+// the state behind segment s - 1. Operands are split into two bfloat16 halves each, which leaves
+// products of 16 bits: the state stays a float32 one.
 constexpr int kJoinRows = 32;
 constexpr int kJoinThreads = 256;
 
@@ -749,9 +404,8 @@ struct JoinLayout {
   static constexpr int kBytes = kMaps * kMapBytes + 2 * kHalfBytes;
 };
 
-template <int kKeys, int kMaps>
-__global__ void __launch_bounds__(kJoinThreads)
-    join_segments(const __grid_constant__ ChunkParams p) {
+template <int kKeys, int kMaps, bool kReverse>
+__device__ void join(const ChunkParams& p, int row_block) {
   using L = JoinLayout<kKeys, kMaps>;
   constexpr int kColumns = kKeys / 8;  // of a warp
   constexpr int kTiles = kColumns / 8;
@@ -764,21 +418,24 @@ __global__ void __launch_bounds__(kJoinThreads)
   const int warp = threadIdx.x / 32;
   const int row = lane / 4;
   const int column = warp * kColumns + 2 * (lane % 4);
-  const auto map = [&](int segment) {
-    const std::size_t slot = entry.first_map + segment;
-    return p.maps + (slot * p.problem.heads + head) * map_floats(kKeys);
+  // The slot of the step'th state.
+  const auto slot = [&](int step) {
+    const std::size_t segment = kReverse ? entry.segments - 2 - step : step;
+    return (entry.first_map + segment) * p.problem.heads + head;
   };
   // Element (row, column) of tile (i, j) of Nᵀ, and of the state that replaces it.
-  const auto at = [&](int segment, int i, int j) {
-    return map(segment) + (kJoinRows * blockIdx.x + 16 * i + row) * kKeys + column + 8 * j;
+  const auto at = [&](int step, int i, int j) {
+    float* n = kReverse ? p.d_maps + slot(step) * kValues * kKeys
+                        : p.maps + slot(step) * map_floats(kKeys);
+    return n + (kJoinRows * row_block + 16 * i + row) * kKeys + column + 8 * j;
   };
-  const auto load_n = [&](float(&n)[2][kTiles][4], int segment) {
+  const auto load_n = [&](float(&n)[2][kTiles][4], int step) {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
 #pragma unroll
       for (int j = 0; j < kTiles; ++j) {
-        const float2 low = *reinterpret_cast<const float2*>(at(segment, i, j));
-        const float2 high = *reinterpret_cast<const float2*>(at(segment, i, j) + 8 * kKeys);
+        const float2 low = *reinterpret_cast<const float2*>(at(step, i, j));
+        const float2 high = *reinterpret_cast<const float2*>(at(step, i, j) + 8 * kKeys);
         n[i][j][0] = low.x;
         n[i][j][1] = low.y;
         n[i][j][2] = high.x;
@@ -788,7 +445,9 @@ __global__ void __launch_bounds__(kJoinThreads)
   };
   const auto load_m = [&](int hop) {
     if (hop < hops) {
-      const float* from = map(hop + 1) + kValues * kKeys;
+      // Mᵀ of the segment between this state and the next.
+      const float* from =
+          p.maps + slot(kReverse ? hop : hop + 1) * map_floats(kKeys) + kValues * kKeys;
       const std::uint32_t to = shared_address(shared + hop % kMaps * L::kMapBytes);
       for (int i = threadIdx.x; i < kKeys * kKeys / 4; i += kJoinThreads) {
         copy_piece_async(to + (i / (kKeys / 4) * L::kMapStride + i % (kKeys / 4) * 4) * 4,
@@ -855,9 +514,11 @@ __global__ void __launch_bounds__(kJoinThreads)
         std::uint32_t b[2][2];  // half
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
+          const int depth = 16 * k + 8 * r + 2 * (lane % 4);
+          const int to = warp * kColumns + 8 * j + row;
           const float* from =
-              m + (16 * k + 8 * r + 2 * (lane % 4)) * L::kMapStride + warp * kColumns + 8 * j + row;
-          split(from[0], from[L::kMapStride], b[0][r], b[1][r]);
+              kReverse ? m + to * L::kMapStride + depth : m + depth * L::kMapStride + to;
+          split(from[0], from[kReverse ? 1 : L::kMapStride], b[0][r], b[1][r]);
         }
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
@@ -881,21 +542,17 @@ __global__ void __launch_bounds__(kJoinThreads)
   }
 }
 
-struct Card {
-  int shared_bytes = 0;
-  bool group_products = false;
-};
-
-Card card() {
-  const auto attribute = [](cudaDeviceAttr which) {
-    int device = 0;
-    int value = 0;
-    check(cudaGetDevice(&device), "cudaGetDevice");
-    check(cudaDeviceGetAttribute(&value, which, device), "cudaDeviceGetAttribute");
-    return value;
-  };
-  return {.shared_bytes = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin),
-          .group_products = attribute(cudaDevAttrComputeCapabilityMajor) == 9};
+// With kGradients, half of the blocks join the states and half their gradients.
+template <int kKeys, int kMaps, bool kGradients>
+__global__ void __launch_bounds__(kJoinThreads)
+    join_segments(const __grid_constant__ ChunkParams p) {
+  const int blocks = kGradients ? gridDim.x / 2 : gridDim.x;
+  const int block = blockIdx.x;
+  if (kGradients && block >= blocks) {
+    join<kKeys, kMaps, true>(p, block - blocks);
+  } else {
+    join<kKeys, kMaps, false>(p, block);
+  }
 }
 
 template <class Products, int kKeys, bool kMaps>
@@ -914,33 +571,43 @@ void launch_walk(ChunkParams params, const Card& card, int most_stages, cudaStre
   check_launch("delta_rule");
 }
 
-template <int kKeys, int kMaps>
+template <int kKeys, int kMaps, bool kGradients>
 void launch_join(const ChunkParams& params, cudaStream_t stream) {
   constexpr int kBytes = JoinLayout<kKeys, kMaps>::kBytes;
-  const auto kernel = join_segments<kKeys, kMaps>;
+  const auto kernel = join_segments<kKeys, kMaps, kGradients>;
   check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes),
         "cudaFuncSetAttribute");
   const int value_blocks = (params.problem.value_dim + kJoinRows - 1) / kJoinRows;
-  kernel<<<dim3(value_blocks, params.problem.heads, params.batch.count), kJoinThreads, kBytes,
-           stream>>>(params);
+  kernel<<<dim3((kGradients ? 2 : 1) * value_blocks, params.problem.heads, params.batch.count),
+           kJoinThreads, kBytes, stream>>>(params);
   check_launch("join_segments");
+}
+
+template <int kKeys, bool kGradients>
+void launch_join(const ChunkParams& params, const Card& card, cudaStream_t stream) {
+  if (card.shared_bytes >= JoinLayout<kKeys, 3>::kBytes) {
+    launch_join<kKeys, 3, kGradients>(params, stream);
+  } else {
+    launch_join<kKeys, 2, kGradients>(params, stream);
+  }
 }
 
 template <class Products, int kKeys>
 void launch(const ChunkParams& params, const Card& card, cudaStream_t stream) {
   if (params.batch.maps > 0) {
     launch_walk<Products, kKeys, true>(params, card, 4, stream);
-    if (card.shared_bytes >= JoinLayout<kKeys, 3>::kBytes) {
-      launch_join<kKeys, 3>(params, stream);
-    } else {
-      launch_join<kKeys, 2>(params, stream);
-    }
+    launch_join<kKeys, false>(params, card, stream);
   }
   launch_walk<Products, kKeys, false>(params, card, 3, stream);
 }
 
-int padded_keys(const DeltaRuleProblem& problem) {
-  return problem.key_dim <= 64 ? 64 : 128;
+ChunkParams chunk_params(const DeltaRuleProblem& problem, const SequenceBatch& batch, float* maps) {
+  return {.problem = problem,
+          .maps = maps,
+          .d_maps = nullptr,
+          .scale = 1 / std::sqrt(static_cast<float>(problem.key_dim)),
+          .stages = 0,
+          .batch = batch};
 }
 
 }  // namespace
@@ -953,14 +620,14 @@ bool delta_rule_chunks_fit(const DeltaRuleProblem& problem) {
 int delta_rule_segments(const DeltaRuleProblem& problem, int length, int multiprocessors) {
   // Two walks cost about twice one: below three segments' worth of chunks there is nothing to gain.
   constexpr int kLeastChunks = 16;
-  const int chunks = (length + kChunk - 1) / kChunk;
+  const int chunks = chunks_of(length);
   if (problem.value_dim > kValues || chunks < 5 * kLeastChunks) return 1;
   if (card().shared_bytes < JoinLayout<128, 2>::kBytes) return 1;
   return std::clamp(multiprocessors / problem.heads, 1, chunks / kLeastChunks);
 }
 
 std::size_t delta_rule_maps_bytes(const DeltaRuleProblem& problem, int maps) {
-  const auto keys = static_cast<std::size_t>(padded_keys(problem));
+  const auto keys = static_cast<std::size_t>(padded_keys(problem.key_dim));
   return sizeof(float) * (kValues + keys) * keys * static_cast<std::size_t>(problem.heads) *
          static_cast<std::size_t>(maps);
 }
@@ -968,19 +635,19 @@ std::size_t delta_rule_maps_bytes(const DeltaRuleProblem& problem, int maps) {
 void launch_delta_rule_chunks(const DeltaRuleProblem& problem, const SequenceBatch& batch,
                               float* maps, cudaStream_t stream, ProductKind kind) {
   const Card c = card();
-  const ChunkParams params{.problem = problem,
-                           .maps = maps,
-                           .scale = 1 / std::sqrt(static_cast<float>(problem.key_dim)),
-                           .stages = 0,
-                           .batch = batch};
-  const bool group =
-      kind == ProductKind::kAutomatic ? c.group_products : kind == ProductKind::kGroup;
-  if (padded_keys(problem) == 64) {
-    group ? launch<GroupProducts, 64>(params, c, stream)
-          : launch<WarpProducts, 64>(params, c, stream);
+  for_products_and_keys(c, kind, problem.key_dim, [&]<class Products, int kKeys>() {
+    launch<Products, kKeys>(chunk_params(problem, batch, maps), c, stream);
+  });
+}
+
+void launch_delta_rule_joins(const DeltaRuleProblem& problem, const SequenceBatch& batch,
+                             float* maps, float* d_maps, cudaStream_t stream) {
+  ChunkParams params = chunk_params(problem, batch, maps);
+  params.d_maps = d_maps;
+  if (padded_keys(problem.key_dim) == 64) {
+    launch_join<64, true>(params, card(), stream);
   } else {
-    group ? launch<GroupProducts, 128>(params, c, stream)
-          : launch<WarpProducts, 128>(params, c, stream);
+    launch_join<128, true>(params, card(), stream);
   }
 }
 

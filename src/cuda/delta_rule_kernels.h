@@ -44,6 +44,15 @@ void launch_delta_rule_chunks(const DeltaRuleProblem& problem, const SequenceBat
                               float* maps, cudaStream_t stream,
                               ProductKind kind = ProductKind::kAutomatic);
 
+// The joins of the backward, states in order and their gradients against it. K' is K rounded up to
+// 64 or 128.
+//   maps    [maps, H, 128 + K', K']: Nᵀ and Mᵀ of S ← M S + N over each segment but a sequence's
+//           last; Nᵀ becomes the transposed state behind the segment
+//   d_maps  [maps, H, 128, K']: N'ᵀ of dS ← Mᵀ dS + N' over each segment but a sequence's first; it
+//           becomes the transposed gradient of the state before the segment
+void launch_delta_rule_joins(const DeltaRuleProblem& problem, const SequenceBatch& batch,
+                             float* maps, float* d_maps, cudaStream_t stream);
+
 struct DeltaRuleBackwardProblem {
   const void* q = nullptr;      // [T, H, K]
   const void* k = nullptr;      // [T, H, K]
@@ -73,5 +82,21 @@ struct DeltaRuleBackwardWorkspace {
 void launch_delta_rule_backward_plain(const DeltaRuleBackwardProblem& problem,
                                       const DeltaRuleBackwardWorkspace& workspace,
                                       const SequenceBatch& batch, cudaStream_t stream);
+
+// In chunks on the tensor cores: bfloat16, K and V multiples of 8, at most 128.
+bool delta_rule_backward_chunks_fit(const DeltaRuleBackwardProblem& problem);
+
+// Into how many segments it cuts a sequence.
+int delta_rule_backward_segments(const DeltaRuleBackwardProblem& problem, int length,
+                                 int multiprocessors);
+
+// Workspace bytes for a batch.
+std::size_t delta_rule_backward_chunks_bytes(const DeltaRuleBackwardProblem& problem,
+                                             const SequenceBatch& batch);
+
+void launch_delta_rule_backward_chunks(const DeltaRuleBackwardProblem& problem,
+                                       const SequenceBatch& batch, void* workspace,
+                                       cudaStream_t stream,
+                                       ProductKind kind = ProductKind::kAutomatic);
 
 }  // namespace deltafox::cuda

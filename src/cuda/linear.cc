@@ -26,7 +26,8 @@ bool linear_blas(Context& ctx, const LinearArgs& args) {
                        .n = args.w.shape[0],
                        .k = args.w.shape[1],
                        .transpose_b = true,
-                       .accumulate = args.accumulate},
+                       .accumulate = args.accumulate,
+                       .added = args.added},
                       bucket);
 }
 
@@ -42,11 +43,11 @@ void linear(Context& ctx, const LinearArgs& args) {
     fail("linear: x is {} and w {}, on a GPU they must be the same", name_of(args.x.dtype),
          name_of(args.w.dtype));
   }
-  const std::int64_t tokens = args.x.shape[0];
-  if (fits_small_linear(args)) {
-    small_linear(ctx, args);
-  } else if (tokens <= kSmallLinearRows || !linear_blas(ctx, args)) {
-    linear_plain(ctx, args);
+  if (args.x.shape[0] <= kSmallLinearRows || !linear_blas(ctx, args)) {
+    if (args.added.data != nullptr && args.added.data != args.y.data) {
+      ctx.copy(args.y.data, args.added.data, bytes_of(args.y.dtype, args.y.shape));
+    }
+    fits_small_linear(args) ? small_linear(ctx, args) : linear_plain(ctx, args);
   }
   if (args.bias.data != nullptr) add_bias(ctx, args.y, args.bias);
 }

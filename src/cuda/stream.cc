@@ -11,6 +11,7 @@
 #include <cstring>
 #include <map>
 
+#include "core/device_clock.h"
 #include "core/error.h"
 #include "cuda/check.h"
 
@@ -144,6 +145,8 @@ void Memory::copy(void* to, const void* from, std::size_t bytes) {
   if (on_host(to) || on_host(from)) check(cudaStreamSynchronize(stream_), "cudaMemcpy");
 }
 
+}  // namespace
+
 void require_device() {
   int count = 0;
   const cudaError_t status = cudaGetDeviceCount(&count);
@@ -155,8 +158,6 @@ void require_device() {
   }
   check(status, "cudaGetDeviceCount");
 }
-
-}  // namespace
 
 void fail_cuda(cudaError_t status, const char* what) {
   cudaGetLastError();  // one that can be recovered from is not reported twice
@@ -331,6 +332,19 @@ void synchronize(Stream& stream) {
   stream.synchronize();
 }
 
+double seconds_of(Stream& stream, const std::function<void()>& work) {
+  std::array<cudaEvent_t, 2> events{};
+  for (cudaEvent_t& event : events) check(cudaEventCreate(&event), "cudaEventCreate");
+  check(cudaEventRecord(events[0], stream.handle()), "cudaEventRecord");
+  work();
+  check(cudaEventRecord(events[1], stream.handle()), "cudaEventRecord");
+  stream.synchronize();
+  float milliseconds = 0;
+  check(cudaEventElapsedTime(&milliseconds, events[0], events[1]), "cudaEventElapsedTime");
+  for (const cudaEvent_t event : events) cudaEventDestroy(event);
+  return milliseconds / 1e3;
+}
+
 void* allocate(std::size_t bytes) {
   static const bool found = (require_device(), true);
   (void)found;
@@ -347,6 +361,17 @@ void copy(void* to, const void* from, std::size_t bytes) {
 
 void copy(Stream& stream, void* to, const void* from, std::size_t bytes) {
   check(cudaMemcpyAsync(to, from, bytes, cudaMemcpyDefault, stream.handle()), "cudaMemcpyAsync");
+}
+
+void zero(Stream& stream, void* memory, std::size_t bytes) {
+  check(cudaMemsetAsync(memory, 0, bytes, stream.handle()), "cudaMemsetAsync");
+}
+
+std::size_t memory_in_use() {
+  std::size_t free = 0;
+  std::size_t total = 0;
+  check(cudaMemGetInfo(&free, &total), "cudaMemGetInfo");
+  return total - free;
 }
 
 }  // namespace deltafox::cuda

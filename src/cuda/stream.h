@@ -65,6 +65,9 @@ class Stream {
   std::size_t uploads_used_ = 0;
 };
 
+// Throws Error if there is no GPU or no driver.
+void require_device();
+
 inline cudaStream_t stream_of(Context& ctx) {
   return ctx.stream().handle();
 }

@@ -96,8 +96,9 @@ class CausalLM {
     bool recompute = false;
   };
   // Of whole sequences, read from new states: loss[t] = -log softmax(logits_t)[labels_t], 0 where
-  // the label is negative, and gradients += those of Σ_t scale · loss[t]. The weights must be
-  // float32.
+  // the label is negative, and gradients += those of Σ_t scale · loss[t]. On a GPU ids,
+  // labels and loss lie in its memory, and matrices are of the context's activation dtype; else
+  // weights must be float32.
   void forward_backward(Context& ctx, std::span<const std::int32_t> ids, const Sequences& sequences,
                         std::span<const std::int32_t> labels, float scale, std::span<float> loss,
                         Gradients& gradients, const BackwardOptions& options) const;
@@ -134,20 +135,24 @@ class CausalLM {
 
  private:
   struct LayerSaved;
+  struct StreamGradient;
 
   void step(Context& ctx, std::span<SequenceState* const> states, const TensorView& hidden) const;
 
-  // hidden [T, C] through a layer, from new states. With `saved`, what backward needs stays in the
-  // context's scratch memory.
+  // What a mixer or MLP reads of the stream [T, C]: the normed stream, or with norm_first itself.
+  ConstTensorView layer_input(Context& ctx, ScratchScope& scratch, const std::optional<Param>& norm,
+                              const ConstTensorView& stream) const;
+  // out [T, C] = in [T, C] through a layer, from new states. With `saved`, what backward needs
+  // stays in the context's kept memory, and so must `in`; then out may have no data.
   void forward_layer(Context& ctx, const Layer& layer, const Sequences& sequences,
-                     const TensorView& hidden, LayerSaved* saved) const;
-  // dhidden [T, C]: the gradient of what the layer left behind becomes that of what it read.
+                     const TensorView& in, const TensorView& out, LayerSaved* saved) const;
+  // dhidden: the gradient of what the layer left behind becomes that of what it read.
   void backward_layer(Context& ctx, const Layer& layer, const Sequences& sequences,
-                      const LayerSaved& saved, const TensorView& dhidden,
+                      const LayerSaved& saved, const StreamGradient& dhidden,
                       Gradients& gradients) const;
-  // loss [T], and dhidden [T, C] = the gradient of what the last layer left behind.
+  // loss [T], and dhidden = the gradient of what the last layer left behind.
   void head_backward(Context& ctx, const TensorView& hidden, std::span<const std::int32_t> labels,
-                     float scale, std::span<float> loss, const TensorView& dhidden,
+                     float scale, std::span<float> loss, const StreamGradient& dhidden,
                      Gradients& gradients) const;
 
   Config config_;

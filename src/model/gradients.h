@@ -7,8 +7,8 @@
 #include <unordered_map>
 #include <vector>
 
+#include "core/context.h"
 #include "core/tensor.h"
-#include "core/thread_pool.h"
 #include "model/param.h"
 
 namespace deltafox {
@@ -25,9 +25,9 @@ class Gradients {
     Tensor value{};  // of the parameter's shape
   };
 
-  explicit Gradients(CausalLM& model);  // zeros
+  explicit Gradients(CausalLM& model, Device device = Device::kCpu);  // zeros
 
-  void zero(ThreadPool& threads);
+  void zero(Context& ctx);
 
   std::vector<Entry>& entries() { return entries_; }
   const std::vector<Entry>& entries() const { return entries_; }

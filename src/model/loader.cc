@@ -146,7 +146,7 @@ std::vector<Tensor> place_on_gpu(CausalLM& model, ThreadPool& threads) {
   std::vector<cuda::Piece> pieces;
   model.visit_params([&](const std::string&, Param& param) {
     pieces.push_back({to, param.value.data, bytes_of(param.value.dtype, param.shape)});
-    if (!param.is_matrix) {
+    if (param.read_on_host) {
       Tensor& host = buffers.emplace_back(DType::kF32, param.shape);
       convert(param.value, host.view());
       param.host = std::as_const(host).view();

@@ -664,22 +664,38 @@ void Model::loss_and_gradients(const Batch& batch, std::span<const std::int32_t>
                                const GradientOptions& options) const {
   impl_->check(batch);
   impl_->check_labels(batch, labels, loss);
-  impl_->lm_.visit_params([](const std::string& name, const Param& param) {
-    if (param.value.dtype == DType::kF32) return;
+  impl_->lm_.visit_params([&](const std::string& name, const Param& param) {
+    if (impl_->device_ == Device::kCuda || param.value.dtype == DType::kF32) return;
     fail("gradients: tensor '{}' is kept as {}; load the model with dtype float32", name,
          name_of(param.value.dtype));
   });
   const auto counted = std::count_if(labels.begin(), labels.end(), [](auto id) { return id >= 0; });
   const float scale = counted > 0 ? 1 / static_cast<float>(counted) : 0;
-  Gradients gradients(impl_->lm_);
-  Impl::Lease lease(*impl_);
-  impl_->lm_.forward_backward(*lease, batch.input_ids, Sequences(batch.cu_seqlens), labels, scale,
-                              loss, gradients, {.recompute = options.recompute});
+  Gradients gradients(impl_->lm_, impl_->device_);
+  {
+    Impl::Lease lease(*impl_);
+    Context& ctx = *lease;
+    ScratchScope scratch(ctx);
+    const TensorView losses = scratch.tensor({std::ssize(loss)});
+    impl_->lm_.forward_backward(ctx, on_device(ctx, scratch, batch.input_ids),
+                                Sequences(batch.cu_seqlens), on_device(ctx, scratch, labels), scale,
+                                {losses.f32(), loss.size()}, gradients,
+                                {.recompute = options.recompute});
+    ctx.copy(loss.data(), losses.data, loss.size_bytes());
+    ctx.synchronize();
+  }
   for (const Gradients::Entry& entry : gradients.entries()) {
     const Shape& shape = entry.param->shape;
     std::vector<std::int64_t> dims(static_cast<std::size_t>(shape.rank()));
     for (int i = 0; i < shape.rank(); ++i) dims[static_cast<std::size_t>(i)] = shape[i];
-    sink(entry.name, dims, {entry.value.f32(), static_cast<std::size_t>(shape.size())});
+    std::vector<float> host;
+    const float* values = entry.value.view().f32();
+    if (impl_->device_ == Device::kCuda) {
+      host.resize(static_cast<std::size_t>(shape.size()));
+      entry.value.write_to(host.data());
+      values = host.data();
+    }
+    sink(entry.name, dims, {values, static_cast<std::size_t>(shape.size())});
   }
 }
 

@@ -45,8 +45,9 @@ struct Param {
   // False for a matrix that its block reads in parts which packed panels cannot be cut into.
   bool packable = true;
   bool trainable = true;       // false for what the official code keeps as a buffer
+  bool read_on_host = false;   // true for a vector that its block reads on the host as well
   ConstTensorView value = {};  // bound by the loader
-  ConstTensorView host = {};   // of a vector whose value lies on a GPU, the same on the host
+  ConstTensorView host = {};   // of such a vector whose value lies on a GPU, the same on the host
 
   const ConstTensorView& on_host() const { return host.data != nullptr ? host : value; }
 

@@ -19,6 +19,7 @@ void adamw(Context& ctx, const AdamWArgs& args) {
 }
 
 void adamw_step(Context& ctx, const AdamWStepArgs& args) {
+  const OpTimer timer("adamw_step");
   for (const AdamWParam& param : args.params) {
     check("adamw_step", "grad", param.grad, param.w.shape);
     check("adamw_step", "w", param.w, param.w.shape);

@@ -22,6 +22,7 @@ void delta_rule(Context& ctx, const DeltaRuleArgs& args) {
 }
 
 void delta_rule_backward(Context& ctx, const DeltaRuleBackwardArgs& args) {
+  const OpTimer timer("delta_rule_backward");
   const std::int64_t tokens = args.sequences.tokens();
   const std::int64_t heads = args.q.shape[1];
   check_activation(ctx, "delta_rule_backward", "q", args.q, {tokens, heads, args.q.shape[2]});

@@ -25,6 +25,8 @@ struct LinearArgs {
   TensorView y;               // [T, N] F32
   bool accumulate = false;    // y += x wᵀ
   ConstTensorView bias = {};  // [N] F32 or no data
+  // [T, N], as y, may be y: what is accumulated to, and y only written; or no data.
+  ConstTensorView added = {};
 };
 
 // dx = dy w, or dx += dy w; dw += dyᵀ x; dbias += Σ_t dy_t

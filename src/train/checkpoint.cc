@@ -51,13 +51,14 @@ std::vector<std::pair<std::int64_t, fs::path>> checkpoints_in(const fs::path& di
   return found;
 }
 
-// One of the weights, m or v of an entry, from the file.
-void read_tensor(const io::SafetensorsFile& file, const std::string& name, Tensor& to) {
-  const ConstTensorView from = file.view(name);
-  if (from.dtype != DType::kF32 || from.shape != to.view().shape) {
-    fail("{}: tensor '{}': is not F32 of shape {}", file.path(), name, to_string(to.view().shape));
+// One of the weights, m or v of an entry.
+const float* read_tensor(const io::SafetensorsFile& file, const std::string& name,
+                         const Shape& shape) {
+  const ConstTensorView view = file.view(name);
+  if (view.dtype != DType::kF32 || view.shape != shape) {
+    fail("{}: tensor '{}': is not F32 of shape {}", file.path(), name, to_string(shape));
   }
-  std::memcpy(to.f32(), from.f32(), to.bytes());
+  return view.f32();
 }
 
 const std::string& metadata(const io::SafetensorsFile& file, const char* key) {
@@ -89,10 +90,11 @@ Progress load_checkpoint(const std::string& path, Parameters& parameters, LossBy
   const io::JsonObject state = io::JsonObject::parse(metadata(file, kState), path);
   state.integer("version", 0, kVersion, kVersion);
   for (Parameters::Entry& entry : parameters.entries()) {
-    read_tensor(file, "weights." + entry.name, entry.weight);
+    const Shape& shape = entry.param->shape;
+    parameters.set_weight(entry, read_tensor(file, "weights." + entry.name, shape));
     if (!entry.trained) continue;
-    read_tensor(file, "m." + entry.name, entry.m);
-    read_tensor(file, "v." + entry.name, entry.v);
+    entry.m.read_from(read_tensor(file, "m." + entry.name, shape));
+    entry.v.read_from(read_tensor(file, "v." + entry.name, shape));
   }
   const io::TensorEntry* sums = file.find(kLosses);
   const std::size_t bytes = losses.sums().size() * sizeof(double);
@@ -165,7 +167,7 @@ void CheckpointWriter::save(const Progress& progress, const Parameters& paramete
   wait();
   if (copies_.empty()) {
     for (const Parameters::Entry& entry : parameters.entries()) {
-      const Shape shape = entry.weight.view().shape;
+      const Shape& shape = entry.param->shape;
       copies_.push_back({"weights." + entry.name, Tensor(DType::kF32, shape)});
       if (!entry.trained) continue;
       copies_.push_back({"m." + entry.name, Tensor(DType::kF32, shape)});
@@ -174,18 +176,18 @@ void CheckpointWriter::save(const Progress& progress, const Parameters& paramete
     const auto bytes = static_cast<std::int64_t>(losses.sums().size() * sizeof(double));
     copies_.push_back({kLosses, Tensor(DType::kU8, {bytes})});
   }
-  std::vector<const void*> sources;
+  std::vector<const Tensor*> sources;
   for (const Parameters::Entry& entry : parameters.entries()) {
-    sources.push_back(entry.weight.f32());
+    sources.push_back(&entry.weight);
     if (!entry.trained) continue;
-    sources.push_back(entry.m.f32());
-    sources.push_back(entry.v.f32());
+    sources.push_back(&entry.m);
+    sources.push_back(&entry.v);
   }
-  sources.push_back(losses.sums().data());
-  threads.parallel_for(std::ssize(copies_), [&](std::int64_t i) {
+  threads.parallel_for(std::ssize(sources), [&](std::int64_t i) {
     const auto at = static_cast<std::size_t>(i);
-    std::memcpy(copies_[at].tensor.view().data, sources[at], copies_[at].tensor.bytes());
+    sources[at]->write_to(copies_[at].tensor.f32());
   });
+  copies_.back().tensor.read_from(losses.sums().data());
   const nlohmann::ordered_json state{{"version", kVersion},
                                      {"tokens", progress.tokens},
                                      {"steps", progress.steps},

@@ -2,10 +2,9 @@
 
 #include <algorithm>
 #include <array>
-#include <cmath>
-#include <cstring>
 
 #include "core/error.h"
+#include "core/float_convert.h"
 #include "io/json.h"
 #include "io/safetensors.h"
 #include "model/init.h"
@@ -42,25 +41,33 @@ bool decays(std::string_view name, const DecayRule& rule) {
   return !is_bias || rule.bias;
 }
 
-Parameters::Parameters(const std::string& config_json, const DecayRule& rule)
-    : config_json_(config_json),
+Parameters::Parameters(Context& ctx, const std::string& config_json, const DecayRule& rule)
+    : ctx_(ctx),
+      config_json_(config_json),
       model_(std::make_unique<CausalLM>(
           build_model(io::JsonObject::parse(config_json, "the model's config")))),
-      gradients_(std::make_unique<Gradients>(*model_)) {
+      gradients_(std::make_unique<Gradients>(*model_, ctx.device())),
+      norm_(DType::kF32, {1}, ctx.device()) {
+  const Device device = ctx.device();
   model_->visit_params([&](const std::string& name, Param& param) {
-    Entry entry{.name = name, .weight = Tensor(DType::kF32, param.shape)};
+    Entry entry{.name = name, .param = &param, .weight = Tensor(DType::kF32, param.shape, device)};
     entry.trained = param.trainable;
     entry.decayed = decays(name, rule);
+    if (param.is_matrix && ctx.activation_dtype() == DType::kBF16) {
+      entry.rounded = Tensor(DType::kBF16, param.shape, device);
+    }
+    if (param.read_on_host && device != Device::kCpu) entry.host = Tensor(DType::kF32, param.shape);
     if (param.trainable) {
-      entry.m = Tensor(DType::kF32, param.shape);
-      entry.v = Tensor(DType::kF32, param.shape);
+      entry.m = Tensor(DType::kF32, param.shape, device);
+      entry.v = Tensor(DType::kF32, param.shape, device);
       entry.gradient = gradients_->of(param);
     }
     entries_.push_back(std::move(entry));
   });
-  std::size_t i = 0;
-  model_->visit_params(
-      [&](const std::string&, Param& param) { param.value = entries_[i++].weight.view(); });
+  for (Entry& entry : entries_) {
+    entry.param->value = entry.rounded.bytes() > 0 ? entry.rounded.view() : entry.weight.view();
+    if (entry.host.bytes() > 0) entry.param->host = entry.host.view();
+  }
 }
 
 std::int64_t Parameters::size() const {
@@ -79,56 +86,75 @@ std::int64_t Parameters::non_embedding_size() const {
   return total;
 }
 
-void Parameters::initialise(std::uint64_t seed, ThreadPool& threads) {
-  std::uint32_t index = 0;
-  model_->visit_params([&](const std::string&, Param& param) {
-    float* const weight = entries_[index].weight.f32();
-    for_pieces(threads, param.shape.size(), [&](std::int64_t begin, std::int64_t n) {
-      initial_values(param, seed, index, begin, {weight + begin, static_cast<std::size_t>(n)});
-    });
-    ++index;
-  });
+void Parameters::refresh_host(Entry& entry) const {
+  if (entry.host.bytes() > 0) entry.weight.write_to(entry.host.f32());
 }
 
-void Parameters::load(const std::string& directory, ThreadPool& threads) {
+void Parameters::set_weight(Entry& entry, const float* values) {
+  entry.weight.read_from(values);
+  refresh_host(entry);
+  if (entry.rounded.bytes() == 0) return;
+  Tensor rounded(DType::kBF16, entry.param->shape);
+  auto* const to = static_cast<std::byte*>(rounded.view().data);
+  for_pieces(ctx_.threads(), entry.param->shape.size(), [&](std::int64_t begin, std::int64_t n) {
+    convert({values + begin, DType::kF32, {n}},
+            {to + static_cast<std::size_t>(begin) * size_of(DType::kBF16), DType::kBF16, {n}});
+  });
+  entry.rounded.read_from(to);
+}
+
+void Parameters::initialise(std::uint64_t seed) {
+  std::uint32_t index = 0;
+  for (Entry& entry : entries_) {
+    Tensor values(DType::kF32, entry.param->shape);
+    for_pieces(ctx_.threads(), entry.param->shape.size(), [&](std::int64_t begin, std::int64_t n) {
+      initial_values(*entry.param, seed, index, begin,
+                     {values.f32() + begin, static_cast<std::size_t>(n)});
+    });
+    set_weight(entry, values.f32());
+    ++index;
+  }
+}
+
+void Parameters::load(const std::string& directory) {
   // A model of its own: checkpoints may spread weights otherwise than ours, and loading knows how.
   const io::Checkpoint checkpoint = io::Checkpoint::open(directory);
   CausalLM source = build_model(io::JsonObject::parse(config_json_, "the model's config"));
-  const std::vector<Tensor> buffers = bind_params(source, checkpoint, DType::kF32, threads);
+  const std::vector<Tensor> buffers = bind_params(source, checkpoint, DType::kF32, ctx_.threads());
   std::size_t i = 0;
   source.visit_params([&](const std::string& name, Param& param) {
     if (i >= entries_.size() || entries_[i].name != name) {
       fail("{}: tensor '{}' is not how the model to train keeps its weights", directory, name);
     }
-    std::memcpy(entries_[i].weight.f32(), param.value.f32(), entries_[i].weight.bytes());
+    set_weight(entries_[i], param.value.f32());
     ++i;
   });
 }
 
-double Parameters::step(Context& ctx, const OptimizerConfig& optimizer, double lr,
-                        double max_grad_norm, std::int64_t step) {
-  double squares = 0;
-  for (const Entry& entry : entries_) {
-    if (entry.trained) squares += ops::sum_of_squares(ctx, entry.gradient);
-  }
-  const double norm = std::sqrt(squares);
-  if (!std::isfinite(norm)) return norm;
-  // As torch.nn.utils.clip_grad_norm_ does.
-  const double scale = std::min(1.0, max_grad_norm / (norm + 1e-6));
+double Parameters::step(const OptimizerConfig& optimizer, double lr, double max_grad_norm,
+                        std::int64_t step) {
+  std::vector<AdamWParam> params;
   for (Entry& entry : entries_) {
     if (!entry.trained) continue;
-    ops::adamw(ctx, {.grad = entry.gradient,
-                     .w = entry.weight.view(),
-                     .m = entry.m.view(),
-                     .v = entry.v.view(),
-                     .lr = lr,
-                     .beta1 = optimizer.betas[0],
-                     .beta2 = optimizer.betas[1],
-                     .eps = optimizer.eps,
-                     .weight_decay = entry.decayed ? optimizer.weight_decay : 0,
-                     .scale = scale,
-                     .step = step});
+    params.push_back({.grad = entry.gradient,
+                      .w = entry.weight.view(),
+                      .m = entry.m.view(),
+                      .v = entry.v.view(),
+                      .rounded = entry.rounded.bytes() > 0 ? entry.rounded.view() : TensorView{},
+                      .weight_decay = entry.decayed ? optimizer.weight_decay : 0});
   }
+  ops::adamw_step(ctx_, {.params = params,
+                         .lr = lr,
+                         .beta1 = optimizer.betas[0],
+                         .beta2 = optimizer.betas[1],
+                         .eps = optimizer.eps,
+                         .max_norm = max_grad_norm,
+                         .step = step,
+                         .norm = norm_.view()});
+  float norm = 0;
+  ctx_.copy(&norm, norm_.view().data, sizeof(norm));
+  ctx_.synchronize();
+  for (Entry& entry : entries_) refresh_host(entry);
   return norm;
 }
 

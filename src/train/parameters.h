@@ -1,5 +1,6 @@
 // A model with what training keeps of each parameter: the float32 master weight, its gradient, and
-// AdamW's two moments.
+// AdamW's two moments; on a GPU that computes in bfloat16 also a copy of each matrix to compute
+// with.
 #pragma once
 
 #include <cstdint>
@@ -22,15 +23,19 @@ class Parameters {
  public:
   struct Entry {
     std::string name;
-    Tensor weight;          // float32, as all of them
+    Param* param;           // of the model, which reads the weight or its copy
+    Tensor weight;          // float32, as all but the copy
+    Tensor rounded{};       // bfloat16, where the model reads a copy
+    Tensor host{};          // a copy of what the model reads on the host as well
     Tensor m{}, v{};        // empty where it is not trained
     TensorView gradient{};  // no data where it is not trained
     bool trained = true;
     bool decayed = true;
   };
 
-  // The model that `config_json` describes, with zeros for weights.
-  Parameters(const std::string& config_json, const DecayRule& rule);
+  // The model that `config_json` describes, with zeros for weights, in the memory of `ctx`'s device
+  // and of its activation dtype. The context must outlive it.
+  Parameters(Context& ctx, const std::string& config_json, const DecayRule& rule);
   Parameters(const Parameters&) = delete;
   Parameters& operator=(const Parameters&) = delete;
 
@@ -43,21 +48,26 @@ class Parameters {
   std::int64_t non_embedding_size() const;
 
   // As the official code initialises them.
-  void initialise(std::uint64_t seed, ThreadPool& threads);
+  void initialise(std::uint64_t seed);
   // From a checkpoint directory in the Hugging Face layout.
-  void load(const std::string& directory, ThreadPool& threads);
+  void load(const std::string& directory);
+  // From the host's memory, and what is computed of it.
+  void set_weight(Entry& entry, const float* values);
 
   // Clips the gradients, all of them together, to the norm `max_grad_norm`, and makes AdamW's step
   // number `step` (from 1). Returns the norm before clipping; if that is not finite, nothing is
-  // changed.
-  double step(Context& ctx, const OptimizerConfig& optimizer, double lr, double max_grad_norm,
-              std::int64_t step);
+  // changed. Waits for all ops before it.
+  double step(const OptimizerConfig& optimizer, double lr, double max_grad_norm, std::int64_t step);
 
  private:
+  void refresh_host(Entry& entry) const;
+
+  Context& ctx_;
   std::string config_json_;
   std::unique_ptr<CausalLM> model_;
   std::unique_ptr<Gradients> gradients_;
   std::vector<Entry> entries_;  // in the model's order
+  Tensor norm_;                 // [1]
 };
 
 }  // namespace deltafox::train

@@ -5,6 +5,7 @@
 #include <deque>
 #include <filesystem>
 #include <future>
+#include <limits>
 #include <numeric>
 #include <optional>
 #include <vector>
@@ -13,6 +14,7 @@
 #include "core/error.h"
 #include "io/file.h"
 #include "ops/adamw.h"
+#include "ops/linear.h"
 #include "ops/peak_rate.h"
 #include "train/checkpoint.h"
 #include "train/data.h"
@@ -110,16 +112,42 @@ void add_prefix_means(const LossByPosition& losses, const std::string& prefix,
   }
 }
 
+// FLOP/s of products on a GPU, of matrices large enough that nothing else matters.
+double measure_products(Context& ctx) {
+  constexpr std::int64_t kSize = 8192;
+  constexpr int kRuns = 5;
+  ScratchScope scratch(ctx);
+  const TensorView x = scratch.activation({kSize, kSize});
+  const TensorView w = scratch.activation({kSize, kSize});
+  const TensorView y = scratch.activation({kSize, kSize});
+  ctx.zero(x.data, bytes_of(x.dtype, x.shape));
+  ctx.zero(w.data, bytes_of(w.dtype, w.shape));
+  double best = std::numeric_limits<double>::infinity();
+  for (int r = 0; r < kRuns; ++r) {
+    ctx.synchronize();
+    const Clock::time_point begin = Clock::now();
+    ops::linear(ctx, {.x = x, .w = w, .y = y});
+    ctx.synchronize();
+    best = std::min(best, seconds_since(begin));
+  }
+  return 2.0 * kSize * kSize * kSize / best;
+}
+
+DType activation_dtype(const Config& config, Device device) {
+  return device == Device::kCuda && config.precision == Precision::kBF16Mixed ? DType::kBF16
+                                                                              : DType::kF32;
+}
+
 }  // namespace
 
 struct Trainer::Impl {
-  Impl(const Config& the_config, int threads_wanted, Listener the_listener);
+  Impl(const Config& the_config, int threads_wanted, Device device, Listener the_listener);
 
   void start();
   void one_step(const Batch& batch);
-  double accumulate_gradients(const Batch& batch);
+  void accumulate_gradients(const Batch& batch);
   [[noreturn]] void refuse_to_go_on(const char* what, double value);
-  void report(double loss, double lr, double norm);
+  void report(double mean, double lr, double norm);
   void log_step(const StepReport& report);
   void log_train_eval();
   void validate();
@@ -134,7 +162,7 @@ struct Trainer::Impl {
   Config config;
   Listener listener;
   ThreadPool threads;
-  Context ctx{threads};
+  Context ctx;
   DataSet data;
   std::optional<DataSet> eval;
   ModelDescription description;
@@ -145,18 +173,24 @@ struct Trainer::Impl {
   std::optional<Metrics> metrics;
   Throughput throughput;
   double peak_flops = 0;
-  std::vector<float> step_losses;  // [B·T]
+  Tensor ids, labels, loss;        // [B·T], where ops read and write them
+  std::vector<float> step_losses;  // [B·T], the same on the host
 };
 
-Trainer::Impl::Impl(const Config& the_config, int threads_wanted, Listener the_listener)
+Trainer::Impl::Impl(const Config& the_config, int threads_wanted, Device device,
+                    Listener the_listener)
     : config(the_config),
       listener(std::move(the_listener)),
       threads(threads_wanted),
+      ctx(threads, device, activation_dtype(config, device)),
       data(open_train(config)),
       description{model_config(config, data.vocab_size(), data.bos()), config.data.tokenizer_path},
-      parameters(description.config_json, config.decay),
+      parameters(ctx, description.config_json, config.decay),
       losses(config.data.train.length),
       checkpoints(config.output_dir, config.checkpoint_keep_interval, description),
+      ids(DType::kI32, {config.data.train.tokens()}, device),
+      labels(DType::kI32, {config.data.train.tokens()}, device),
+      loss(DType::kF32, {config.data.train.tokens()}, device),
       step_losses(static_cast<std::size_t>(config.data.train.tokens())) {
   if (!config.skip_eval) {
     eval.emplace(open_eval(config.data));
@@ -182,11 +216,11 @@ void Trainer::Impl::start() {
     checkpoints.set_last(*from);
     note(fmt::format("going on from {}", *from));
   } else if (!config.pretrained.empty()) {
-    parameters.load(config.pretrained, threads);
+    parameters.load(config.pretrained);
   } else {
-    parameters.initialise(config.seed, threads);
+    parameters.initialise(config.seed);
   }
-  if (config.precision == Precision::kBF16Mixed) {
+  if (config.precision == Precision::kBF16Mixed && ctx.device() == Device::kCpu) {
     note("fabric.precision bf16-mixed: products are float32 on a CPU");
   }
   io::AtomicFile file(config.output_dir + "/config.yaml");
@@ -197,11 +231,12 @@ void Trainer::Impl::start() {
                {{"model_info/total_params", parameters.size()},
                 {"model_info/non_embedding_params", parameters.non_embedding_size()}});
   metrics->log("resume", progress.tokens, {{"resume/resume_step", progress.tokens}});
-  peak_flops = cpu::measure_float32_peak(threads);
+  peak_flops =
+      ctx.device() == Device::kCuda ? measure_products(ctx) : cpu::measure_float32_peak(threads);
   throughput.add(progress);
 }
 
-double Trainer::Impl::accumulate_gradients(const Batch& batch) {
+void Trainer::Impl::accumulate_gradients(const Batch& batch) {
   const std::int64_t length = config.data.train.length;
   const std::int64_t windows =
       std::min(config.data.train.size, std::max<std::int64_t>(1, config.grad_acc_tokens / length));
@@ -209,16 +244,18 @@ double Trainer::Impl::accumulate_gradients(const Batch& batch) {
   for (std::int64_t b = 0; b <= windows; ++b) cu_seqlens.push_back(b * length);
   const auto part = static_cast<std::size_t>(windows * length);
   const auto scale = static_cast<float>(1.0 / static_cast<double>(config.data.train.tokens()));
-  parameters.gradients().zero(threads);
+  ctx.copy(ids.view().data, batch.input_ids.data(), ids.bytes());
+  ctx.copy(labels.view().data, batch.labels.data(), labels.bytes());
+  parameters.gradients().zero(ctx);
+  const auto* const first_id = static_cast<const std::int32_t*>(ids.view().data);
+  const auto* const first_label = static_cast<const std::int32_t*>(labels.view().data);
   for (std::size_t begin = 0; begin < step_losses.size(); begin += part) {
-    parameters.model().forward_backward(
-        ctx, std::span(batch.input_ids).subspan(begin, part), Sequences(cu_seqlens),
-        std::span(batch.labels).subspan(begin, part), scale,
-        std::span(step_losses).subspan(begin, part), parameters.gradients(),
-        {.recompute = config.gradient_checkpointing});
+    parameters.model().forward_backward(ctx, {first_id + begin, part}, Sequences(cu_seqlens),
+                                        {first_label + begin, part}, scale,
+                                        {loss.f32() + begin, part}, parameters.gradients(),
+                                        {.recompute = config.gradient_checkpointing});
   }
-  const double sum = std::accumulate(step_losses.begin(), step_losses.end(), 0.0);
-  return sum / static_cast<double>(step_losses.size());
+  ctx.copy(step_losses.data(), loss.f32(), loss.bytes());
 }
 
 void Trainer::Impl::refuse_to_go_on(const char* what, double value) {
@@ -231,26 +268,29 @@ void Trainer::Impl::refuse_to_go_on(const char* what, double value) {
 void Trainer::Impl::one_step(const Batch& batch) {
   const Clock::time_point begin = Clock::now();
   const double lr = config.schedule(progress.tokens);
-  const double loss = accumulate_gradients(batch);
-  if (!std::isfinite(loss)) refuse_to_go_on("loss", loss);
+  accumulate_gradients(batch);
+  // Without a norm that is finite, it changes nothing; losses are there when it returns.
   const double norm =
-      parameters.step(ctx, config.optimizer, lr, config.max_grad_norm, progress.steps + 1);
+      parameters.step(config.optimizer, lr, config.max_grad_norm, progress.steps + 1);
+  const double mean = std::accumulate(step_losses.begin(), step_losses.end(), 0.0) /
+                      static_cast<double>(step_losses.size());
+  if (!std::isfinite(mean)) refuse_to_go_on("loss", mean);
   if (!std::isfinite(norm)) refuse_to_go_on("norm of the gradient", norm);
   losses.add(step_losses);
   progress.tokens += config.data.train.tokens();
   ++progress.steps;
   progress.seconds += seconds_since(begin);
   throughput.add(progress);
-  report(loss, lr, norm);
+  report(mean, lr, norm);
 }
 
-void Trainer::Impl::report(double loss, double lr, double norm) {
+void Trainer::Impl::report(double mean, double lr, double norm) {
   const double rate = throughput.tokens_per_second();
   const double flops = 6 * static_cast<double>(parameters.non_embedding_size()) * rate;
   const StepReport report{
       .tokens = progress.tokens,
       .max_tokens = config.max_tokens,
-      .loss = loss,
+      .loss = mean,
       .lr = lr,
       .grad_norm = norm,
       .tokens_per_second = rate,
@@ -301,11 +341,12 @@ void Trainer::Impl::validate() {
   LossByPosition heldout(shape.length);
   const auto size = static_cast<std::size_t>(shape.tokens());
   Batch batch{std::vector<std::int32_t>(size), std::vector<std::int32_t>(size)};
-  std::vector<float> loss(size);
+  std::vector<float> batch_losses(size);
   for (std::int64_t b = 0; b < eval->batches(); ++b) {
     eval->read(b, threads, batch.input_ids, batch.labels);
-    window_losses(ctx, parameters.model(), shape.length, batch.input_ids, batch.labels, loss);
-    heldout.add(loss);
+    window_losses(ctx, parameters.model(), shape.length, batch.input_ids, batch.labels,
+                  batch_losses);
+    heldout.add(batch_losses);
     if (listener.on_validation) {
       listener.on_validation((b + 1) * shape.tokens(), eval->batches() * shape.tokens());
     }
@@ -326,8 +367,8 @@ void Trainer::Impl::validate() {
                    mean, std::exp(mean)));
 }
 
-Trainer::Trainer(const Config& config, int threads, Listener listener)
-    : impl_(std::make_unique<Impl>(config, threads, std::move(listener))) {}
+Trainer::Trainer(const Config& config, int threads, Device device, Listener listener)
+    : impl_(std::make_unique<Impl>(config, threads, device, std::move(listener))) {}
 Trainer::~Trainer() = default;
 
 std::int64_t Trainer::num_parameters() const {

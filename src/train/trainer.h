@@ -7,6 +7,7 @@
 #include <memory>
 #include <string>
 
+#include "deltafox/device.h"
 #include "train/config.h"
 
 namespace deltafox::train {
@@ -18,7 +19,9 @@ struct StepReport {
   double lr = 0;
   double grad_norm = 0;          // before clipping
   double tokens_per_second = 0;  // of the last steps
-  double flops_utilization = 0;  // 6 FLOPs a parameter and token, of the machine's float32 peak
+  // 6 FLOPs a parameter and token, of the peak measured at the start: of a CPU's float32
+  // arithmetic, of a GPU's products
+  double flops_utilization = 0;
   double seconds_left = 0;
   bool logged = false;  // an interval of the log ends here
 };
@@ -35,7 +38,7 @@ class Trainer {
  public:
   // Opens the data and makes the model: from the newest checkpoint in output_dir, else from
   // fork_dir or `pretrained`, else at random. Throws Error if the configuration does not fit them.
-  Trainer(const Config& config, int threads, Listener listener);
+  Trainer(const Config& config, int threads, Device device, Listener listener);
   ~Trainer();
   Trainer(const Trainer&) = delete;
   Trainer& operator=(const Trainer&) = delete;

@@ -105,12 +105,104 @@ double plain_tolerance(DType dtype) {
 TEST_P(CudaDeltaRuleBackward, EqualsPlainForAnyHeadSizes) {
   Random random(1);
   Gpu gpu(GetParam());
-  const std::int64_t sizes[][2] = {{64, 64}, {30, 33}, {200, 40}, {96, 72}};
+  // None of them are heads that BF16 takes in chunks.
+  const std::int64_t sizes[][2] = {{64, 66}, {30, 33}, {200, 40}, {97, 72}};
   for (const auto& size : sizes) {
     SCOPED_TRACE(size[0]);
     Case c(random, {0, 64, 64, 65, 95, 225}, 2, size[0], size[1], size[0] != 64);
     const std::vector<Tensor> got = c.run(gpu);
     expect_gradients(got, c.run_plain(), plain_tolerance(gpu.dtype()));
+  }
+}
+
+// In chunks on the tensor cores, a gradient has been rounded some nine times on its way, errors of
+// independent signs: S, R, T, U, dS, dU, dE, a triangle of scores and the gradient itself. Twice
+// √9 epsilons leave room for the growth in T.
+double chunk_tolerance() {
+  return 6 * test::epsilon(DType::kBF16);
+}
+
+class CudaDeltaRuleBackwardChunks : public testing::Test {
+ protected:
+  Random random_{2};
+  Gpu gpu_{DType::kBF16};
+};
+
+TEST_F(CudaDeltaRuleBackwardChunks, EqualPlain) {
+  const std::int64_t sizes[][2] = {{128, 128}, {64, 64}, {64, 128}, {128, 64}, {72, 104}, {8, 8}};
+  for (const auto& size : sizes) {
+    SCOPED_TRACE(testing::Message() << "K " << size[0] << ", V " << size[1]);
+    // One chunk, a chunk and one row, nothing, too few rows for chunks, tails.
+    Case c(random_, {0, 64, 129, 129, 139, 182, 374, 500}, 3, size[0], size[1], size[0] != 64);
+    const std::vector<Tensor> got = c.run(gpu_);
+    expect_gradients(got, c.run_plain(), chunk_tolerance());
+  }
+}
+
+TEST_F(CudaDeltaRuleBackwardChunks, EqualPlainAtRandomLengths) {
+  for (int i = 0; i < 8; ++i) {
+    SCOPED_TRACE(i);
+    Case c(random_, random_.lengths(random_.integer(1, 6), 300), random_.integer(1, 4),
+           8 * random_.integer(1, 16), 8 * random_.integer(1, 16), i % 4 != 0);
+    const std::vector<Tensor> got = c.run(gpu_);
+    expect_gradients(got, c.run_plain(), chunk_tolerance());
+  }
+}
+
+// Long enough to be cut into segments, among them ones of unequal numbers of chunks.
+TEST_F(CudaDeltaRuleBackwardChunks, EqualPlainInSegments) {
+  for (const std::int64_t size : {64, 128}) {
+    SCOPED_TRACE(size);
+    Case c(random_, {0, 100, 5820, 12000}, 2, size, size, true);
+    const std::vector<Tensor> got = c.run(gpu_);
+    expect_gradients(got, c.run_plain(), chunk_tolerance());
+  }
+}
+
+// Where β is 0 a token leaves no trace in the state, and yet has a gradient of β.
+TEST_F(CudaDeltaRuleBackwardChunks, EqualPlainWhereBetaIsZeroOrSmall) {
+  Case c(random_, {0, 200}, 2, 128, 128, true);
+  for (std::int64_t i = 0; i < c.cu.back() * 2; ++i) {
+    if (i % 3 == 0) c.beta.f32()[i] = 0;
+    if (i % 7 == 0) c.beta.f32()[i] = 1e-6F;
+  }
+  const std::vector<Tensor> got = c.run(gpu_);
+  expect_gradients(got, c.run_plain(), chunk_tolerance());
+}
+
+TEST_F(CudaDeltaRuleBackwardChunks, RepeatToTheBit) {
+  Case c(random_, {0, 1000, 6700}, 2, 128, 128, true);
+  const std::vector<Tensor> first = c.run(gpu_);
+  for (int i = 0; i < 3; ++i) {
+    const std::vector<Tensor> again = c.run(gpu_);
+    for (std::size_t d = 0; d < first.size(); ++d) expect_equal(again[d], first[d]);
+  }
+}
+
+TEST_F(CudaDeltaRuleBackwardChunks, DoNotDependOnTheBatch) {
+  constexpr std::int64_t kHeads = 2;
+  Case all(random_, {0, 300, 345, 5945, 6100}, kHeads, 128, 128, true);
+  const std::vector<Tensor> together = all.run(gpu_);
+  for (std::size_t b = 0; b + 1 < all.cu.size(); ++b) {
+    SCOPED_TRACE(b);
+    const std::int64_t begin = all.cu[b] * kHeads;
+    const std::int64_t rows = (all.cu[b + 1] - all.cu[b]) * kHeads;
+    Case alone(random_, {0, rows / kHeads}, kHeads, 128, 128, true);
+    const auto take = [&](const Tensor& from, Tensor& to) {
+      const std::int64_t width = to.view().shape.size() / rows;
+      std::copy_n(from.f32() + begin * width, rows * width, to.f32());
+    };
+    take(all.q, alone.q);
+    take(all.k, alone.k);
+    take(all.v, alone.v);
+    take(all.d_o, alone.d_o);
+    take(all.beta, alone.beta);
+    const std::vector<Tensor> got = alone.run(gpu_);
+    for (std::size_t d = 0; d < got.size(); ++d) {
+      Tensor expected(DType::kF32, got[d].view().shape);
+      take(together[d], expected);
+      expect_equal(got[d], expected);
+    }
   }
 }
 

@@ -26,7 +26,9 @@ class Golden5Steps : public testing::TestWithParam<std::string> {
 
 TEST_P(Golden5Steps, DecayTheGroupsOfTheOfficialScript) {
   const auto groups = nlohmann::json::parse(read_file(golden_.directory() + "/param_groups.json"));
-  const Parameters parameters(config_, {});
+  ThreadPool threads(1);
+  Context ctx(threads);
+  const Parameters parameters(ctx, config_, {});
   std::vector<std::string> decayed;
   std::vector<std::string> others;
   for (const Parameters::Entry& entry : parameters.entries()) {
@@ -40,10 +42,10 @@ TEST_P(Golden5Steps, DecayTheGroupsOfTheOfficialScript) {
 
 // The bounds are those that the golden values ask for: loss 1e-5, norms 1e-4 of themselves.
 TEST_P(Golden5Steps, GiveTheOfficialLossesAndNorms) {
-  Parameters parameters(config_, {});
   ThreadPool threads(2);
   Context ctx(threads);
-  parameters.load(golden_.directory(), threads);
+  Parameters parameters(ctx, config_, {});
+  parameters.load(golden_.directory());
   const auto ids = golden_.rows("input_ids");
   const std::vector<std::int32_t> labels = golden_.ids("labels");
   const Packed packed(ids);
@@ -51,7 +53,7 @@ TEST_P(Golden5Steps, GiveTheOfficialLossesAndNorms) {
   const train::OptimizerConfig optimizer{.betas = {0.9, 0.95}, .eps = 1e-8, .weight_decay = 0.1};
   std::vector<float> loss(labels.size());
   for (int s = 0; s < 5; ++s) {
-    parameters.gradients().zero(threads);
+    parameters.gradients().zero(ctx);
     parameters.model().forward_backward(ctx, batch.input_ids, Sequences(batch.cu_seqlens), labels,
                                         1.0F / static_cast<float>(labels.size()), loss,
                                         parameters.gradients(), {});
@@ -59,7 +61,7 @@ TEST_P(Golden5Steps, GiveTheOfficialLossesAndNorms) {
         std::accumulate(loss.begin(), loss.end(), 0.0) / static_cast<double>(loss.size());
     const auto at = static_cast<std::size_t>(s);
     EXPECT_NEAR(mean, golden_.floats("train.loss")[at], 1e-5) << "step " << s;
-    const double norm = parameters.step(ctx, optimizer, 1e-3 * (s + 1) / 5, 1.0, s + 1);
+    const double norm = parameters.step(optimizer, 1e-3 * (s + 1) / 5, 1.0, s + 1);
     const float expected = golden_.floats("train.grad_norm")[at];
     EXPECT_NEAR(norm, expected, 1e-4 * expected) << "step " << s;
   }

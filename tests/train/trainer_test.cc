@@ -1,92 +1,15 @@
 // The training loop on models that train in a moment.
-#include "train/trainer.h"
-
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
 #include <cmath>
-#include <filesystem>
-#include <fstream>
-#include <nlohmann/json.hpp>
-
-#include "core/error.h"
 #include "deltafox/model.h"
 #include "io/safetensors.h"
-#include "io/token_file.h"
-#include "support/temporary.h"
+#include "support/training.h"
 #include "train/checkpoint.h"
 
 namespace deltafox::test {
 namespace {
-
-namespace fs = std::filesystem;
-using train::Outcome;
-using train::StepReport;
-using train::Trainer;
-
-const std::string kTiny = std::string(DELTAFOX_SOURCE_DIR) + "/configs/tiny/delta_net.yaml";
-
-class Training : public testing::Test {
- protected:
-  // 8 windows of a text that a model can learn by heart, as bytes.
-  Training() {
-    const std::string text = read_file(std::string(DELTAFOX_SOURCE_DIR) + "/LICENSE");
-    std::vector<std::int32_t> ids;
-    for (const char c : text.substr(0, 8 * 32)) ids.push_back(static_cast<unsigned char>(c));
-    for (const char* split : {"train", "heldout"}) {
-      io::TokenFileWriter writer(directory_.path(std::string(split) + ".tokens"), 256, 255);
-      writer.append(ids);
-      writer.finish(1);
-    }
-  }
-
-  train::Config config(const std::string& run, std::vector<std::string> overrides = {}) const {
-    // Whatever the length of the run, the learning rate is the same.
-    overrides.emplace_back("schedule.decay_steps=15360");
-    overrides.push_back("data_dir=" + directory_.path());
-    overrides.push_back("output_dir=" + directory_.path(run));
-    return train::load_config(kTiny, overrides);
-  }
-  // Trains until `tokens` are done or to the end, and returns the losses of the steps.
-  static std::vector<double> train(const train::Config& config, int threads,
-                                   std::int64_t tokens = -1) {
-    std::atomic<bool> stop = false;
-    std::vector<double> losses;
-    train::Listener listener;
-    listener.on_step = [&](const StepReport& report) {
-      losses.push_back(report.loss);
-      if (report.tokens == tokens) stop = true;
-    };
-    Trainer trainer(config, threads, listener);
-    EXPECT_EQ(trainer.run(stop), tokens < 0 ? Outcome::kFinished : Outcome::kStopped);
-    return losses;
-  }
-  std::vector<nlohmann::json> log(const std::string& run, const std::string& name) const {
-    std::ifstream in(directory_.path(run + "/metrics/jsonlines/" + name + ".jsonl"));
-    std::vector<nlohmann::json> lines;
-    for (std::string line; std::getline(in, line);) lines.push_back(nlohmann::json::parse(line));
-    return lines;
-  }
-  std::vector<std::string> checkpoints(const std::string& run) const {
-    std::vector<std::string> names;
-    for (const auto& entry : fs::directory_iterator(directory_.path(run + "/checkpoints"))) {
-      names.push_back(entry.path().filename().string());
-    }
-    std::sort(names.begin(), names.end());
-    return names;
-  }
-  template <typename Action>
-  static std::string error_of(Action&& action) {
-    try {
-      action();
-    } catch (const Error& error) {
-      return error.what();
-    }
-    return "no error";
-  }
-
-  TemporaryDirectory directory_;
-};
 
 TEST_F(Training, ADeltaNetLearnsAShortTextByHeart) {
   const std::vector<double> losses = train(config("run"), 2);

@@ -1,5 +1,5 @@
 // Linked where the CUDA back end is not built: whoever asks for a GPU gets one clear line.
-#include "core/device.h"
+#include "core/device_clock.h"
 #include "core/error.h"
 #include "ops/activation.h"
 #include "ops/adamw.h"
@@ -35,6 +35,9 @@ std::shared_ptr<Stream> make_stream() {
 void synchronize(Stream& /*stream*/) {
   fail_without_cuda();
 }
+double seconds_of(Stream& /*stream*/, const std::function<void()>& /*work*/) {
+  fail_without_cuda();
+}
 void* allocate(std::size_t /*bytes*/) {
   fail_without_cuda();
 }
@@ -43,6 +46,18 @@ void copy(void* /*to*/, const void* /*from*/, std::size_t /*bytes*/) {
   fail_without_cuda();
 }
 void copy(Stream& /*stream*/, void* /*to*/, const void* /*from*/, std::size_t /*bytes*/) {
+  fail_without_cuda();
+}
+void zero(Stream& /*stream*/, void* /*memory*/, std::size_t /*bytes*/) {
+  fail_without_cuda();
+}
+std::size_t memory_in_use() {
+  fail_without_cuda();
+}
+std::shared_ptr<GrowingMemory> make_growing_memory() {
+  fail_without_cuda();
+}
+std::byte* grow(GrowingMemory& /*memory*/, std::size_t /*bytes*/) {
   fail_without_cuda();
 }
 

@@ -67,6 +67,8 @@ AttentionMixer::AttentionMixer(const Config& config)
     const bool shared = config.qk_norm == QkNorm::kShared;
     weights_.q_norm = Param::vector({shared ? config.head_dim : query_dim}, Init::constant(1));
     weights_.k_norm = Param::vector({shared ? config.head_dim : key_dim}, Init::constant(1));
+    weights_.q_norm->read_on_host = config.log_pruning_tolerance.has_value();
+    weights_.k_norm->read_on_host = config.log_pruning_tolerance.has_value();
   }
   if (config.forget_gate == ForgetGate::kProjected) {
     weights_.fgate_proj = heads_of_hidden(config.num_heads);
@@ -151,7 +153,7 @@ TensorView AttentionMixer::log_gates(Context& ctx, ScratchScope& scratch,
 }
 
 std::span<const float> AttentionMixer::score_bounds(ScratchScope& scratch) const {
-  if (!weights_.q_norm) return {};
+  if (!weights_.q_norm || !config_.log_pruning_tolerance) return {};
   // A normed head is at most √D long before its weights, and turning it changes no length.
   const float root = std::sqrt(static_cast<float>(config_.head_dim));
   const std::int64_t group = config_.num_heads / config_.num_kv_heads;
@@ -195,8 +197,8 @@ void AttentionMixer::attend(Context& ctx, const TensorView& q, const TensorView&
 }
 
 void AttentionMixer::forward(Context& ctx, const ConstTensorView& x, const Sequences& sequences,
-                             std::span<State* const> states, const TensorView& hidden,
-                             Saved* saved) const {
+                             std::span<State* const> states, const TensorView& hidden, Saved* saved,
+                             const ConstTensorView& residual) const {
   const std::int64_t tokens = x.shape[0];
   const std::int64_t heads = config_.num_heads;
   const std::int64_t width = heads * config_.head_dim;
@@ -244,7 +246,7 @@ void AttentionMixer::forward(Context& ctx, const ConstTensorView& x, const Seque
   } else if (weights_.ogate_proj) {
     ops::gate(ctx, {.activation = config_.output_gate_activation, .gate = gate, .x = output});
   }
-  ops::linear(ctx, {.x = output, .w = weights_.o_proj.value, .y = hidden, .accumulate = true});
+  add_output(ctx, output, weights_.o_proj, {}, residual, hidden);
   if (saved == nullptr) return;
   kept.q = q;
   kept.k = k;
@@ -253,6 +255,11 @@ void AttentionMixer::forward(Context& ctx, const ConstTensorView& x, const Seque
   kept.gate = gate;
   kept.output = output;
   *saved = kept;
+}
+
+void AttentionMixer::add_again(Context& ctx, const Saved& saved, const ConstTensorView& residual,
+                               const TensorView& hidden) const {
+  add_output(ctx, saved.output, weights_.o_proj, {}, residual, hidden);
 }
 
 void AttentionMixer::output_backward(Context& ctx, const Saved& saved, const TensorView& dy,
@@ -337,8 +344,8 @@ void AttentionMixer::shifted_backward(Context& ctx, const ConstTensorView& x,
   ScratchScope scratch(ctx);
   TensorView dprojected = d;  // [T, G, D]
   if (shift_proj) {
-    dprojected = scratch.tensor(d.shape);
-    const TensorView dalpha = scratch.tensor(before.alpha.shape);  // [T, G]
+    dprojected = scratch.like(d);
+    const TensorView dalpha = scratch.like(before.alpha);  // [T, G]
     ops::token_shift_backward(ctx, {.x = before.projected,
                                     .alpha = before.alpha,
                                     .sequences = sequences,
@@ -367,14 +374,14 @@ void AttentionMixer::backward(Context& ctx, const ConstTensorView& x, const Sequ
                               const Saved& saved, const TensorView& dy, const TensorView& dx,
                               Gradients& gradients) const {
   ScratchScope scratch(ctx);
-  const TensorView d_o = scratch.tensor(saved.o.shape);  // [T, H, D]
-  const TensorView dq = scratch.tensor(saved.q.shape);   // [T, H, D]
-  const TensorView dk = scratch.tensor(saved.k.shape);   // [T, G, D]
-  const TensorView dv = scratch.tensor(saved.v.shape);   // [T, G, D]
+  const TensorView d_o = scratch.like(saved.o);  // [T, H, D]
+  const TensorView dq = scratch.like(saved.q);   // [T, H, D]
+  const TensorView dk = scratch.like(saved.k);   // [T, G, D]
+  const TensorView dv = scratch.like(saved.v);   // [T, G, D]
   const TensorView dgates =
-      weights_.fgate_bias ? scratch.tensor(saved.log_gates.shape) : TensorView{};  // [T, H]
+      weights_.fgate_bias ? scratch.like(saved.log_gates) : TensorView{};  // [T, H]
   const TensorView dgate =
-      weights_.ogate_proj ? scratch.tensor(saved.output.shape) : TensorView{};  // [T, H·D]
+      weights_.ogate_proj ? scratch.like(saved.output) : TensorView{};  // [T, H·D]
   output_backward(ctx, saved, dy, d_o, dgate, gradients);
   attend_backward(ctx, sequences, saved, d_o, dq, dk, dv, dgates, gradients);
   const auto through_projection = [&](const Param& proj, const TensorView& d, bool first = false) {

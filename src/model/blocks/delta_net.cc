@@ -49,89 +49,103 @@ DeltaNetMixer::State DeltaNetMixer::new_state(Device device, DType /*activation_
   return state;
 }
 
+ConstTensorView DeltaNetMixer::normed(Context& ctx, ScratchScope& scratch,
+                                      const ConstTensorView& x) const {
+  if (!weights_.norm) return x;
+  const TensorView y = scratch.activation(x.shape);
+  ops::rms_norm(ctx, {.x = x, .w = weights_.norm->value, .y = y, .eps = config_.norm_eps});
+  return y;
+}
+
+DeltaNetMixer::Inputs DeltaNetMixer::inputs(Context& ctx, ScratchScope& scratch,
+                                            const Sequences& sequences,
+                                            std::span<State* const> states, const Saved& saved,
+                                            bool backward) const {
+  const auto convolved = [&](const TensorView& projected, const std::optional<Param>& conv,
+                             Tensor State::*conv_state, Activation activation) {
+    if (!conv) {
+      const TensorView y = copy_of(ctx, scratch, projected);
+      ops::activation(ctx, {.activation = activation, .x = y});
+      return y;
+    }
+    const std::span<float*> conv_states =
+        state_pointers(ctx, scratch, sequences, states, conv_state, state_shape(*conv));
+    return convolve(ctx, scratch, projected, *conv, {}, sequences, conv_states, activation);
+  };
+  const std::int64_t heads = config_.num_heads;
+  const Shape keys{saved.o.shape[0], heads, config_.key_dim / heads};
+  const auto mapped = [&](const TensorView& before) {
+    const TensorView y = backward ? copy_of(ctx, scratch, before) : before;
+    ops::feature_map(ctx, {.activation = head_activation(), .norm = config_.qk_norm, .x = y});
+    return y;
+  };
+  Inputs in;
+  in.q_convolved =
+      convolved(saved.q_projected, weights_.q_conv1d, &State::q_conv, qk_conv_activation())
+          .reshaped(keys);
+  in.k_convolved =
+      convolved(saved.k_projected, weights_.k_conv1d, &State::k_conv, qk_conv_activation())
+          .reshaped(keys);
+  in.v = convolved(saved.v_projected, weights_.v_conv1d, &State::v_conv, Activation::kSilu)
+             .reshaped(saved.o.shape);
+  in.q = mapped(in.q_convolved);
+  in.k = mapped(in.k_convolved);
+  if (weights_.b_proj) {
+    in.beta = copy_of(ctx, scratch, saved.beta_logits);
+    ops::activation(ctx, {.activation = Activation::kSigmoid, .x = in.beta});
+  }
+  return in;
+}
+
+TensorView DeltaNetMixer::output(Context& ctx, ScratchScope& scratch, const Saved& saved) const {
+  const Shape rows{saved.o.shape[0] * saved.o.shape[1], saved.o.shape[2]};
+  const TensorView y = scratch.like(saved.o);
+  ops::rms_norm(ctx, {.x = saved.o.reshaped(rows),
+                      .w = weights_.o_norm.value,
+                      .gate = weights_.g_proj ? saved.gate.reshaped(rows) : TensorView{},
+                      .gate_activation = Activation::kSilu,
+                      .y = y.reshaped(rows),
+                      .eps = config_.norm_eps});
+  return y.reshaped({saved.o.shape[0], config_.value_dim});
+}
+
 void DeltaNetMixer::forward(Context& ctx, const ConstTensorView& x, const Sequences& sequences,
-                            std::span<State* const> states, const TensorView& hidden,
-                            Saved* saved) const {
+                            std::span<State* const> states, const TensorView& hidden, Saved* saved,
+                            const ConstTensorView& residual) const {
   const std::int64_t tokens = x.shape[0];
   const std::int64_t heads = config_.num_heads;
-  const Shape keys{tokens, heads, config_.key_dim / heads};
-  const Shape values{tokens, heads, config_.value_dim / heads};
-  ScratchScope scratch(ctx, saved != nullptr);
+  ScratchScope kept_scratch(ctx, saved != nullptr);
+  ScratchScope scratch(ctx);
+  const ConstTensorView input = normed(ctx, scratch, x);  // [T, C]
+  const auto projected = [&](const Param& proj) {
+    return project(ctx, kept_scratch, input, proj.value);
+  };
   Saved kept;
-  // What an op in place is about to overwrite.
-  const auto keep = [&](const TensorView& tensor) {
-    return saved != nullptr ? copy_of(ctx, scratch, tensor) : tensor;
-  };
-
-  ConstTensorView input = x;  // [T, C]
-  if (weights_.norm) {
-    const TensorView normed = scratch.activation(x.shape);
-    ops::rms_norm(ctx, {.x = x, .w = weights_.norm->value, .y = normed, .eps = config_.norm_eps});
-    input = normed;
-  }
-
-  const auto projected = [&](const Param& proj, const std::optional<Param>& conv,
-                             Tensor State::*conv_state, Activation activation, TensorView& before) {
-    return project_and_convolve(ctx, scratch, input, proj, conv, sequences,
-                                state_pointers(scratch, states, conv_state), activation,
-                                saved != nullptr ? &before : nullptr);
-  };
-  const TensorView q = projected(weights_.q_proj, weights_.q_conv1d, &State::q_conv,
-                                 qk_conv_activation(), kept.q_projected)
-                           .reshaped(keys);  // [T, H, K]
-  const TensorView k = projected(weights_.k_proj, weights_.k_conv1d, &State::k_conv,
-                                 qk_conv_activation(), kept.k_projected)
-                           .reshaped(keys);  // [T, H, K]
-  const TensorView v = projected(weights_.v_proj, weights_.v_conv1d, &State::v_conv,
-                                 Activation::kSilu, kept.v_projected)
-                           .reshaped(values);  // [T, H, V]
-  kept.q_convolved = keep(q);
-  kept.k_convolved = keep(k);
-  ops::feature_map(ctx, {.activation = head_activation(), .norm = config_.qk_norm, .x = q});
-  ops::feature_map(ctx, {.activation = head_activation(), .norm = config_.qk_norm, .x = k});
-
-  TensorView beta;  // [T, H]
+  kept.q_projected = projected(weights_.q_proj);
+  kept.k_projected = projected(weights_.k_proj);
+  kept.v_projected = projected(weights_.v_proj);
   if (weights_.b_proj) {
-    beta = scratch.tensor({tokens, heads});
-    ops::linear(ctx, {.x = input, .w = weights_.b_proj->value, .y = beta});
-    kept.beta_logits = keep(beta);
-    ops::activation(ctx, {.activation = Activation::kSigmoid, .x = beta});
+    kept.beta_logits = project(ctx, kept_scratch, input, weights_.b_proj->value, {}, DType::kF32);
   }
-
-  const TensorView o = scratch.activation(values);  // [T, H, V]
-  ops::delta_rule(ctx, {.q = q,
-                        .k = k,
-                        .v = v,
-                        .beta = beta,
-                        .sequences = sequences,
-                        .states = state_pointers(scratch, states, &State::recurrent),
-                        .o = o});
-
-  TensorView gate;  // [T, H·V]
-  if (weights_.g_proj) {
-    gate = scratch.activation({tokens, config_.value_dim});
-    ops::linear(ctx, {.x = input, .w = weights_.g_proj->value, .y = gate});
+  if (weights_.g_proj) kept.gate = projected(*weights_.g_proj);
+  kept.o = kept_scratch.activation({tokens, heads, config_.value_dim / heads});
+  {
+    ScratchScope input_scratch(ctx);
+    const Inputs in = inputs(ctx, input_scratch, sequences, states, kept, false);
+    const Shape state{heads, config_.key_dim / heads, config_.value_dim / heads};
+    ops::delta_rule(ctx, {.q = in.q,
+                          .k = in.k,
+                          .v = in.v,
+                          .beta = in.beta,
+                          .sequences = sequences,
+                          .states = state_pointers(ctx, input_scratch, sequences, states,
+                                                   &State::recurrent, state),
+                          .o = kept.o});
   }
-  const Shape rows{tokens * heads, values[2]};
-  const TensorView output = saved != nullptr ? scratch.activation(o.shape) : o;
-  ops::rms_norm(ctx, {.x = o.reshaped(rows),
-                      .w = weights_.o_norm.value,
-                      .gate = weights_.g_proj ? gate.reshaped(rows) : TensorView{},
-                      .gate_activation = Activation::kSilu,
-                      .y = output.reshaped(rows),
-                      .eps = config_.norm_eps});
-  const TensorView output_rows = output.reshaped({tokens, config_.value_dim});
-  ops::linear(ctx, {.x = output_rows, .w = weights_.o_proj.value, .y = hidden, .accumulate = true});
-  if (saved == nullptr) return;
-  kept.input = input;
-  kept.q = q;
-  kept.k = k;
-  kept.v = v;
-  kept.beta = beta;
-  kept.o = o;
-  kept.gate = gate;
-  kept.output = output_rows;
-  *saved = kept;
+  if (hidden.data != nullptr) {
+    add_output(ctx, output(ctx, scratch, kept), weights_.o_proj, {}, residual, hidden);
+  }
+  if (saved != nullptr) *saved = kept;
 }
 
 bool DeltaNetMixer::has_step() const {
@@ -182,36 +196,29 @@ void DeltaNetMixer::step(Context& ctx, const ConstTensorView& norm, float eps,
       {.x = o, .norm = weights_.o_norm.value, .norm_eps = config_.norm_eps, .parts = {&output, 1}});
 }
 
+void DeltaNetMixer::add_again(Context& ctx, const Saved& saved, const ConstTensorView& residual,
+                              const TensorView& hidden) const {
+  ScratchScope scratch(ctx);
+  add_output(ctx, output(ctx, scratch, saved), weights_.o_proj, {}, residual, hidden);
+}
+
 void DeltaNetMixer::backward(Context& ctx, const ConstTensorView& x, const Sequences& sequences,
                              const Saved& saved, const TensorView& dy, const TensorView& dx,
                              Gradients& gradients) const {
   ScratchScope scratch(ctx);
-  const TensorView d_o = scratch.tensor(saved.o.shape);  // [T, H, V]
-  ops::linear_backward(ctx, {.dy = dy,
-                             .x = saved.output,
-                             .w = weights_.o_proj.value,
-                             .dx = d_o.reshaped(saved.output.shape),
-                             .dw = gradients.of(weights_.o_proj)});
-  const Shape rows{d_o.shape[0] * d_o.shape[1], d_o.shape[2]};
-  const TensorView dgate = weights_.g_proj ? scratch.tensor(saved.gate.shape) : TensorView{};
-  ops::rms_norm_backward(ctx, {.x = saved.o.reshaped(rows),
-                               .w = weights_.o_norm.value,
-                               .gate = weights_.g_proj ? saved.gate.reshaped(rows) : TensorView{},
-                               .gate_activation = Activation::kSilu,
-                               .eps = config_.norm_eps,
-                               .dy = d_o.reshaped(rows),
-                               .dx = d_o.reshaped(rows),
-                               .dw = gradients.of(weights_.o_norm),
-                               .dgate = weights_.g_proj ? dgate.reshaped(rows) : TensorView{}});
-  const TensorView dinput = weights_.norm ? scratch.tensor(x.shape) : dx;  // [T, C]
+  const TensorView d_o = scratch.like(saved.o);  // [T, H, V]
+  const TensorView dgate = weights_.g_proj ? scratch.like(saved.gate) : TensorView{};
+  output_backward(ctx, saved, dy, d_o, dgate, gradients);
+  const ConstTensorView input = normed(ctx, scratch, x);                       // [T, C]
+  const TensorView dinput = weights_.norm ? scratch.activation(x.shape) : dx;  // [T, C]
   if (weights_.g_proj) {
     ops::linear_backward(ctx, {.dy = dgate,
-                               .x = saved.input,
+                               .x = input,
                                .w = weights_.g_proj->value,
                                .dx = dinput,
                                .dw = gradients.of(weights_.g_proj)});
   }
-  backward_inputs(ctx, sequences, saved, d_o, dinput, weights_.g_proj.has_value(), gradients);
+  inputs_backward(ctx, input, sequences, saved, d_o, dinput, gradients);
   if (!weights_.norm) return;
   ops::rms_norm_backward(ctx, {.x = x,
                                .w = weights_.norm->value,
@@ -222,18 +229,42 @@ void DeltaNetMixer::backward(Context& ctx, const ConstTensorView& x, const Seque
                                .dw = gradients.of(weights_.norm)});
 }
 
-void DeltaNetMixer::backward_inputs(Context& ctx, const Sequences& sequences, const Saved& saved,
-                                    const TensorView& d_o, const TensorView& dinput,
-                                    bool accumulate_dinput, Gradients& gradients) const {
+void DeltaNetMixer::output_backward(Context& ctx, const Saved& saved, const TensorView& dy,
+                                    const TensorView& d_o, const TensorView& dgate,
+                                    Gradients& gradients) const {
   ScratchScope scratch(ctx);
-  const TensorView dq = scratch.tensor(saved.q.shape);  // [T, H, K]
-  const TensorView dk = scratch.tensor(saved.k.shape);  // [T, H, K]
-  const TensorView dv = scratch.tensor(saved.v.shape);  // [T, H, V]
-  const TensorView dbeta = weights_.b_proj ? scratch.tensor(saved.beta.shape) : TensorView{};
-  ops::delta_rule_backward(ctx, {.q = saved.q,
-                                 .k = saved.k,
-                                 .v = saved.v,
-                                 .beta = saved.beta,
+  const TensorView x = output(ctx, scratch, saved);  // [T, H·V]
+  ops::linear_backward(ctx, {.dy = dy,
+                             .x = x,
+                             .w = weights_.o_proj.value,
+                             .dx = d_o.reshaped(x.shape),
+                             .dw = gradients.of(weights_.o_proj)});
+  const Shape rows{d_o.shape[0] * d_o.shape[1], d_o.shape[2]};
+  ops::rms_norm_backward(ctx, {.x = saved.o.reshaped(rows),
+                               .w = weights_.o_norm.value,
+                               .gate = weights_.g_proj ? saved.gate.reshaped(rows) : TensorView{},
+                               .gate_activation = Activation::kSilu,
+                               .eps = config_.norm_eps,
+                               .dy = d_o.reshaped(rows),
+                               .dx = d_o.reshaped(rows),
+                               .dw = gradients.of(weights_.o_norm),
+                               .dgate = weights_.g_proj ? dgate.reshaped(rows) : TensorView{}});
+}
+
+void DeltaNetMixer::inputs_backward(Context& ctx, const ConstTensorView& input,
+                                    const Sequences& sequences, const Saved& saved,
+                                    const TensorView& d_o, const TensorView& dinput,
+                                    Gradients& gradients) const {
+  ScratchScope scratch(ctx);
+  const Inputs in = inputs(ctx, scratch, sequences, {}, saved, true);
+  const TensorView dq = scratch.like(in.q);  // [T, H, K]
+  const TensorView dk = scratch.like(in.k);  // [T, H, K]
+  const TensorView dv = scratch.like(in.v);  // [T, H, V]
+  const TensorView dbeta = weights_.b_proj ? scratch.like(in.beta) : TensorView{};
+  ops::delta_rule_backward(ctx, {.q = in.q,
+                                 .k = in.k,
+                                 .v = in.v,
+                                 .beta = in.beta,
                                  .sequences = sequences,
                                  .d_o = d_o,
                                  .dq = dq,
@@ -245,13 +276,13 @@ void DeltaNetMixer::backward_inputs(Context& ctx, const Sequences& sequences, co
         ctx,
         {.activation = head_activation(), .norm = config_.qk_norm, .x = before, .dy = d, .dx = d});
   };
-  through_features(saved.q_convolved, dq);
-  through_features(saved.k_convolved, dk);
-  bool accumulate = accumulate_dinput;
+  through_features(in.q_convolved, dq);
+  through_features(in.k_convolved, dk);
+  bool accumulate = weights_.g_proj.has_value();
   const auto through_projection = [&](const TensorView& projected, const Param& proj,
                                       const std::optional<Param>& conv, Activation activation,
                                       const TensorView& d) {
-    project_and_convolve_backward(ctx, saved.input, projected, proj, conv, sequences, activation,
+    project_and_convolve_backward(ctx, input, projected, proj, conv, sequences, activation,
                                   d.reshaped(projected.shape), dinput, accumulate, gradients);
     accumulate = true;
   };
@@ -264,7 +295,7 @@ void DeltaNetMixer::backward_inputs(Context& ctx, const Sequences& sequences, co
   ops::activation_backward(
       ctx, {.activation = Activation::kSigmoid, .x = saved.beta_logits, .dy = dbeta, .dx = dbeta});
   ops::linear_backward(ctx, {.dy = dbeta,
-                             .x = saved.input,
+                             .x = input,
                              .w = weights_.b_proj->value,
                              .dx = dinput,
                              .accumulate_dx = true,

@@ -58,38 +58,38 @@ class DeltaNetMixer {
     }
   };
 
-  // What backward needs of a forward, in the context's scratch memory.
+  // What backward needs of a forward and what is costly to compute again, in the context's kept
+  // memory.
   struct Saved {
-    ConstTensorView input;                // [T, C] normed x, or x
     TensorView q_projected, k_projected;  // [T, H·K] before the convolutions
     TensorView v_projected;               // [T, H·V]
-    TensorView q_convolved, k_convolved;  // [T, H, K] before the feature maps
-    TensorView q, k;                      // [T, H, K]
-    TensorView v;                         // [T, H, V]
-    TensorView beta_logits, beta;         // [T, H], with b_proj
-    TensorView o;                         // [T, H, V] before the norm
+    TensorView beta_logits;               // [T, H], with b_proj
     TensorView gate;                      // [T, H·V], with g_proj
-    TensorView output;                    // [T, H·V] before o_proj
+    TensorView o;                         // [T, H, V] before the norm
   };
 
   explicit DeltaNetMixer(const Config& config);
 
   State new_state(Device device = Device::kCpu, DType activation_dtype = DType::kF32) const;
 
-  // hidden [T, C] += mixer(x [T, C]), continuing each sequence from its state; x may be hidden with
-  // norm_first.
+  // hidden [T, C] += mixer(x [T, C]), or = residual [T, C] + that, continuing each sequence from
+  // its state, or from new ones where there are no states; x may be hidden with norm_first.
   void forward(Context& ctx, const ConstTensorView& x, const Sequences& sequences,
-               std::span<State* const> states, const TensorView& hidden,
-               Saved* saved = nullptr) const;
+               std::span<State* const> states, const TensorView& hidden, Saved* saved = nullptr,
+               const ConstTensorView& residual = {}) const;
 
-  // Of whole sequences, given dy [T, C], the gradient of what forward added: dx [T, C] =, or with
-  // norm_first +=, and then dx may be dy.
   // The fused way of a GPU for one token of each of a few sequences: hidden [B, C] +=
   // mixer(rms_norm(hidden) with the weight `norm` and `eps`).
   bool has_step() const;
   void step(Context& ctx, const ConstTensorView& norm, float eps, std::span<State* const> states,
             const TensorView& hidden) const;
 
+  // hidden [T, C] = residual [T, C] + what forward added: the last product of forward once more.
+  void add_again(Context& ctx, const Saved& saved, const ConstTensorView& residual,
+                 const TensorView& hidden) const;
+
+  // Of whole sequences, given dy [T, C], the gradient of what forward added: dx [T, C] =, or with
+  // norm_first +=, and then dx may be dy.
   void backward(Context& ctx, const ConstTensorView& x, const Sequences& sequences,
                 const Saved& saved, const TensorView& dy, const TensorView& dx,
                 Gradients& gradients) const;
@@ -123,9 +123,30 @@ class DeltaNetMixer {
     const bool silu = config_.qk_activation == Activation::kSilu;
     return silu ? Activation::kIdentity : config_.qk_activation;
   }
-  // From the gradient of the delta rule's output to those of its inputs and of x's normed rows.
-  void backward_inputs(Context& ctx, const Sequences& sequences, const Saved& saved,
-                       const TensorView& d_o, const TensorView& dinput, bool accumulate_dinput,
+  // Of the convolution's state: [channels, W].
+  static Shape state_shape(const Param& conv) { return {conv.shape[0], conv.shape[2]}; }
+
+  // What the delta rule reads.
+  struct Inputs {
+    TensorView q_convolved, k_convolved;  // [T, H, K] before the feature maps
+    TensorView q, k;                      // [T, H, K], in place of those unless for backward
+    TensorView v;                         // [T, H, V]
+    TensorView beta;                      // [T, H], with b_proj
+  };
+  // x [T, C] through the norm, with norm_first.
+  ConstTensorView normed(Context& ctx, ScratchScope& scratch, const ConstTensorView& x) const;
+  // From the projections in `saved`.
+  Inputs inputs(Context& ctx, ScratchScope& scratch, const Sequences& sequences,
+                std::span<State* const> states, const Saved& saved, bool backward) const;
+  // What o_proj reads [T, H·V], from o.
+  TensorView output(Context& ctx, ScratchScope& scratch, const Saved& saved) const;
+
+  // d_o [T, H, V] = and dgate [T, H·V] =, given dy [T, C].
+  void output_backward(Context& ctx, const Saved& saved, const TensorView& dy,
+                       const TensorView& d_o, const TensorView& dgate, Gradients& gradients) const;
+  // dinput [T, C] =, or += with g_proj, given d_o; `input` is what the projections read.
+  void inputs_backward(Context& ctx, const ConstTensorView& input, const Sequences& sequences,
+                       const Saved& saved, const TensorView& d_o, const TensorView& dinput,
                        Gradients& gradients) const;
 
   Config config_;

@@ -43,19 +43,21 @@ Hgrn2Mixer::State Hgrn2Mixer::new_state(Device device, DType /*activation_dtype*
 }
 
 void Hgrn2Mixer::forward(Context& ctx, const ConstTensorView& x, const Sequences& sequences,
-                         std::span<State* const> states, const TensorView& hidden,
-                         Saved* saved) const {
+                         std::span<State* const> states, const TensorView& hidden, Saved* saved,
+                         const ConstTensorView& residual) const {
   const std::int64_t tokens = x.shape[0];
   const Shape keys{tokens, config_.num_heads, config_.expand_ratio};
   const Shape values{tokens, config_.num_heads, config_.hidden_size / config_.num_heads};
   ScratchScope scratch(ctx, saved != nullptr);
+  ScratchScope state_scratch(ctx);
   Saved kept;
   const auto projected = [&](const Param& proj, const std::optional<Param>& conv,
                              Tensor State::*conv_state, Activation activation, TensorView& before,
                              DType dtype) {
     return project_and_convolve(ctx, scratch, x, proj, conv, sequences,
-                                state_pointers(scratch, states, conv_state), activation,
-                                saved != nullptr ? &before : nullptr, dtype);
+                                state_pointers(ctx, state_scratch, sequences, states, conv_state,
+                                               {proj.shape[0], config_.conv_size}),
+                                activation, saved != nullptr ? &before : nullptr, dtype);
   };
   const DType kept_in = ctx.activation_dtype();
   const TensorView q = projected(weights_.q_proj, weights_.q_conv1d, &State::q_conv,
@@ -76,13 +78,14 @@ void Hgrn2Mixer::forward(Context& ctx, const ConstTensorView& x, const Sequences
                  .g = g,
                  .v = v,
                  .sequences = sequences,
-                 .states = state_pointers(scratch, states, &State::recurrent),
+                 .states = state_pointers(ctx, state_scratch, sequences, states, &State::recurrent,
+                                          {config_.num_heads, keys[2], values[2]}),
                  .o = o});
   const TensorView rows = o.reshaped(hidden.shape);  // [T, C]
   const TensorView output = saved != nullptr ? scratch.activation(rows.shape) : rows;
   ops::rms_norm(ctx,
                 {.x = rows, .w = value_of(weights_.g_norm), .y = output, .eps = config_.norm_eps});
-  ops::linear(ctx, {.x = output, .w = weights_.o_proj.value, .y = hidden, .accumulate = true});
+  add_output(ctx, output, weights_.o_proj, {}, residual, hidden);
   if (saved == nullptr) return;
   kept.q = q;
   kept.g = g;
@@ -93,11 +96,16 @@ void Hgrn2Mixer::forward(Context& ctx, const ConstTensorView& x, const Sequences
   *saved = kept;
 }
 
+void Hgrn2Mixer::add_again(Context& ctx, const Saved& saved, const ConstTensorView& residual,
+                           const TensorView& hidden) const {
+  add_output(ctx, saved.output, weights_.o_proj, {}, residual, hidden);
+}
+
 void Hgrn2Mixer::backward(Context& ctx, const ConstTensorView& x, const Sequences& sequences,
                           const Saved& saved, const TensorView& dy, const TensorView& dx,
                           Gradients& gradients) const {
   ScratchScope scratch(ctx);
-  const TensorView d_o = scratch.tensor(saved.o.shape);  // [T, C]
+  const TensorView d_o = scratch.like(saved.o);  // [T, C]
   ops::linear_backward(ctx, {.dy = dy,
                              .x = saved.output,
                              .w = weights_.o_proj.value,
@@ -109,10 +117,10 @@ void Hgrn2Mixer::backward(Context& ctx, const ConstTensorView& x, const Sequence
                                .dy = d_o,
                                .dx = d_o,
                                .dw = gradients.of(weights_.g_norm)});
-  const TensorView dq = scratch.tensor(saved.q.shape);  // [T, H, K]
-  const TensorView dk = scratch.tensor(saved.k.shape);  // [T, H, K]
-  const TensorView dg = scratch.tensor(saved.g.shape);  // [T, H, K]
-  const TensorView dv = scratch.tensor(saved.v.shape);  // [T, H, V]
+  const TensorView dq = scratch.like(saved.q);  // [T, H, K]
+  const TensorView dk = scratch.like(saved.k);  // [T, H, K]
+  const TensorView dg = scratch.like(saved.g);  // [T, H, K]
+  const TensorView dv = scratch.like(saved.v);  // [T, H, V]
   ops::gla_backward(ctx, {.q = saved.q,
                           .k = saved.k,
                           .g = saved.g,

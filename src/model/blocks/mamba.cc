@@ -42,11 +42,12 @@ MambaMixer::State MambaMixer::new_state(Device device, DType /*activation_dtype*
 }
 
 void MambaMixer::forward(Context& ctx, const ConstTensorView& x, const Sequences& sequences,
-                         std::span<State* const> states, const TensorView& hidden,
-                         Saved* saved) const {
+                         std::span<State* const> states, const TensorView& hidden, Saved* saved,
+                         const ConstTensorView& residual) const {
   const std::int64_t inner = config_.inner_size;
   const std::int64_t size = config_.state_size;
   ScratchScope scratch(ctx, saved != nullptr);
+  ScratchScope state_scratch(ctx);
   const auto half = [&](std::int64_t begin) {
     return project(
         ctx, scratch, x, rows_of(weights_.in_proj.value, begin, inner),
@@ -56,7 +57,9 @@ void MambaMixer::forward(Context& ctx, const ConstTensorView& x, const Sequences
   const TensorView z = half(inner);  // [T, E]
   const TensorView mixed =
       convolve(ctx, scratch, input, weights_.conv1d, value_of(weights_.conv1d_bias), sequences,
-               state_pointers(scratch, states, &State::conv), Activation::kSilu);  // [T, E]
+               state_pointers(ctx, state_scratch, sequences, states, &State::conv,
+                              {inner, config_.conv_size}),
+               Activation::kSilu);  // [T, E]
   const auto selected = [&](std::int64_t begin, std::int64_t count) {
     return project(ctx, scratch, mixed, rows_of(weights_.x_proj.value, begin, count));
   };
@@ -76,13 +79,10 @@ void MambaMixer::forward(Context& ctx, const ConstTensorView& x, const Sequences
                             .d = weights_.d.value,
                             .gate = z,
                             .sequences = sequences,
-                            .states = state_pointers(scratch, states, &State::ssm),
+                            .states = state_pointers(ctx, state_scratch, sequences, states,
+                                                     &State::ssm, {size, inner}),
                             .y = y});
-  ops::linear(ctx, {.x = y,
-                    .w = weights_.out_proj.value,
-                    .y = hidden,
-                    .accumulate = true,
-                    .bias = value_of(weights_.out_bias)});
+  add_output(ctx, y, weights_.out_proj, value_of(weights_.out_bias), residual, hidden);
   if (saved == nullptr) return;
   *saved = {.input = input,
             .z = z,
@@ -94,22 +94,27 @@ void MambaMixer::forward(Context& ctx, const ConstTensorView& x, const Sequences
             .y = y};
 }
 
+void MambaMixer::add_again(Context& ctx, const Saved& saved, const ConstTensorView& residual,
+                           const TensorView& hidden) const {
+  add_output(ctx, saved.y, weights_.out_proj, value_of(weights_.out_bias), residual, hidden);
+}
+
 void MambaMixer::backward(Context& ctx, const ConstTensorView& x, const Sequences& sequences,
                           const Saved& saved, const TensorView& dy, const TensorView& dx,
                           Gradients& gradients) const {
   ScratchScope scratch(ctx);
-  const TensorView d_y = scratch.tensor(saved.y.shape);  // [T, E]
+  const TensorView d_y = scratch.like(saved.y);  // [T, E]
   ops::linear_backward(ctx, {.dy = dy,
                              .x = saved.y,
                              .w = weights_.out_proj.value,
                              .dx = d_y,
                              .dw = gradients.of(weights_.out_proj),
                              .dbias = gradients.of(weights_.out_bias)});
-  const TensorView dmixed = scratch.tensor(saved.mixed.shape);  // [T, E]
-  const TensorView ddt = scratch.tensor(saved.dt.shape);        // [T, E]
-  const TensorView db = scratch.tensor(saved.b.shape);          // [T, N]
-  const TensorView dc = scratch.tensor(saved.c.shape);          // [T, N]
-  const TensorView dz = scratch.tensor(saved.z.shape);          // [T, E]
+  const TensorView dmixed = scratch.like(saved.mixed);  // [T, E]
+  const TensorView ddt = scratch.like(saved.dt);        // [T, E]
+  const TensorView db = scratch.like(saved.b);          // [T, N]
+  const TensorView dc = scratch.like(saved.c);          // [T, N]
+  const TensorView dz = scratch.like(saved.z);          // [T, E]
   ops::selective_scan_backward(ctx, {.x = saved.mixed,
                                      .dt = saved.dt,
                                      .dt_bias = weights_.dt_bias.value,
@@ -128,7 +133,7 @@ void MambaMixer::backward(Context& ctx, const ConstTensorView& x, const Sequence
                                      .dc = dc,
                                      .dd = gradients.of(weights_.d),
                                      .dgate = dz});
-  const TensorView dlow_rank = scratch.tensor(saved.low_rank.shape);  // [T, R]
+  const TensorView dlow_rank = scratch.like(saved.low_rank);  // [T, R]
   ops::linear_backward(ctx, {.dy = ddt,
                              .x = saved.low_rank,
                              .w = weights_.dt_proj.value,
@@ -145,7 +150,7 @@ void MambaMixer::backward(Context& ctx, const ConstTensorView& x, const Sequence
   through_selection(0, dlow_rank);
   through_selection(config_.dt_rank, db);
   through_selection(config_.dt_rank + config_.state_size, dc);
-  const TensorView dinput = scratch.tensor(saved.input.shape);  // [T, E]
+  const TensorView dinput = scratch.like(saved.input);  // [T, E]
   convolve_backward(ctx, saved.input, weights_.conv1d, weights_.conv1d_bias, sequences,
                     Activation::kSilu, dmixed, dinput, gradients);
   const auto through_half = [&](std::int64_t begin, const TensorView& d) {

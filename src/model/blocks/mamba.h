@@ -69,10 +69,15 @@ class MambaMixer {
 
   State new_state(Device device = Device::kCpu, DType activation_dtype = DType::kF32) const;
 
-  // hidden [T, C] += mixer(x [T, C]), continuing each sequence from its state.
+  // hidden [T, C] += mixer(x [T, C]), or = residual [T, C] + that, continuing each sequence from
+  // its state, or from new ones where there are no states.
   void forward(Context& ctx, const ConstTensorView& x, const Sequences& sequences,
-               std::span<State* const> states, const TensorView& hidden,
-               Saved* saved = nullptr) const;
+               std::span<State* const> states, const TensorView& hidden, Saved* saved = nullptr,
+               const ConstTensorView& residual = {}) const;
+
+  // hidden [T, C] = residual [T, C] + what forward added: the last product of forward once more.
+  void add_again(Context& ctx, const Saved& saved, const ConstTensorView& residual,
+                 const TensorView& hidden) const;
 
   // Of whole sequences: dx [T, C] =, given dy [T, C], the gradient of what forward added.
   void backward(Context& ctx, const ConstTensorView& x, const Sequences& sequences,

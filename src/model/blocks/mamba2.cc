@@ -42,11 +42,12 @@ Mamba2Mixer::State Mamba2Mixer::new_state(Device device, DType /*activation_dtyp
 }
 
 void Mamba2Mixer::forward(Context& ctx, const ConstTensorView& x, const Sequences& sequences,
-                          std::span<State* const> states, const TensorView& hidden,
-                          Saved* saved) const {
+                          std::span<State* const> states, const TensorView& hidden, Saved* saved,
+                          const ConstTensorView& residual) const {
   const std::int64_t tokens = x.shape[0];
   const std::int64_t inner = config_.inner();
   ScratchScope scratch(ctx, saved != nullptr);
+  ScratchScope state_scratch(ctx);
   const auto part = [&](std::int64_t begin, std::int64_t count, DType dtype) {
     return project(
         ctx, scratch, x, rows_of(weights_.in_proj.value, begin, count),
@@ -60,20 +61,24 @@ void Mamba2Mixer::forward(Context& ctx, const ConstTensorView& x, const Sequence
       part(inner + config_.conv_channels(), config_.num_heads, DType::kF32);  // [T, H]
   const TensorView xbc =
       convolve(ctx, scratch, inputs, weights_.conv1d, value_of(weights_.conv1d_bias), sequences,
-               state_pointers(scratch, states, &State::conv), config_.conv_activation);
+               state_pointers(ctx, state_scratch, sequences, states, &State::conv,
+                              {config_.conv_channels(), config_.conv_size}),
+               config_.conv_activation);
 
   const TensorView y = scratch.activation({tokens, config_.num_heads, config_.head_dim});
-  ops::ssd(ctx, {.xbc = xbc,
-                 .dt = dt,
-                 .dt_bias = weights_.dt_bias.value,
-                 .a_log = weights_.a_log.value,
-                 .d = weights_.d.value,
-                 .dt_min = config_.dt_min,
-                 .dt_max = config_.dt_max,
-                 .num_groups = config_.num_groups,
-                 .sequences = sequences,
-                 .states = state_pointers(scratch, states, &State::ssm),
-                 .y = y});
+  ops::ssd(ctx,
+           {.xbc = xbc,
+            .dt = dt,
+            .dt_bias = weights_.dt_bias.value,
+            .a_log = weights_.a_log.value,
+            .d = weights_.d.value,
+            .dt_min = config_.dt_min,
+            .dt_max = config_.dt_max,
+            .num_groups = config_.num_groups,
+            .sequences = sequences,
+            .states = state_pointers(ctx, state_scratch, sequences, states, &State::ssm,
+                                     {config_.num_heads, config_.state_size, config_.head_dim}),
+            .y = y});
   const Shape groups{tokens * config_.num_groups, inner / config_.num_groups};
   const TensorView output = saved != nullptr ? scratch.activation(y.shape) : y;
   ops::rms_norm(ctx, {.x = y.reshaped(groups),
@@ -84,13 +89,14 @@ void Mamba2Mixer::forward(Context& ctx, const ConstTensorView& x, const Sequence
                       .y = output.reshaped(groups),
                       .eps = config_.norm_eps});
   const TensorView output_rows = output.reshaped({tokens, inner});
-  ops::linear(ctx, {.x = output_rows,
-                    .w = weights_.out_proj.value,
-                    .y = hidden,
-                    .accumulate = true,
-                    .bias = value_of(weights_.out_bias)});
+  add_output(ctx, output_rows, weights_.out_proj, value_of(weights_.out_bias), residual, hidden);
   if (saved == nullptr) return;
   *saved = {.z = z, .inputs = inputs, .xbc = xbc, .dt = dt, .y = y, .output = output_rows};
+}
+
+void Mamba2Mixer::add_again(Context& ctx, const Saved& saved, const ConstTensorView& residual,
+                            const TensorView& hidden) const {
+  add_output(ctx, saved.output, weights_.out_proj, value_of(weights_.out_bias), residual, hidden);
 }
 
 void Mamba2Mixer::backward(Context& ctx, const ConstTensorView& x, const Sequences& sequences,
@@ -98,7 +104,7 @@ void Mamba2Mixer::backward(Context& ctx, const ConstTensorView& x, const Sequenc
                            Gradients& gradients) const {
   const std::int64_t inner = config_.inner();
   ScratchScope scratch(ctx);
-  const TensorView d_y = scratch.tensor(saved.y.shape);  // [T, H, P]
+  const TensorView d_y = scratch.like(saved.y);  // [T, H, P]
   ops::linear_backward(ctx, {.dy = dy,
                              .x = saved.output,
                              .w = weights_.out_proj.value,
@@ -106,7 +112,7 @@ void Mamba2Mixer::backward(Context& ctx, const ConstTensorView& x, const Sequenc
                              .dw = gradients.of(weights_.out_proj),
                              .dbias = gradients.of(weights_.out_bias)});
   const Shape groups{x.shape[0] * config_.num_groups, inner / config_.num_groups};
-  const TensorView dz = scratch.tensor(saved.z.shape);  // [T, H·P]
+  const TensorView dz = scratch.like(saved.z);  // [T, H·P]
   ops::rms_norm_backward(ctx, {.x = saved.y.reshaped(groups),
                                .w = weights_.norm.value,
                                .gate = saved.z.reshaped(groups),
@@ -117,8 +123,8 @@ void Mamba2Mixer::backward(Context& ctx, const ConstTensorView& x, const Sequenc
                                .dx = d_y.reshaped(groups),
                                .dw = gradients.of(weights_.norm),
                                .dgate = dz.reshaped(groups)});
-  const TensorView dxbc = scratch.tensor(saved.xbc.shape);  // [T, H·P + 2·G·N]
-  const TensorView ddt = scratch.tensor(saved.dt.shape);    // [T, H]
+  const TensorView dxbc = scratch.like(saved.xbc);  // [T, H·P + 2·G·N]
+  const TensorView ddt = scratch.like(saved.dt);    // [T, H]
   ops::ssd_backward(ctx, {.xbc = saved.xbc,
                           .dt = saved.dt,
                           .dt_bias = weights_.dt_bias.value,
@@ -134,7 +140,7 @@ void Mamba2Mixer::backward(Context& ctx, const ConstTensorView& x, const Sequenc
                           .d_dt_bias = gradients.of(weights_.dt_bias),
                           .d_a_log = gradients.of(weights_.a_log),
                           .dd = gradients.of(weights_.d)});
-  const TensorView dinputs = scratch.tensor(saved.inputs.shape);  // [T, H·P + 2·G·N]
+  const TensorView dinputs = scratch.like(saved.inputs);  // [T, H·P + 2·G·N]
   convolve_backward(ctx, saved.inputs, weights_.conv1d, weights_.conv1d_bias, sequences,
                     config_.conv_activation, dxbc, dinputs, gradients);
   const auto through_rows = [&](std::int64_t begin, const TensorView& d) {

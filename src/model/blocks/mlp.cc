@@ -27,32 +27,32 @@ void Mlp::split_gate_and_up() {
   weights_.up_proj = weights_.gate_proj;
 }
 
+ConstTensorView Mlp::normed(Context& ctx, ScratchScope& scratch, const ConstTensorView& x) const {
+  if (!weights_.norm) return x;
+  const TensorView y = scratch.activation(x.shape);
+  ops::rms_norm(ctx, {.x = x, .w = weights_.norm->value, .y = y, .eps = config_.norm_eps});
+  return y;
+}
+
 void Mlp::forward(Context& ctx, const ConstTensorView& x, const TensorView& hidden,
                   Saved* saved) const {
-  const std::int64_t tokens = x.shape[0];
-  ScratchScope scratch(ctx, saved != nullptr);
-  ConstTensorView input = x;  // [T, C]
-  if (weights_.norm) {
-    const TensorView normed = scratch.activation(x.shape);
-    ops::rms_norm(ctx, {.x = x, .w = weights_.norm->value, .y = normed, .eps = config_.norm_eps});
-    input = normed;
-  }
-  const TensorView gate = scratch.activation({tokens, weights_.gate_proj.shape[0]});
-  const TensorView product = scratch.activation({tokens, config_.intermediate_size});
-  ops::linear(ctx, {.x = input, .w = weights_.gate_proj.value, .y = gate});
+  ScratchScope kept_scratch(ctx, saved != nullptr);
+  ScratchScope scratch(ctx);
+  const ConstTensorView input = normed(ctx, scratch, x);  // [T, C]
+  Saved kept;
+  kept.gate = project(ctx, kept_scratch, input, weights_.gate_proj.value);
+  if (weights_.up_proj) kept.up = project(ctx, kept_scratch, input, weights_.up_proj->value);
+  if (saved != nullptr) *saved = kept;
+  if (hidden.data == nullptr) return;
+  TensorView product;  // [T, F]
   if (weights_.up_proj) {
-    ops::linear(ctx, {.x = input, .w = weights_.up_proj->value, .y = product});
-    if (saved != nullptr) saved->up = copy_of(ctx, scratch, product);
-    ops::gate(ctx, {.activation = config_.activation, .gate = gate, .x = product});
+    product = saved != nullptr ? copy_of(ctx, scratch, kept.up) : kept.up;
+    ops::gate(ctx, {.activation = config_.activation, .gate = kept.gate, .x = product});
   } else {
-    ops::glu(ctx, {.activation = config_.activation, .gate_up = gate, .y = product});
+    product = scratch.activation({x.shape[0], config_.intermediate_size});
+    ops::glu(ctx, {.activation = config_.activation, .gate_up = kept.gate, .y = product});
   }
-  ops::linear(ctx, {.x = product, .w = weights_.down_proj.value, .y = hidden, .accumulate = true});
-  if (saved != nullptr) {
-    saved->input = input;
-    saved->gate = gate;
-    saved->product = product;
-  }
+  add_output(ctx, product, weights_.down_proj, {}, {}, hidden);
 }
 
 bool Mlp::has_step() const {
@@ -76,15 +76,18 @@ void Mlp::step(Context& ctx, const ConstTensorView& norm, float eps,
 void Mlp::backward(Context& ctx, const ConstTensorView& x, const Saved& saved, const TensorView& dy,
                    const TensorView& dx, Gradients& gradients) const {
   ScratchScope scratch(ctx);
-  const TensorView dproduct = scratch.tensor(saved.product.shape);  // [T, F]
-  ops::linear_backward(ctx, {.dy = dy,
-                             .x = saved.product,
-                             .w = weights_.down_proj.value,
-                             .dx = dproduct,
-                             .dw = gradients.of(weights_.down_proj)});
-  const TensorView dgate = scratch.tensor(saved.gate.shape);
-  const TensorView dinput = weights_.norm ? scratch.tensor(x.shape) : dx;  // [T, C]
+  const TensorView product = scratch.activation({x.shape[0], config_.intermediate_size});
+  const TensorView dproduct = scratch.like(product);  // [T, F]
+  // Without dw only the shape of x matters: the product is not there yet.
+  ops::linear_backward(ctx,
+                       {.dy = dy, .x = product, .w = weights_.down_proj.value, .dx = dproduct});
+  const ConstTensorView input = normed(ctx, scratch, x);                       // [T, C]
+  const TensorView dinput = weights_.norm ? scratch.activation(x.shape) : dx;  // [T, C]
+  const TensorView dgate =
+      weights_.up_proj ? scratch.like(saved.gate) : saved.gate;  // as saved.gate
   if (weights_.up_proj) {
+    ctx.copy(product.data, saved.up.data, bytes_of(product.dtype, product.shape));
+    ops::gate(ctx, {.activation = config_.activation, .gate = saved.gate, .x = product});
     ops::gate_backward(ctx, {.activation = config_.activation,
                              .gate = saved.gate,
                              .x = saved.up,
@@ -92,7 +95,7 @@ void Mlp::backward(Context& ctx, const ConstTensorView& x, const Saved& saved, c
                              .dx = dproduct,
                              .dgate = dgate});
     ops::linear_backward(ctx, {.dy = dproduct,
-                               .x = saved.input,
+                               .x = input,
                                .w = weights_.up_proj->value,
                                .dx = dinput,
                                .dw = gradients.of(weights_.up_proj)});
@@ -100,10 +103,15 @@ void Mlp::backward(Context& ctx, const ConstTensorView& x, const Saved& saved, c
     ops::glu_backward(ctx, {.activation = config_.activation,
                             .gate_up = saved.gate,
                             .dy = dproduct,
-                            .dgate_up = dgate});
+                            .dgate_up = dgate,
+                            .y = product});
   }
+  ops::linear_backward(ctx, {.dy = dy,
+                             .x = product,
+                             .w = weights_.down_proj.value,
+                             .dw = gradients.of(weights_.down_proj)});
   ops::linear_backward(ctx, {.dy = dgate,
-                             .x = saved.input,
+                             .x = input,
                              .w = weights_.gate_proj.value,
                              .dx = dinput,
                              .accumulate_dx = weights_.up_proj.has_value(),

@@ -33,12 +33,11 @@ class Mlp {
     Param down_proj;               // [C, F]
   };
 
-  // What backward needs of a forward, in the context's scratch memory.
+  // What backward needs of a forward and what is costly to compute again, in the context's kept
+  // memory.
   struct Saved {
-    ConstTensorView input;  // [T, C] normed x, or x
-    TensorView gate;        // [T, 2F], or [T, F] beside up_proj
-    TensorView up;          // [T, F], with up_proj
-    TensorView product;     // [T, F]
+    TensorView gate;  // [T, 2F], or [T, F] beside up_proj; backward overwrites it
+    TensorView up;    // [T, F], with up_proj
   };
 
   explicit Mlp(const Config& config);
@@ -69,6 +68,8 @@ class Mlp {
   }
 
  private:
+  ConstTensorView normed(Context& ctx, ScratchScope& scratch, const ConstTensorView& x) const;
+
   Config config_;
   Weights weights_;
 };

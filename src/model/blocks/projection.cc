@@ -45,6 +45,19 @@ TensorView copy_of(Context& ctx, ScratchScope& scratch, const ConstTensorView& f
   return to;
 }
 
+std::span<float*> zero_states(Context& ctx, ScratchScope& scratch, const Sequences& sequences,
+                              const Shape& shape) {
+  constexpr std::int64_t kAlignment = 64;  // elements
+  const std::int64_t size = (shape.size() + kAlignment - 1) / kAlignment * kAlignment;
+  const TensorView all = scratch.tensor({sequences.count(), size});
+  ctx.zero(all.data, bytes_of(all.dtype, all.shape));
+  const std::span<float*> pointers = scratch.array<float*>(sequences.count());
+  for (std::size_t b = 0; b < pointers.size(); ++b) {
+    pointers[b] = all.f32() + static_cast<std::int64_t>(b) * size;
+  }
+  return pointers;
+}
+
 TensorView project(Context& ctx, ScratchScope& scratch, const ConstTensorView& x,
                    const ConstTensorView& w, const ConstTensorView& bias,
                    std::optional<DType> dtype) {
@@ -52,6 +65,14 @@ TensorView project(Context& ctx, ScratchScope& scratch, const ConstTensorView& x
       scratch.tensor({x.shape[0], w.shape[0]}, dtype.value_or(ctx.activation_dtype()));
   ops::linear(ctx, {.x = x, .w = w, .y = y, .bias = bias});
   return y;
+}
+
+void add_output(Context& ctx, const ConstTensorView& y, const Param& w, const ConstTensorView& bias,
+                const ConstTensorView& residual, const TensorView& hidden) {
+  if (hidden.data == nullptr) return;
+  ops::linear(
+      ctx,
+      {.x = y, .w = w.value, .y = hidden, .accumulate = true, .bias = bias, .added = residual});
 }
 
 TensorView convolve(Context& ctx, ScratchScope& scratch, const ConstTensorView& x,
@@ -108,7 +129,7 @@ void project_and_convolve_backward(Context& ctx, const ConstTensorView& x,
   ScratchScope scratch(ctx);
   TensorView dprojected = dy;  // [T, N]
   if (conv) {
-    dprojected = scratch.tensor(dy.shape);
+    dprojected = scratch.like(dy);
     convolve_backward(ctx, projected, *conv, std::nullopt, sequences, activation, dy, dprojected,
                       gradients);
   } else if (activation != Activation::kIdentity) {

@@ -46,10 +46,28 @@ std::span<float*> state_pointers(ScratchScope& scratch, std::span<State* const> 
   return pointers;
 }
 
+// Zeros of `shape` for each sequence, in scratch memory: new states that nobody goes on from.
+std::span<float*> zero_states(Context& ctx, ScratchScope& scratch, const Sequences& sequences,
+                              const Shape& shape);
+
+// Those of the states, or zeros where there are no states.
+template <typename State>
+std::span<float*> state_pointers(Context& ctx, ScratchScope& scratch, const Sequences& sequences,
+                                 std::span<State* const> states, Tensor State::*tensor,
+                                 const Shape& shape) {
+  return states.empty() ? zero_states(ctx, scratch, sequences, shape)
+                        : state_pointers(scratch, states, tensor);
+}
+
 // y [T, N] = x [T, C] wᵀ [+ bias], in scratch memory; an activation where no dtype is given
 TensorView project(Context& ctx, ScratchScope& scratch, const ConstTensorView& x,
                    const ConstTensorView& w, const ConstTensorView& bias = {},
                    std::optional<DType> dtype = {});
+
+// What ends a block: hidden [T, C] += y [T, N] wᵀ [+ bias], or = residual [T, C] + that. Nothing
+// where hidden has no data: only what is saved is wanted.
+void add_output(Context& ctx, const ConstTensorView& y, const Param& w, const ConstTensorView& bias,
+                const ConstTensorView& residual, const TensorView& hidden);
 
 // y [T, N] = act(conv(x [T, N])), in scratch memory
 TensorView convolve(Context& ctx, ScratchScope& scratch, const ConstTensorView& x,
