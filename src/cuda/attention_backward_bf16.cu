@@ -233,8 +233,11 @@ struct RowBlock {
       for (int i = 0; i < 4; ++i) {
         const int r = row + i / 2 * 8;
         const int c = n * 8 + column + i % 2;
-        const bool seen = kKeys ? r <= distance + c && position + r >= columns.begins[c]
-                                : distance + c <= r && position + distance + c >= begin[i / 2];
+        const int key = kKeys ? r : distance + c;
+        const int query = kKeys ? distance + c : r;
+        const int first = (kKeys ? columns.begins[c] : begin[i / 2]) - position;
+        // Not &&, which would branch.
+        const bool seen = (key <= query) & (key >= first);
         if (!seen) s[n][i] = -INFINITY;
       }
     }
@@ -487,7 +490,7 @@ struct Message {
 
 template <int kDim>
 struct GroupShared {
-  static constexpr int kStages = kDim == 128 ? 3 : 6;
+  static constexpr int kStages = kDim == 128 ? 4 : 6;
   alignas(1024) std::byte columns[kStages][kTileBytes<kDim>];
   alignas(1024) std::byte column_partners[kStages][kTileBytes<kDim>];
   alignas(1024) std::byte rows[kGroups][kTileBytes<kDim>];
@@ -640,6 +643,9 @@ class Group {
   // memory, and none are left to compute exponentials beside products.
   static constexpr bool kRowsInRegisters = kDim == 64;
   static constexpr int kDepth = kRowsInRegisters ? kDim / 16 : 1;
+  // Whether the groups issue their products in turns, so that one's exponentials are computed while
+  // the tensor cores work for the other.
+  static constexpr bool kTakeTurns = kRowsInRegisters;
 
   __device__ Group(const AttentionBackwardParams& params, Shared& shared, int group)
       : params_(params),
@@ -652,6 +658,7 @@ class Group {
         rows_(params) {}
 
   __device__ void run() {
+    if (kTakeTurns && group_ == 1) pass_turn();
     while (true) {
       const int stage = receive();
       const int kind = shared_.messages[stage].kind;
@@ -674,18 +681,6 @@ class Group {
     __syncwarp();
     if (lane_ == 0) sm90::barrier_arrive(barrier);
   }
-  // The stage of the next columns that concern this group, or none.
-  __device__ bool next(int& stage) {
-    while (true) {
-      stage = receive();
-      const Message& message = shared_.messages[stage];
-      if (message.kind == Message::kColumns && (message.read >> group_ & 1) != 0) return true;
-      const bool end = message.kind == Message::kEnd;
-      release(&shared_.empty[stage]);
-      if (end) return false;
-    }
-  }
-
   __device__ void own(int turn) {
     AttentionRows own{};
     int row_head = 0;
@@ -708,17 +703,41 @@ class Group {
     rows_.store(row_head);
   }
 
+  // For each message both groups take a turn, the first group first.
+  __device__ void take_turn() const {
+    if (kTakeTurns) asm volatile("bar.sync %0, 256;" ::"r"(1 + group_) : "memory");
+  }
+  __device__ void pass_turn() const {
+    if (kTakeTurns) asm volatile("bar.arrive %0, 256;" ::"r"(2 - group_) : "memory");
+  }
+
   __device__ void visit_columns() {
-    int stage = 0;
-    if (!next(stage)) return;
-    multiply_rows(stage);
-    differentiate<0>(stage);
-    rows_.round();
-    int before = stage;
-    while (next(stage)) {
-      if constexpr (kRowsInRegisters) {
+    int before = -1;  // the stage whose products are to be added
+    while (true) {
+      const int stage = receive();
+      const Message& message = shared_.messages[stage];
+      take_turn();
+      if ((message.read >> group_ & 1) == 0) {
+        pass_turn();
+        const bool end = message.kind == Message::kEnd;
+        // The copier may need the stage before columns that concern this group come.
+        if (before >= 0) {
+          add_products(before);
+          finish_products(before);
+          before = -1;
+        }
+        release(&shared_.empty[stage]);
+        if (end) return;
+        continue;
+      }
+      if (before < 0) {
+        multiply_rows(stage);
+        pass_turn();
+        differentiate<0>(stage);
+      } else if constexpr (kRowsInRegisters) {
         multiply_rows(stage);
         add_products(before);
+        pass_turn();
         differentiate<1>(stage);
         finish_products(before);
       } else {
@@ -730,8 +749,6 @@ class Group {
       rows_.round();
       before = stage;
     }
-    add_products(before);
-    finish_products(before);
   }
 
   // S and dP, a batch each; asynchronous.
