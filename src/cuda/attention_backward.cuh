@@ -2,8 +2,8 @@
 //
 // Tokens are cut into blocks of 64 of one sequence. With c the running sums of the log gates and
 // c_B that before block B, the weight of query i and key j is 2^e,
-//   e = q_i·k_j log₂e / √D + x_i + y_j + (c_I − c_J) log₂e,
-//   x_i = (c_i − c_I − lse_i) log₂e,  y_j = (c_J − c_j) log₂e,
+//   e = (q_i·k_j + x_i + y_j) log₂e / √D + (c_I − c_J) log₂e,
+//   x_i = (c_i − c_I − lse_i) √D,  y_j = (c_J − c_j) √D,
 // I and J their blocks: no large numbers cancel, and weights need no maxima of scores.
 //
 // Two passes visit the blocks' pairs. A thread block of Pass::kKeys owns keys and goes by the
@@ -77,10 +77,10 @@ struct AttentionBackwardParams {
   std::int32_t block_count;
 
   // Workspace.
-  double* gate_sums;     // [H, block_count]: of each block, then c_B
+  double* gate_sums;     // [H, block_count]: of each block, then c_B; last, of the gradients
   float* query_terms;    // [H, R]: x
   float* key_terms;      // [H, R]: y
-  float* deltas;         // [H, R]: do·o
+  float* deltas;         // [H, R]: −do·o
   float* key_norms;      // [G, R]: the greatest of the block so far; null if not needed
   float* norms_before;   // [G, block_count]: the greatest of each block, then of all before it
   std::int32_t* begins;  // [H, R]: the first key of a query
@@ -128,7 +128,7 @@ struct BlockPair {
   }
 };
 
-// Everything of the workspace that does not need the passes.
+// What the passes read of the workspace; of bfloat16 but for the tiles and deltas.
 void launch_attention_backward_plan(const AttentionBackwardParams& params, bool bf16,
                                     cudaStream_t stream);
 void launch_attention_backward_f32(const AttentionBackwardParams& params, cudaStream_t stream);

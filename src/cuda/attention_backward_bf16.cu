@@ -24,31 +24,72 @@ constexpr int padded_to_blocks(std::int64_t dim) {
   return dim <= 64 ? 64 : 128;
 }
 
-// Rows of one tensor [T, heads, D] become tiles, as tensor_core.cuh orders them.
+constexpr int kTileThreads = 128;
+
+__device__ inline float dot_of_pieces(const uint4& x, const uint4& y) {
+  const auto* a = reinterpret_cast<const __nv_bfloat162*>(&x);
+  const auto* b = reinterpret_cast<const __nv_bfloat162*>(&y);
+  float sum = 0;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const float2 of_a = __bfloat1622float2(a[i]);
+    const float2 of_b = __bfloat1622float2(b[i]);
+    sum += of_a.x * of_b.x + of_a.y * of_b.y;
+  }
+  return sum;
+}
+
+// Rows of a tensor [T, heads, D] become tiles, as tensor_core.cuh orders them; with those of do
+// goes do·o. blockIdx.z is the tensor: q, k, v, do.
 template <int kDim>
-__global__ void make_tiles(const AttentionBackwardParams params, const __nv_bfloat16* from,
-                           int heads, std::byte* to) {
+__global__ __launch_bounds__(kTileThreads) void make_tiles(const AttentionBackwardParams params) {
   constexpr int kPieces = kDim / 8;
+  constexpr int kTurns = kBlockTokens * kPieces / kTileThreads;
+  const int tensor = static_cast<int>(blockIdx.z);
+  const int heads = tensor == 1 || tensor == 2 ? params.kv_heads : params.heads;
   const int head = static_cast<int>(blockIdx.y);
-  const AttentionBlock block = params.blocks[blockIdx.x];
-  std::byte* tile = to + params.block_at(head, static_cast<int>(blockIdx.x)) * kTileBytes<kDim>;
-  for (int i = static_cast<int>(threadIdx.x); i < kBlockTokens * kPieces;
-       i += static_cast<int>(blockDim.x)) {
+  if (head >= heads) return;
+  const int block_index = static_cast<int>(blockIdx.x);
+  const AttentionBlock block = params.blocks[block_index];
+  const auto piece = [&](const void* from, int i) {
     const int t = i / kPieces;
-    const int piece = i % kPieces;
-    const int left = params.dim - 8 * piece;
+    const int d = i % kPieces * 8;
     uint4 elements{};
-    if (t < block.count && left > 0) {
-      const __nv_bfloat16* row =
-          from + (static_cast<std::int64_t>(block.row + t) * heads + head) * params.dim + 8 * piece;
-      if (params.dim % 8 == 0) {
-        elements = *reinterpret_cast<const uint4*>(row);
-      } else {
-        auto* each = reinterpret_cast<__nv_bfloat16*>(&elements);
-        for (int d = 0; d < min(left, 8); ++d) each[d] = row[d];
-      }
+    if (t >= block.count || d >= params.dim) return elements;
+    const __nv_bfloat16* row =
+        static_cast<const __nv_bfloat16*>(from) +
+        (static_cast<std::int64_t>(block.row + t) * heads + head) * params.dim + d;
+    if (params.dim % 8 == 0) return *reinterpret_cast<const uint4*>(row);
+    auto* each = reinterpret_cast<__nv_bfloat16*>(&elements);
+    for (int k = 0; k < min(params.dim - d, 8); ++k) each[k] = row[k];
+    return elements;
+  };
+  const void* const inputs[] = {params.q, params.k, params.v, params.d_o};
+  std::byte* const outputs[] = {params.q_tiles, params.k_tiles, params.v_tiles, params.d_o_tiles};
+  std::byte* tile = outputs[tensor] + params.block_at(head, block_index) * kTileBytes<kDim>;
+  const int thread = static_cast<int>(threadIdx.x);
+  uint4 pieces[kTurns];
+#pragma unroll
+  for (int n = 0; n < kTurns; ++n) pieces[n] = piece(inputs[tensor], thread + n * kTileThreads);
+  if (tensor == 3) {
+    uint4 outputs_of_forward[kTurns];
+#pragma unroll
+    for (int n = 0; n < kTurns; ++n) {
+      outputs_of_forward[n] = piece(params.o, thread + n * kTileThreads);
     }
-    *reinterpret_cast<uint4*>(tile + piece_offset(t, piece)) = elements;
+#pragma unroll
+    for (int n = 0; n < kTurns; ++n) {
+      float sum = dot_of_pieces(pieces[n], outputs_of_forward[n]);
+#pragma unroll
+      for (int step = kPieces / 2; step > 0; step /= 2) sum += __shfl_xor_sync(~0U, sum, step);
+      const int i = thread + n * kTileThreads;
+      if (i % kPieces == 0) params.deltas[params.row_at(head, block_index) + i / kPieces] = -sum;
+    }
+  }
+#pragma unroll
+  for (int n = 0; n < kTurns; ++n) {
+    const int i = thread + n * kTileThreads;
+    *reinterpret_cast<uint4*>(tile + piece_offset(i / kPieces, i % kPieces)) = pieces[n];
   }
 }
 
@@ -111,6 +152,15 @@ __device__ inline float exp2_approximate(float x) {
   return y;
 }
 
+// From shared memory, also what was loaded before.
+__device__ inline float2 load_pair_again(const float* from) {
+  float2 pair;
+  asm volatile("ld.volatile.shared.v2.f32 {%0, %1}, [%2];"
+               : "=f"(pair.x), "=f"(pair.y)
+               : "r"(shared_address(from)));
+  return pair;
+}
+
 // What goes with a block of columns, in shared memory.
 struct ColumnTerms {
   alignas(16) float terms[kBlockTokens];
@@ -158,7 +208,7 @@ struct RowBlock {
     const std::int64_t at = p.row_at(head, block) + row;
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      term[r] = (kKeys ? p.key_terms : p.query_terms)[at + 8 * r];
+      term[r] = (kKeys ? p.key_terms : p.query_terms)[at + 8 * r] * (p.scale * kLog2E);
       delta[r] = kKeys ? 0 : p.deltas[at + 8 * r];
       begin[r] = kKeys ? 0 : p.begins[at + 8 * r];
       gradient_sum[r] = 0;
@@ -183,29 +233,56 @@ struct RowBlock {
       for (int i = 0; i < 4; ++i) {
         const int r = row + i / 2 * 8;
         const int c = n * 8 + column + i % 2;
-        const bool seen = kKeys ? r <= distance + c && position + r >= columns.begins[c]
-                                : distance + c <= r && position + distance + c >= begin[i / 2];
+        const int key = kKeys ? r : distance + c;
+        const int query = kKeys ? distance + c : r;
+        const int first = (kKeys ? columns.begins[c] : begin[i / 2]) - position;
+        // Not &&, which would branch.
+        const bool seen = (key <= query) & (key >= first);
         if (!seen) s[n][i] = -INFINITY;
       }
     }
   }
 
-  // Scores become weights, dP becomes dS.
-  __device__ void differentiate(const ColumnTerms& columns, float decay) {
+  // What products are added to: to the scores the columns' terms, to dP of keys the columns'
+  // deltas.
+  __device__ void begin_scores(const ColumnTerms& columns) {
+    copy_to_rows(s, columns.terms);
+  }
+  __device__ void begin_gradients(const ColumnTerms& columns) {
+    if (kKeys) copy_to_rows(ds, columns.deltas);
+  }
+  __device__ void copy_to_rows(float (&to)[8][4], const float* from) const {
+#pragma unroll
+    for (int n = 0; n < 8; ++n) {
+#pragma unroll
+      for (int i = 0; i < 4; i += 2) {
+        // Loaded twice, which costs less than copies.
+        const float2 pair = load_pair_again(from + n * 8 + column);
+        to[n][i] = pair.x;
+        to[n][i + 1] = pair.y;
+      }
+    }
+  }
+
+  // Scores become weights.
+  __device__ void exponentiate(float decay) {
     const float exponent = p.scale * kLog2E;
     const float of_rows[2] = {term[0] + decay, term[1] + decay};
 #pragma unroll
     for (int n = 0; n < 8; ++n) {
-      const int c = n * 8 + column;
-      const float2 terms = *reinterpret_cast<const float2*>(columns.terms + c);
-      float2 deltas{};
-      if (kKeys) deltas = *reinterpret_cast<const float2*>(columns.deltas + c);
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        const float of_column = i % 2 == 0 ? terms.x : terms.y;
-        const float mean = !kKeys ? delta[i / 2] : i % 2 == 0 ? deltas.x : deltas.y;
-        s[n][i] = exp2_approximate(fmaf(s[n][i], exponent, of_rows[i / 2] + of_column));
-        ds[n][i] = s[n][i] * (ds[n][i] - mean);
+        s[n][i] = exp2_approximate(fmaf(s[n][i], exponent, of_rows[i / 2]));
+      }
+    }
+  }
+  // dP becomes dS.
+  __device__ void differentiate() {
+#pragma unroll
+    for (int n = 0; n < 8; ++n) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        ds[n][i] = s[n][i] * (kKeys ? ds[n][i] : ds[n][i] + delta[i / 2]);
         gradient_sum[i / 2] += ds[n][i];
       }
     }
@@ -220,9 +297,9 @@ struct RowBlock {
   template <class Products>
   __device__ void add_products(std::uint32_t columns, std::uint32_t column_partners) {
     Products::begin(sums);
+    if constexpr (kKeys) Products::begin(partner_sums);
     Products::template times<false>(sums, gradients, columns);
     if constexpr (kKeys) {
-      Products::begin(partner_sums);
       Products::template times<false>(partner_sums, weights, column_partners);
     }
     Products::commit();
@@ -363,14 +440,17 @@ class WarpBlock {
     const std::uint32_t columns = shared_address(shared_.columns[stage]);
     const std::uint32_t partners = shared_address(shared_.column_partners[stage]);
     std::uint32_t operand[kDim / 16][4];
+    rows_.begin_scores(shared_.terms[stage]);
+    rows_.begin_gradients(shared_.terms[stage]);
     load_operand(operand, shared_address(shared_.rows));
-    WarpProducts::times_transposed<true>(rows_.s, operand, columns);
+    WarpProducts::times_transposed<false>(rows_.s, operand, columns);
     load_operand(operand, shared_address(shared_.row_partners));
-    WarpProducts::times_transposed<true>(rows_.ds, operand, partners);
+    WarpProducts::times_transposed<kPass == Pass::kQueries>(rows_.ds, operand, partners);
     if (operands_.pair(head, block_, c, sequence_.first).masked) {
       rows_.mask(shared_.terms[stage], (c - block_) * kBlockTokens);
     }
-    rows_.differentiate(shared_.terms[stage], operands_.decay(head, block_, c));
+    rows_.exponentiate(operands_.decay(head, block_, c));
+    rows_.differentiate();
     rows_.round();
     rows_.template add_products<WarpProducts>(columns, partners);
   }
@@ -410,7 +490,7 @@ struct Message {
 
 template <int kDim>
 struct GroupShared {
-  static constexpr int kStages = kDim == 128 ? 3 : 6;
+  static constexpr int kStages = kDim == 128 ? 4 : 6;
   alignas(1024) std::byte columns[kStages][kTileBytes<kDim>];
   alignas(1024) std::byte column_partners[kStages][kTileBytes<kDim>];
   alignas(1024) std::byte rows[kGroups][kTileBytes<kDim>];
@@ -563,6 +643,9 @@ class Group {
   // memory, and none are left to compute exponentials beside products.
   static constexpr bool kRowsInRegisters = kDim == 64;
   static constexpr int kDepth = kRowsInRegisters ? kDim / 16 : 1;
+  // Whether the groups issue their products in turns, so that one's exponentials are computed while
+  // the tensor cores work for the other.
+  static constexpr bool kTakeTurns = kRowsInRegisters;
 
   __device__ Group(const AttentionBackwardParams& params, Shared& shared, int group)
       : params_(params),
@@ -570,43 +653,34 @@ class Group {
         shared_(shared),
         group_(group),
         lane_(static_cast<int>(threadIdx.x) % 32),
+        columns_(shared_address(shared.columns[0])),
+        column_partners_(shared_address(shared.column_partners[0])),
         rows_(params) {}
 
   __device__ void run() {
+    if (kTakeTurns && group_ == 1) pass_turn();
     while (true) {
-      const Message message = receive();
-      const int stage = cursor_.stage;
-      cursor_.advance();
+      const int stage = receive();
+      const int kind = shared_.messages[stage].kind;
+      const int turn = shared_.messages[stage].turn;
       release(&shared_.empty[stage]);
-      if (message.kind == Message::kFinish) return;
-      own(message.turn);
+      if (kind == Message::kFinish) return;
+      own(turn);
     }
   }
 
  private:
-  __device__ Message receive() {
-    sm90::barrier_wait(&shared_.full[cursor_.stage], cursor_.parity);
-    return shared_.messages[cursor_.stage];
+  // The stage of the next message.
+  __device__ int receive() {
+    const int stage = uniform(cursor_.stage);
+    sm90::barrier_wait(&shared_.full[stage], cursor_.parity);
+    cursor_.advance();
+    return stage;
   }
   __device__ void release(std::uint64_t* barrier) const {
     __syncwarp();
     if (lane_ == 0) sm90::barrier_arrive(barrier);
   }
-  // The next columns that concern this group, or the end.
-  __device__ bool next(Message& message, int& stage) {
-    while (true) {
-      message = receive();
-      stage = cursor_.stage;
-      cursor_.advance();
-      if (message.kind == Message::kEnd) {
-        release(&shared_.empty[stage]);
-        return false;
-      }
-      if ((message.read >> group_ & 1) != 0) return true;
-      release(&shared_.empty[stage]);
-    }
-  }
-
   __device__ void own(int turn) {
     AttentionRows own{};
     int row_head = 0;
@@ -629,68 +703,100 @@ class Group {
     rows_.store(row_head);
   }
 
+  // For each message both groups take a turn, the first group first.
+  __device__ void take_turn() const {
+    if (kTakeTurns) asm volatile("bar.sync %0, 256;" ::"r"(1 + group_) : "memory");
+  }
+  __device__ void pass_turn() const {
+    if (kTakeTurns) asm volatile("bar.arrive %0, 256;" ::"r"(2 - group_) : "memory");
+  }
+
   __device__ void visit_columns() {
-    Message message{};
-    int stage = 0;
-    if (!next(message, stage)) return;
-    multiply_rows(stage);
-    GroupProducts::wait<0>();
-    differentiate(message, stage);
-    rows_.round();
-    int before = stage;
-    while (next(message, stage)) {
-      if constexpr (kRowsInRegisters) {
+    int before = -1;  // the stage whose products are to be added
+    while (true) {
+      const int stage = receive();
+      const Message& message = shared_.messages[stage];
+      take_turn();
+      if ((message.read >> group_ & 1) == 0) {
+        pass_turn();
+        const bool end = message.kind == Message::kEnd;
+        // The copier may need the stage before columns that concern this group come.
+        if (before >= 0) {
+          add_products(before);
+          finish_products(before);
+          before = -1;
+        }
+        release(&shared_.empty[stage]);
+        if (end) return;
+        continue;
+      }
+      if (before < 0) {
+        multiply_rows(stage);
+        pass_turn();
+        differentiate<0>(stage);
+      } else if constexpr (kRowsInRegisters) {
         multiply_rows(stage);
         add_products(before);
-        GroupProducts::wait<1>();
-        differentiate(message, stage);
+        pass_turn();
+        differentiate<1>(stage);
         finish_products(before);
       } else {
         add_products(before);
         finish_products(before);
         multiply_rows(stage);
-        GroupProducts::wait<0>();
-        differentiate(message, stage);
+        differentiate<0>(stage);
       }
       rows_.round();
       before = stage;
     }
-    add_products(before);
-    finish_products(before);
   }
 
-  // S and dP; asynchronous.
+  // S and dP, a batch each; asynchronous.
   __device__ void multiply_rows(int stage) {
-    const std::uint32_t columns = shared_address(shared_.columns[stage]);
-    const std::uint32_t partners = shared_address(shared_.column_partners[stage]);
+    const std::uint32_t columns = columns_ + stage * kTileBytes<kDim>;
+    const std::uint32_t partners = column_partners_ + stage * kTileBytes<kDim>;
+    constexpr bool kClear = kPass == Pass::kQueries;  // of dP
+    rows_.begin_scores(shared_.terms[stage]);
     GroupProducts::begin(rows_.s);
-    GroupProducts::begin(rows_.ds);
     if constexpr (kRowsInRegisters) {
-      GroupProducts::times_transposed<true>(rows_.s, operand_, columns);
-      GroupProducts::times_transposed<true>(rows_.ds, partner_operand_, partners);
+      GroupProducts::times_transposed<false>(rows_.s, operand_, columns);
+      GroupProducts::commit();
+      rows_.begin_gradients(shared_.terms[stage]);
+      GroupProducts::begin(rows_.ds);
+      GroupProducts::times_transposed<kClear>(rows_.ds, partner_operand_, partners);
     } else {
-      GroupProducts::tiles_transposed<kDim / 16>(rows_.s, shared_address(shared_.rows[group_]),
-                                                 columns);
-      GroupProducts::tiles_transposed<kDim / 16>(
+      GroupProducts::tiles_transposed<kDim / 16, false>(
+          rows_.s, shared_address(shared_.rows[group_]), columns);
+      GroupProducts::commit();
+      rows_.begin_gradients(shared_.terms[stage]);
+      GroupProducts::begin(rows_.ds);
+      GroupProducts::tiles_transposed<kDim / 16, kClear>(
           rows_.ds, shared_address(shared_.row_partners[group_]), partners);
     }
     GroupProducts::commit();
   }
-  __device__ void differentiate(const Message& message, int stage) {
-    GroupProducts::end(rows_.s);
-    GroupProducts::end(rows_.ds);
+  // With so many batches of products behind S and dP.
+  template <int kBehind>
+  __device__ void differentiate(int stage) {
+    const Message& message = shared_.messages[stage];
     if (message.head != rows_.head) {
       if (rows_.head >= 0) rows_.leave_head();
       rows_.enter_head(message.head);
     }
+    GroupProducts::wait<kBehind + 1>();
+    GroupProducts::end(rows_.s);
     if ((message.masked >> group_ & 1) != 0) {
       rows_.mask(shared_.terms[stage], (message.block - rows_.block) * kBlockTokens);
     }
-    rows_.differentiate(shared_.terms[stage], message.decay[group_]);
+    rows_.exponentiate(message.decay[group_]);
+    GroupProducts::wait<kBehind>();
+    GroupProducts::end(rows_.ds);
+    rows_.differentiate();
   }
-  __device__ void add_products(int stage) {
-    rows_.template add_products<GroupProducts>(shared_address(shared_.columns[stage]),
-                                               shared_address(shared_.column_partners[stage]));
+  __device__ void add_products(int before) {
+    const int stage = uniform(before);
+    rows_.template add_products<GroupProducts>(columns_ + stage * kTileBytes<kDim>,
+                                               column_partners_ + stage * kTileBytes<kDim>);
   }
   __device__ void finish_products(int stage) {
     GroupProducts::wait<0>();
@@ -703,6 +809,8 @@ class Group {
   Shared& shared_;
   int group_;
   int lane_;
+  std::uint32_t columns_;          // of the first stage
+  std::uint32_t column_partners_;  // of the first stage
   RowBlock<kDim, kPass> rows_;
   std::uint32_t operand_[kDepth][4];
   std::uint32_t partner_operand_[kDepth][4];
@@ -716,8 +824,8 @@ __global__ __launch_bounds__(kGroupThreads, 1) void differentiate_sm90(
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)  // elsewhere it is never launched
   extern __shared__ std::byte memory[];
   using Shared = GroupShared<kDim>;
-  auto& shared = *reinterpret_cast<Shared*>((reinterpret_cast<std::uintptr_t>(memory) + 1023) &
-                                            ~std::uintptr_t{1023});
+  // By an offset, so that the compiler still knows it to be shared memory.
+  auto& shared = *reinterpret_cast<Shared*>(memory + (-shared_address(memory) & 1023));
   if (threadIdx.x == 0) {
     for (int s = 0; s < Shared::kStages; ++s) {
       sm90::barrier_init(&shared.full[s], 1);
@@ -761,15 +869,9 @@ void launch_pass(const AttentionBackwardParams& params, bool sm90, int multiproc
 template <int kDim>
 void launch(const AttentionBackwardParams& params, bool sm90, int multiprocessors,
             cudaStream_t stream) {
-  const auto tile = [&](const void* from, int heads, std::byte* to) {
-    const dim3 grid(static_cast<unsigned>(params.block_count), static_cast<unsigned>(heads));
-    make_tiles<kDim>
-        <<<grid, 256, 0, stream>>>(params, static_cast<const __nv_bfloat16*>(from), heads, to);
-  };
-  tile(params.q, params.heads, params.q_tiles);
-  tile(params.k, params.kv_heads, params.k_tiles);
-  tile(params.v, params.kv_heads, params.v_tiles);
-  tile(params.d_o, params.heads, params.d_o_tiles);
+  const dim3 grid(static_cast<unsigned>(params.block_count), static_cast<unsigned>(params.heads),
+                  4);
+  make_tiles<kDim><<<grid, kTileThreads, 0, stream>>>(params);
   launch_pass<kDim, Pass::kKeys>(params, sm90, multiprocessors, stream);
   launch_pass<kDim, Pass::kQueries>(params, sm90, multiprocessors, stream);
 }

@@ -159,9 +159,9 @@ class Rows {
         const int query = kPass == Pass::kKeys ? position + column : row_position;
         const int begin = kPass == Pass::kKeys ? params_.begins[at] : begin_[r];
         const float delta = kPass == Pass::kKeys ? params_.deltas[at] : delta_[r];
-        const float exponent = s[r][c] * (params_.scale * kLog2E) + (term_[r] + term + decay);
+        const float exponent = (s[r][c] + (term_[r] + term)) * (params_.scale * kLog2E) + decay;
         const float weight = key <= query && key >= begin ? exp2f(exponent) : 0;
-        const float gradient = weight * (ds[r][c] - delta);
+        const float gradient = weight * (ds[r][c] + delta);
         gradient_sum_[r] += gradient;
         shared_.weights[column][row_ + r] = weight;
         shared_.gradients[column][row_ + r] = gradient;

@@ -1,11 +1,8 @@
 // What the passes of attention's backward need of each token: running sums of the log gates, do·o,
 // the keys that a query reads; and after them the log gates' gradients. Bound by memory.
-#include <cub/block/block_scan.cuh>
-
 #include <climits>
 
 #include "cuda/attention_backward.cuh"
-#include "cuda/elements.cuh"
 
 namespace deltafox::cuda {
 namespace {
@@ -13,9 +10,8 @@ namespace {
 constexpr unsigned kAllLanes = 0xffffffffU;
 constexpr int kWarps = 4;
 
-template <typename T>
 struct Sum {
-  __device__ T operator()(T a, T b) const { return a + b; }
+  __device__ double operator()(double a, double b) const { return a + b; }
 };
 struct Greatest {
   __device__ float operator()(float a, float b) const { return fmaxf(a, b); }
@@ -55,7 +51,7 @@ __global__ void gate_terms(const AttentionBackwardParams params) {
     const int t = 2 * lane + i;
     gates[i] = params.log_gates != nullptr && t < block.count ? params.log_gates[at(t)] : 0;
   }
-  const double scanned = scan_warp(gates[0] + gates[1], Sum<double>());
+  const double scanned = scan_warp(gates[0] + gates[1], Sum());
   const double before = shift_warp(scanned, 0.0);
   const float sums[2] = {static_cast<float>(before + gates[0]),
                          static_cast<float>(before + gates[0] + gates[1])};
@@ -63,8 +59,9 @@ __global__ void gate_terms(const AttentionBackwardParams params) {
   for (int i = 0; i < 2; ++i) {
     const int t = 2 * lane + i;
     const std::int64_t row = params.row_at(head, block_index) + t;
-    params.query_terms[row] = t < block.count ? (sums[i] - params.lse[at(t)]) * kLog2E : -INFINITY;
-    params.key_terms[row] = -sums[i] * kLog2E;
+    params.query_terms[row] =
+        t < block.count ? (sums[i] - params.lse[at(t)]) / params.scale : -INFINITY;
+    params.key_terms[row] = -sums[i] / params.scale;
   }
 }
 
@@ -91,16 +88,17 @@ __global__ void key_norms(const AttentionBackwardParams params) {
   to[1] = scanned;
 }
 
-// A sequence's values become what combines those before each: one warp.
+// A sequence's values become what combines those before each, or with a step of −1 those behind
+// it: one warp. `values` is the first in this order.
 template <typename T, typename Combine>
-__device__ void combine_before(T* values, int count, T none, const Combine& combine) {
+__device__ void combine_before(T* values, int step, int count, T none, const Combine& combine) {
   const int lane = static_cast<int>(threadIdx.x) % 32;
   T before = none;
   for (int first = 0; first < count; first += 32) {
     const int i = first + lane;
-    const T scanned = scan_warp(i < count ? values[i] : none, combine);
+    const T scanned = scan_warp(i < count ? values[i * step] : none, combine);
     const T shifted = shift_warp(scanned, none);
-    if (i < count) values[i] = combine(before, shifted);
+    if (i < count) values[i * step] = combine(before, shifted);
     before = combine(before, __shfl_sync(kAllLanes, scanned, 31));
   }
 }
@@ -112,10 +110,9 @@ __global__ void combine_blocks(const AttentionBackwardParams params) {
   const AttentionSequence sequence = params.sequences[blockIdx.x];
   const int head = static_cast<int>(blockIdx.y);
   const int count = sequence.end - sequence.first;
-  combine_before(params.gate_sums + params.block_at(head, sequence.first), count, 0.0,
-                 Sum<double>());
+  combine_before(params.gate_sums + params.block_at(head, sequence.first), 1, count, 0.0, Sum());
   if (params.key_norms != nullptr && head < params.kv_heads) {
-    combine_before(params.norms_before + params.block_at(head, sequence.first), count, 0.0F,
+    combine_before(params.norms_before + params.block_at(head, sequence.first), 1, count, 0.0F,
                    Greatest());
   }
 }
@@ -139,7 +136,7 @@ __device__ int first_kept_block(const AttentionBackwardParams& params, const Att
   const float threshold = pruning_threshold(params.log_tolerance, bound, position);
   const double* sums = params.gate_sums + params.block_at(head, block.first);
   const double own = params.gate_sums[params.block_at(head, block_index)] -
-                     params.key_terms[params.row_at(head, block_index) + t] / kLog2E;
+                     params.key_terms[params.row_at(head, block_index) + t] * params.scale;
   int low = first_visible / kBlockTokens;
   int high = position / kBlockTokens;  // the query's own block is kept
   while (low < high) {
@@ -189,8 +186,7 @@ __global__ void find_begins(const AttentionBackwardParams params) {
   }
 }
 
-// Sixteen threads a token and head.
-template <typename T>
+// Of float32, sixteen threads a token and head.
 __global__ void find_deltas(const AttentionBackwardParams params) {
   const int block_index = static_cast<int>(blockIdx.x);
   const int head = static_cast<int>(blockIdx.y);
@@ -202,45 +198,51 @@ __global__ void find_deltas(const AttentionBackwardParams params) {
     if (t < block.count) {
       const std::int64_t at =
           (static_cast<std::int64_t>(block.row + t) * params.heads + head) * params.dim;
-      for (int d = 4 * lane; d < params.dim; d += 64) {
-        float x[4];
-        float y[4];
-        load_four(x, static_cast<const T*>(params.o) + at + d, count_columns(d, params.dim));
-        load_four(y, static_cast<const T*>(params.d_o) + at + d, count_columns(d, params.dim));
-#pragma unroll
-        for (int i = 0; i < 4; ++i) sum += x[i] * y[i];
-      }
+      const float* o = static_cast<const float*>(params.o) + at;
+      const float* d_o = static_cast<const float*>(params.d_o) + at;
+      for (int d = lane; d < params.dim; d += 16) sum += o[d] * d_o[d];
     }
 #pragma unroll
     for (int step = 8; step > 0; step /= 2) sum += __shfl_xor_sync(kAllLanes, sum, step);
-    if (lane == 0) params.deltas[params.row_at(head, block_index) + t] = sum;
+    if (lane == 0) params.deltas[params.row_at(head, block_index) + t] = -sum;
   }
 }
 
-constexpr int kGateThreads = 1024;
+// d log f_l = Σ_{i>=l} (Σ_j dS_ij − Σ_j dS_ji): scans like those of the gates, backwards. One warp
+// a block and head; first the blocks' sums, then, with those behind each, the gradients.
+template <bool kSumsOnly>
+__global__ void scan_gate_gradients(const AttentionBackwardParams params) {
+  const int block_index = static_cast<int>(blockIdx.x);
+  const int head = static_cast<int>(blockIdx.y) * kWarps + static_cast<int>(threadIdx.x) / 32;
+  if (head >= params.heads) return;
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  const int t = kBlockTokens - 2 - 2 * lane;  // the first of this lane's two
+  const std::int64_t row = params.row_at(head, block_index) + t;
+  const float2 of_queries = *reinterpret_cast<const float2*>(params.query_sums + row);
+  const float2 of_keys = *reinterpret_cast<const float2*>(params.key_sums + row);
+  const double last = static_cast<double>(of_queries.y) - of_keys.y;
+  const double first = static_cast<double>(of_queries.x) - of_keys.x;
+  const double scanned = scan_warp(first + last, Sum());
+  double* of_block = params.gate_sums + params.block_at(head, block_index);
+  if (kSumsOnly) {
+    if (lane == 31) *of_block = scanned;
+    return;
+  }
+  const AttentionBlock block = params.blocks[block_index];
+  const double behind = *of_block + shift_warp(scanned, 0.0);
+  const double gradients[2] = {behind + last + first, behind + last};
+  for (int i = 0; i < 2; ++i) {
+    if (t + i >= block.count) continue;
+    params.dlog_gates[static_cast<std::int64_t>(block.row + t + i) * params.heads + head] =
+        static_cast<float>(gradients[i]);
+  }
+}
 
-// d log f_l = Σ_{i>=l} (Σ_j dS_ij − Σ_j dS_ji), one thread block a sequence and head; threads own
-// successive tokens, the first thread the last ones.
-__global__ __launch_bounds__(kGateThreads) void gate_gradients(
-    const AttentionBackwardParams params) {
-  using Scan = cub::BlockScan<double, kGateThreads>;
-  __shared__ typename Scan::TempStorage storage;
+__global__ void combine_blocks_behind(const AttentionBackwardParams params) {
   const AttentionSequence sequence = params.sequences[blockIdx.x];
   const int head = static_cast<int>(blockIdx.y);
-  const int share = (sequence.length + kGateThreads - 1) / kGateThreads;
-  const int end = sequence.length - static_cast<int>(threadIdx.x) * share;
-  const int begin = max(0, end - share);
-  const float* of_queries = params.query_sums + params.row_at(head, sequence.first);
-  const float* of_keys = params.key_sums + params.row_at(head, sequence.first);
-  const auto gradient = [&](int t) { return static_cast<double>(of_queries[t]) - of_keys[t]; };
-  double later = 0;
-  for (int t = begin; t < end; ++t) later += gradient(t);
-  Scan(storage).ExclusiveSum(later, later);
-  for (int t = end - 1; t >= begin; --t) {
-    later += gradient(t);
-    params.dlog_gates[static_cast<std::int64_t>(sequence.row + t) * params.heads + head] =
-        static_cast<float>(later);
-  }
+  combine_before(params.gate_sums + params.block_at(head, sequence.end - 1), -1,
+                 sequence.end - sequence.first, 0.0, Sum());
 }
 
 template <typename T>
@@ -257,7 +259,6 @@ void launch_plan(const AttentionBackwardParams& params, cudaStream_t stream) {
   combine_blocks<<<dim3(static_cast<unsigned>(params.sequence_count), heads), 32, 0, stream>>>(
       params);
   find_begins<T><<<of_queries, kBlockTokens, 0, stream>>>(params);
-  find_deltas<T><<<of_queries, 256, 0, stream>>>(params);
 }
 
 }  // namespace
@@ -268,13 +269,18 @@ void launch_attention_backward_plan(const AttentionBackwardParams& params, bool 
     launch_plan<__nv_bfloat16>(params, stream);
   } else {
     launch_plan<float>(params, stream);
+    const dim3 grid(static_cast<unsigned>(params.block_count), static_cast<unsigned>(params.heads));
+    find_deltas<<<grid, 256, 0, stream>>>(params);
   }
 }
 
 void launch_attention_backward_gates(const AttentionBackwardParams& params, cudaStream_t stream) {
-  const dim3 grid(static_cast<unsigned>(params.sequence_count),
-                  static_cast<unsigned>(params.heads));
-  gate_gradients<<<grid, kGateThreads, 0, stream>>>(params);
+  const auto heads = static_cast<unsigned>(params.heads);
+  const dim3 of_blocks(static_cast<unsigned>(params.block_count), (heads + kWarps - 1) / kWarps);
+  scan_gate_gradients<true><<<of_blocks, kWarps * 32, 0, stream>>>(params);
+  combine_blocks_behind<<<dim3(static_cast<unsigned>(params.sequence_count), heads), 32, 0,
+                          stream>>>(params);
+  scan_gate_gradients<false><<<of_blocks, kWarps * 32, 0, stream>>>(params);
 }
 
 }  // namespace deltafox::cuda

@@ -304,9 +304,11 @@ struct GroupProducts {
 
   // Swizzled layout of 128 bytes. Groups of eight rows lie 1024 bytes apart; where columns run
   // along the result ("times"), blocks of 64 columns lie kTileBlockBytes apart.
-  static __device__ std::uint64_t descriptor(std::uint32_t tile) {
-    return (std::uint64_t{1} << 62) | (std::uint64_t{1024 >> 4} << 32) |
-           (std::uint64_t{kTileBlockBytes >> 4} << 16) | ((tile & 0x3FFFF) >> 4);
+  // Of what begins some bytes behind a tile's start; only the lower half depends on either.
+  static __device__ std::uint64_t descriptor(std::uint32_t tile, int bytes = 0) {
+    const std::uint32_t start = ((tile & 0x3FFFF) >> 4) | ((kTileBlockBytes >> 4) << 16);
+    return (std::uint64_t{(1U << 30) | (1024 >> 4)} << 32) |
+           (start + static_cast<std::uint32_t>(bytes >> 4));
   }
 
   template <bool kClear, int kTransposed>
@@ -333,35 +335,33 @@ struct GroupProducts {
   template <bool kClear, int kDepth>
   static __device__ void times_transposed(float (&d)[8][4], const std::uint32_t (&a)[kDepth][4],
                                           std::uint32_t tile) {
-    const std::uint64_t b = descriptor(tile);
-    product<kClear, 0>(d, a[0], b);
+    product<kClear, 0>(d, a[0], descriptor(tile));
 #pragma unroll
     for (int k = 1; k < kDepth; ++k) {
-      product<false, 0>(d, a[k], b + (((k / 4) * kTileBlockBytes + (k % 4) * 32) >> 4));
+      product<false, 0>(d, a[k], descriptor(tile, (k / 4) * kTileBlockBytes + (k % 4) * 32));
     }
   }
 
   template <bool kClear, int kTiles>
   static __device__ void times(float (&d)[kTiles][4], const std::uint32_t (&a)[4][4],
                                std::uint32_t tile) {
-    const std::uint64_t b = descriptor(tile);
-    product<kClear, 1>(d, a[0], b);
+    product<kClear, 1>(d, a[0], descriptor(tile));
 #pragma unroll
-    for (int k = 1; k < 4; ++k) product<false, 1>(d, a[k], b + ((k * 16 * 128) >> 4));
+    for (int k = 1; k < 4; ++k) product<false, 1>(d, a[k], descriptor(tile, k * 16 * 128));
   }
 
-  template <int kDepth>
+  template <int kDepth, bool kClear = true>
   static __device__ void tiles_transposed(float (&d)[8][4], std::uint32_t left,
                                           std::uint32_t right) {
 #pragma unroll
     for (int k = 0; k < kDepth; ++k) {
-      const int step = ((k / 4) * kTileBlockBytes + (k % 4) * 32) >> 4;
+      const int step = (k / 4) * kTileBlockBytes + (k % 4) * 32;
       asm volatile(
           "{ .reg .pred add; setp.ne.b32 add, %34, 0;\n"
           "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 " DELTAFOX_D32
           ", %32, %33, add, 1, 1, 0, 0; }"
           : DELTAFOX_32(d)
-          : "l"(descriptor(left) + step), "l"(descriptor(right) + step), "r"(k == 0 ? 0 : 1));
+          : "l"(descriptor(left, step)), "l"(descriptor(right, step)), "r"(kClear && k == 0 ? 0 : 1));
     }
   }
 };

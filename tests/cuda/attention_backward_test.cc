@@ -210,6 +210,21 @@ TEST_P(CudaAttentionBackward, PruningChangesNoMoreThanItsTolerance) {
   }
 }
 
+// A gate that closes between the two blocks of a thread block on sm_90: the queries behind it read
+// the younger block alone, more of them than fit its shared memory.
+TEST_P(CudaAttentionBackward, BlocksOfOneThreadBlockAreReadApart) {
+  Random random(5);
+  Gpu gpu(GetParam());
+  for (const std::int64_t dim : {64, 128}) {
+    const Case c{.cu = {0, 1000}, .heads = 1, .kv_heads = 1, .dim = dim, .tolerance = -20.0F};
+    Inputs inputs(random, c);
+    for (std::int64_t t = 0; t < c.cu.back(); ++t) {
+      inputs.gates.f32()[t] = t == 192 ? -100.0F : 0.01F * inputs.gates.f32()[t];
+    }
+    expect_plain_results(gpu, c, inputs);
+  }
+}
+
 Tensor cut(const Tensor& from, std::int64_t begin, std::int64_t end) {
   const Shape& shape = from.view().shape;
   const std::int64_t width = shape.size() / shape[0];
