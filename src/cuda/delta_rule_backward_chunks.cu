@@ -3,25 +3,23 @@
 // and P = tril(Q Kᵀ):
 //
 // 1. `prepare`, all chunks at once: T and P.
-// 2. `walk_states`, a block a segment as in delta_rule_chunks.cu, keeps the state before each chunk
-//    and U = T (V − K S).
-// 3. `walk_gradients`, from the last chunk to the first, keeps the gradient of the state behind
-// each
-//    chunk and yields dV = dE = Tᵀ (Pᵀ dO + K dS), dS ← dS + Qᵀ dO − Kᵀ dE. Everything is linear in
-//    dO, so 1/√K is left to what is stored.
-// 4. `chunk_gradients`, all chunks at once, 64 keys a block: with M = tril(dE Uᵀ, −1) and
-//    dO over √K,
+// 2. `walk<kGradients>`, a block a segment as in delta_rule_chunks.cu, from the last chunk to the
+//    first: keeps the gradient of the state behind each chunk and yields
+//      dV = dE = Tᵀ (Pᵀ dO + K dS),  dS ← dS + Qᵀ dO − Kᵀ dE
+//    Everything is linear in dO, so 1/√K is left to what is stored.
+// 3. `finish`, from the first chunk to the last: two warp groups carry the state as the forward's
+//    do, U = T (V − K S), S ← S + Kᵀ U, and pass S and U of each chunk in shared memory to a third.
+//    With M = tril(dE Uᵀ, −1) and dO over √K it computes
 //      dQ = dO Sᵀ + tril(dO Uᵀ) K,  dβ_t = dE_t·U_t / β_t²
 //      dK = U dSᵀ + tril(dO Uᵀ)ᵀ Q − dE Sᵀ − (M + Mᵀ) K
 //    A triangle's transpose is a product of its own, not a transposition: so all of them are made
-//    in registers and are left operands there.
+//    in registers and are left operands there. A fourth group loads.
 //
 // For dβ, a β nearer to 0 than 2⁻⁴⁰ counts as 2⁻⁴⁰, far below what rounding leaves of the rest.
 //
 // Segments need the state before them and the gradient behind them. The first comes as in the
 // forward from affine maps [M | N]. Gradients pass a segment by dS ← Mᵀ dS + N' with the same M;
-// N' is what a third walk over the segment leaves of dS = 0.
-#include <algorithm>
+// N' is what a walk over the segment leaves of dS = 0.
 #include <cmath>
 
 #include "cuda/delta_rule_chunks.cuh"
@@ -29,9 +27,10 @@
 namespace deltafox::cuda {
 namespace {
 
+using Products = GroupProducts;
+
 constexpr int kWalkThreads = kStateThreads + 128;
-constexpr int kGradientThreads = 128;
-constexpr int kGradientKeys = 64;  // of a block
+constexpr int kValueSteps = kValues / 16;  // of a product's depth
 constexpr float kLeastBeta = 0x1p-40F;
 
 // What the passes keep, in bfloat16 but the maps. [c, h] counts the chunks of the whole batch; K'
@@ -41,8 +40,6 @@ struct Workspace {
   float* d_maps;   // likewise
   bf16* inverses;  // [c, h] tiles [64, 64] of −Tᵀ
   bf16* scores;    // [c, h] tiles [64, 64] of P
-  bf16* updates;   // [c, h, 128, 64], Uᵀ
-  bf16* states;    // [c, h, 128, K'], Sᵀ before the chunk
   bf16* d_states;  // [c, h, 128, K'], √K dSᵀ behind it
 
   // Bytes of all; fills in the pointers if there is memory.
@@ -64,8 +61,6 @@ struct Workspace {
     take(d_maps, maps_of_heads * kValues * keys);
     take(inverses, chunks * kChunk * kChunk);
     take(scores, chunks * kChunk * kChunk);
-    take(updates, chunks * kValues * kChunk);
-    take(states, chunks * kValues * keys);
     take(d_states, chunks * kValues * keys);
     return used;
   }
@@ -75,7 +70,6 @@ struct BackwardParams {
   DeltaRuleBackwardProblem problem;
   Workspace workspace;
   float scale;  // 1 / √K
-  int stages;
   SequenceBatch batch;
 
   // Of [c, h], the place in an array of so many elements each.
@@ -175,9 +169,9 @@ __device__ unsigned char* align_tiles(unsigned char* shared) {
   return shared + (1024 - shared_address(shared) % 1024) % 1024;
 }
 
-template <class Products, int kKeys>
+template <int kKeys>
 __global__ void __launch_bounds__(128) prepare(const __grid_constant__ BackwardParams p) {
-  if constexpr (!Products::kGroup || kHasGroupProducts) {
+  if constexpr (kHasGroupProducts) {
     using L = PrepareLayout<kKeys>;
     extern __shared__ unsigned char shared[];
     unsigned char* base = align_tiles(shared);
@@ -208,15 +202,15 @@ __global__ void __launch_bounds__(128) prepare(const __grid_constant__ BackwardP
     float a[8][4];
     Products::begin(g);
     Products::begin(a);
-    Products::template tiles_transposed<kKeys / 16>(g, k, k);
+    Products::tiles_transposed<kKeys / 16>(g, k, k);
     Products::commit();
-    Products::template tiles_transposed<kKeys / 16>(a, q, k);
+    Products::tiles_transposed<kKeys / 16>(a, q, k);
     Products::commit();
-    Products::template wait<1>();
+    Products::wait<1>();
     Products::end(g);
     store_scaled_products(g, beta, blocks, lane, warp);
     invert_diagonal(inverse_block(blocks, warp, warp), lane % 16);
-    Products::template wait<0>();
+    Products::wait<0>();
     Products::end(a);
     store_lower(a, base + L::kP, lane, warp);
     __syncthreads();
@@ -238,7 +232,6 @@ __global__ void __launch_bounds__(128) prepare(const __grid_constant__ BackwardP
 
 enum class Walk {
   kMaps,          // forwards, [M | N] of all segments but each sequence's last
-  kStates,        // forwards
   kGradientMaps,  // backwards, N' of all segments but each sequence's first
   kGradients,     // backwards
 };
@@ -255,8 +248,9 @@ struct WalkLayout {
   static constexpr int kP = kQ + kKeyTile;
   static constexpr int kStage = kReverse ? kP + kTileBlockBytes : kQ;
 
-  static constexpr int kMostStages = kReverse ? 3 : 4;
-  static int bytes(int stages) { return 1024 + stages * kStage + 128; }
+  static constexpr int kStages = kReverse ? 3 : 4;
+  static constexpr int kBarriers = kStages * kStage;  // full, empty of each stage
+  static constexpr int kBytes = 1024 + kBarriers + kStages * 16;
 };
 
 // The step'th chunk of a walk.
@@ -268,7 +262,7 @@ __device__ Chunk walk_chunk(const Segment& segment, int step) {
 }
 
 // The group that loads: a chunk's copies are on their way while those of the next are started.
-template <class Products, int kKeys, Walk kWalk>
+template <int kKeys, Walk kWalk>
 __device__ void load_chunks(const BackwardParams& p, const Segment& segment, int head,
                             std::uint32_t stages, std::uint32_t barriers) {
   using L = WalkLayout<kKeys, kWalk>;
@@ -290,7 +284,7 @@ __device__ void load_chunks(const BackwardParams& p, const Segment& segment, int
         load_rows<kKeys / 8>(base + L::kQ, problem.q, chunk, problem.heads, head, problem.key_dim);
         load_image(base + L::kP, p.workspace.scores + image);
       }
-      if (++stage == p.stages) {
+      if (++stage == L::kStages) {
         stage = 0;
         ++round;
       }
@@ -300,59 +294,12 @@ __device__ void load_chunks(const BackwardParams& p, const Segment& segment, int
       wait_copies<1>();
       Products::publish();
       barrier_arrive(barriers + 2 * ready * 8);
-      if (++ready == p.stages) ready = 0;
+      if (++ready == L::kStages) ready = 0;
     }
   }
 }
 
-template <class Products, int kKeys>
-__device__ void walk_states(const BackwardParams& p, const Segment& segment, int head,
-                            std::uint32_t tiles, std::uint32_t barriers) {
-  using L = WalkLayout<kKeys, Walk::kStates>;
-  const int row = state_row();
-  float s[kKeys / 8][4];
-  if (segment.index == 0) {
-    clear(s);
-  } else {
-    const std::size_t map =
-        p.place(segment.entry->first_map + segment.index - 1, head, (kValues + kKeys) * kKeys);
-    load_transposed(s, p.workspace.maps + map, row);
-  }
-  Stages<L::kStage> stages{tiles, barriers, p.stages};
-  for (int step = 0; step < segment.chunks; ++step) {
-    const std::size_t first_row = p.place(segment.first_chunk + step, head, kValues) + row;
-    std::uint32_t sf[kKeys / 16][4];
-    std::uint32_t f[4][4];
-    to_operand(sf, s);
-    store_operand(sf, p.workspace.states + first_row * kKeys, kKeys, kChunk, kKeys);
-    const std::uint32_t base = stages.wait();
-    {
-      float r[8][4];
-      load_negated_columns(r, base + L::kV);
-      Products::begin(r);
-      Products::template times_transposed<false>(r, sf, base + L::kK);
-      Products::commit();
-      Products::template wait<0>();
-      Products::end(r);
-      to_operand(f, r);
-      Products::begin(r);
-      Products::template times<true>(r, f, base + L::kT);
-      Products::commit();
-      Products::template wait<0>();
-      Products::end(r);
-      to_operand(f, r);
-    }
-    Products::begin(s);
-    Products::template times<false>(s, f, base + L::kK);
-    Products::commit();
-    store_operand(f, p.workspace.updates + first_row * kChunk, kChunk, kChunk, kChunk);
-    Products::template wait<0>();
-    Products::end(s);
-    stages.give_back();
-  }
-}
-
-template <class Products, int kKeys, Walk kWalk>
+template <int kKeys, Walk kWalk>
 __device__ void walk_gradients(const BackwardParams& p, const Segment& segment, int head,
                                std::uint32_t tiles, std::uint32_t barriers) {
   using L = WalkLayout<kKeys, kWalk>;
@@ -366,7 +313,7 @@ __device__ void walk_gradients(const BackwardParams& p, const Segment& segment, 
   } else {
     clear(ds);
   }
-  Stages<L::kStage> stages{tiles, barriers, p.stages};
+  Stages<L::kStage> stages{tiles, barriers, L::kStages};
   for (int step = 0; step < segment.chunks; ++step) {
     const Chunk chunk = walk_chunk<L::kReverse>(segment, step);
     std::uint32_t dsf[kKeys / 16][4];
@@ -382,23 +329,23 @@ __device__ void walk_gradients(const BackwardParams& p, const Segment& segment, 
     float e[8][4];  // dUᵀ, then −dEᵀ
     Products::begin(e);
     Products::begin(ds);
-    Products::template times<true>(e, d_o, base + L::kP);
-    Products::template times_transposed<false>(e, dsf, base + L::kK);
+    Products::times<true>(e, d_o, base + L::kP);
+    Products::times_transposed<false>(e, dsf, base + L::kK);
     Products::commit();
-    Products::template times<false>(ds, d_o, base + L::kQ);
+    Products::times<false>(ds, d_o, base + L::kQ);
     Products::commit();
-    Products::template wait<1>();
+    Products::wait<1>();
     Products::end(e);
     to_operand(f, e);
     Products::begin(e);
-    Products::template times_transposed<true>(e, f, base + L::kT);
+    Products::times_transposed<true>(e, f, base + L::kT);
     Products::commit();
-    Products::template wait<0>();
+    Products::wait<0>();
     Products::end(e);
     Products::end(ds);
     to_operand(f, e);
     Products::begin(ds);
-    Products::template times<false>(ds, f, base + L::kK);
+    Products::times<false>(ds, f, base + L::kK);
     Products::commit();
     if (kResults) {
       bf16* dv =
@@ -406,7 +353,7 @@ __device__ void walk_gradients(const BackwardParams& p, const Segment& segment, 
       store_columns(e, -p.scale, base + L::kV, dv, problem.heads * problem.value_dim, chunk.rows,
                     problem.value_dim);
     }
-    Products::template wait<0>();
+    Products::wait<0>();
     Products::end(ds);
     stages.give_back();
   }
@@ -415,13 +362,13 @@ __device__ void walk_gradients(const BackwardParams& p, const Segment& segment, 
   }
 }
 
-template <class Products, int kKeys, Walk kWalk>
+template <int kKeys, Walk kWalk>
 __global__ void __launch_bounds__(kWalkThreads, 1) walk(const __grid_constant__ BackwardParams p) {
-  if constexpr (!Products::kGroup || kHasGroupProducts) {
+  if constexpr (kHasGroupProducts) {
     using L = WalkLayout<kKeys, kWalk>;
     extern __shared__ unsigned char shared[];
     const std::uint32_t tiles = shared_address(align_tiles(shared));
-    const std::uint32_t barriers = tiles + p.stages * L::kStage;
+    const std::uint32_t barriers = tiles + L::kBarriers;
     const int head = blockIdx.x;
     constexpr bool kMap = kWalk == Walk::kMaps || kWalk == Walk::kGradientMaps;
     constexpr auto kFirst = kMap ? &BatchEntry::first_map : &BatchEntry::first_block;
@@ -429,71 +376,209 @@ __global__ void __launch_bounds__(kWalkThreads, 1) walk(const __grid_constant__ 
     const int part = static_cast<int>(blockIdx.y) - entry.*kFirst;
     const Segment segment = segment_of(entry, part + (kWalk == Walk::kGradientMaps ? 1 : 0));
     if (threadIdx.x == 0) {
-      for (int s = 0; s < p.stages; ++s) {
+      for (int s = 0; s < L::kStages; ++s) {
         barrier_init(barriers + 2 * s * 8, 128);
         barrier_init(barriers + (2 * s + 1) * 8, kStateThreads);
       }
     }
     __syncthreads();
     if (threadIdx.x >= kStateThreads) {
-      if constexpr (Products::kGroup) give_registers<56>();
-      load_chunks<Products, kKeys, kWalk>(p, segment, head, tiles, barriers);
+      give_registers<56>();
+      load_chunks<kKeys, kWalk>(p, segment, head, tiles, barriers);
     } else {
-      if constexpr (Products::kGroup) take_registers<224>();
+      take_registers<224>();
       if constexpr (kWalk == Walk::kMaps) {
         float n[kKeys / 8][4];
         clear(n);
         const int map = entry.first_map + part;
         walk_maps<Products, L, kKeys>(
-            n, segment, {tiles, barriers, p.stages},
+            n, segment, {tiles, barriers, L::kStages},
             p.workspace.maps + p.place(map, head, static_cast<int>(map_floats(kKeys))));
-      } else if constexpr (kWalk == Walk::kStates) {
-        walk_states<Products, kKeys>(p, segment, head, tiles, barriers);
       } else {
-        walk_gradients<Products, kKeys, kWalk>(p, segment, head, tiles, barriers);
+        walk_gradients<kKeys, kWalk>(p, segment, head, tiles, barriers);
       }
     }
   }
 }
 
-// ---- All chunks at once: dQ, dK and dβ ---------------------------------------------------------
+// ---- The walk that finishes: states, dQ, dK and dβ ---------------------------------------------
 
-struct GradientLayout {
-  static constexpr int kValueTile = kValues / 64 * kTileBlockBytes;
-  static constexpr int kDo = 0;                 // [64, 128]
-  static constexpr int kDe = kDo + kValueTile;  // [64, 128]
-  static constexpr int kU = kDe + kValueTile;   // [128, 64], Uᵀ
-  static constexpr int kS = kU + kValueTile;    // [128, 64], Sᵀ
-  static constexpr int kDs = kS + kValueTile;   // [128, 64], √K dSᵀ
-  static constexpr int kK = kDs + kValueTile;   // [64, 64]
-  static constexpr int kQ = kK + kTileBlockBytes;
-  static constexpr int kBytes = 1024 + kQ + kTileBlockBytes;
+constexpr int kFinishThreads = kStateThreads + 2 * 128;
+
+// Buffers in shared memory that one side fills and another reads, in turns; each side counts
+// chunks.
+template <int kCount, int kTile, int kBytes, int kBarrier>
+struct Buffers {
+  static constexpr int kEndTile = kTile + kCount * kBytes;
+  static constexpr int kEndBarrier = kBarrier + 2 * kCount;
+
+  __device__ static void init(std::uint32_t barriers, int fills, int reads) {
+    for (int i = 0; i < kCount; ++i) {
+      barrier_init(full(barriers, i), fills);
+      barrier_init(empty(barriers, i), reads);
+    }
+  }
+  __device__ static std::uint32_t full(std::uint32_t barriers, int chunk) {
+    return barriers + 8 * (kBarrier + chunk % kCount);
+  }
+  __device__ static std::uint32_t empty(std::uint32_t barriers, int chunk) {
+    return barriers + 8 * (kBarrier + kCount + chunk % kCount);
+  }
+  __device__ static std::uint32_t tile(std::uint32_t tiles, int chunk) {
+    return tiles + kTile + chunk % kCount * kBytes;
+  }
+  __device__ static void wait_full(std::uint32_t barriers, int chunk) {
+    barrier_wait(full(barriers, chunk), chunk / kCount & 1);
+    GroupProducts::publish();  // copies by cp.async are made known to products on this side
+  }
+  __device__ static void wait_empty(std::uint32_t barriers, int chunk) {
+    if (chunk >= kCount) barrier_wait(empty(barriers, chunk), (chunk / kCount - 1) & 1);
+  }
+  __device__ static void give_back(std::uint32_t barriers, int chunk) {
+    barrier_arrive(empty(barriers, chunk));
+  }
+  // This thread's copies so far count as its part of the fill once they are done.
+  __device__ static void arrive_with_copies(std::uint32_t barriers, int chunk) {
+    asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(full(barriers, chunk))
+                 : "memory");
+  }
 };
 
-// This warp's 16 rows of a tile as a left operand.
+template <int kKeys>
+struct FinishLayout {
+  static constexpr int kKeyTile = kKeys / 64 * kTileBlockBytes;
+  static constexpr int kValueTile = kValues / 64 * kTileBlockBytes;
+  static constexpr int kStateTile = kKeys / 64 * kValueTile;  // [128, 64] for every 64 keys
+  // K; V, −Tᵀ; dO, dE; Q, dSᵀ; Sᵀ, Uᵀ
+  using Keys = Buffers<2, 0, kKeyTile, 0>;
+  using ValuesAndInverse =
+      Buffers<1, Keys::kEndTile, kValueTile + kTileBlockBytes, Keys::kEndBarrier>;
+  using Outputs =
+      Buffers<2, ValuesAndInverse::kEndTile, 2 * kValueTile, ValuesAndInverse::kEndBarrier>;
+  using Queries = Buffers<1, Outputs::kEndTile, kKeyTile + kStateTile, Outputs::kEndBarrier>;
+  using States = Buffers<1, Queries::kEndTile, kStateTile + kValueTile, Queries::kEndBarrier>;
+  static constexpr int kBarriers = States::kEndTile;
+  static constexpr int kBytes = 1024 + kBarriers + 8 * States::kEndBarrier;
+};
+
+template <int kKeys>
+__device__ void load_all(const BackwardParams& p, const Segment& segment, int head,
+                         std::uint32_t tiles, std::uint32_t barriers) {
+  using L = FinishLayout<kKeys>;
+  const DeltaRuleBackwardProblem& problem = p.problem;
+  const int heads = problem.heads;
+  for (int c = 0; c < segment.chunks; ++c) {
+    const Chunk chunk = walk_chunk<false>(segment, c);
+    L::Keys::wait_empty(barriers, c);
+    load_rows<kKeys / 8>(L::Keys::tile(tiles, c), problem.k, chunk, heads, head, problem.key_dim);
+    L::Keys::arrive_with_copies(barriers, c);
+    L::ValuesAndInverse::wait_empty(barriers, c);
+    const std::uint32_t v = L::ValuesAndInverse::tile(tiles, c);
+    load_rows<kValues / 8>(v, problem.v, chunk, heads, head, problem.value_dim);
+    load_image(v + L::kValueTile,
+               p.workspace.inverses + p.place(chunk.index, head, kChunk * kChunk));
+    L::ValuesAndInverse::arrive_with_copies(barriers, c);
+    L::Outputs::wait_empty(barriers, c);
+    const std::uint32_t d_o = L::Outputs::tile(tiles, c);
+    load_rows<kValues / 8>(d_o, problem.d_o, chunk, heads, head, problem.value_dim);
+    load_rows<kValues / 8>(d_o + L::kValueTile, problem.dv, chunk, heads, head, problem.value_dim);
+    L::Outputs::arrive_with_copies(barriers, c);
+    L::Queries::wait_empty(barriers, c);
+    const std::uint32_t q = L::Queries::tile(tiles, c);
+    load_rows<kKeys / 8>(q, problem.q, chunk, heads, head, problem.key_dim);
+    const bf16* d_state = p.workspace.d_states + p.place(chunk.index, head, kValues * kKeys);
+#pragma unroll
+    for (int i = 0; i < kKeys / 64; ++i) {
+      load_tile<8, kValues>(q + L::kKeyTile + i * L::kValueTile, d_state + 64 * i, kKeys, 64,
+                            kValues, read_thread() % 128);
+    }
+    L::Queries::arrive_with_copies(barriers, c);
+  }
+  commit_copies();
+  wait_copies<0>();
+}
+
+// This warp's 16 rows of a left operand to a tile of 128 rows, in blocks of 64 columns.
 template <int kSteps>
-__device__ void load_operand(std::uint32_t (&f)[kSteps][4], std::uint32_t tile) {
-  const int lane = threadIdx.x % 32;
-  const int warp = threadIdx.x / 32;
+__device__ void store_tile(const std::uint32_t (&f)[kSteps][4], std::uint32_t tile) {
+  const int thread = read_thread();
+  const int row = thread / 32 * 16 + thread % 32 / 4;
+  const int quarter = thread % 4;
 #pragma unroll
   for (int k = 0; k < kSteps; ++k) {
-    load_matrices(f[k], tile + piece_offset(16 * warp + lane % 16, 2 * k + lane / 16));
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const std::uint32_t block = tile + k / 4 * 2 * kTileBlockBytes;
+      asm volatile("st.shared.b32 [%0], %1;" ::"r"(
+                       block + piece_offset(row + i % 2 * 8, (2 * k + i / 2) % 8) + 4 * quarter),
+                   "r"(f[k][i])
+                   : "memory");
+    }
   }
 }
 
-// d (+)= a · tile for a tile of 128 rows of 64 columns
-template <class Products, bool kClear>
-__device__ void times_values(float (&d)[8][4], const std::uint32_t (&a)[8][4], std::uint32_t tile) {
-  Products::template times<kClear>(d, reinterpret_cast<const std::uint32_t(&)[4][4]>(a[0]), tile);
-  Products::template times<false>(d, reinterpret_cast<const std::uint32_t(&)[4][4]>(a[4]),
-                                  tile + kTileBlockBytes);
+template <int kKeys>
+__device__ void advance_states(const BackwardParams& p, const Segment& segment, int head,
+                               std::uint32_t tiles, std::uint32_t barriers) {
+  using L = FinishLayout<kKeys>;
+  float s[kKeys / 8][4];
+  if (segment.index == 0) {
+    clear(s);
+  } else {
+    const std::size_t map = p.place(segment.entry->first_map + segment.index - 1, head,
+                                    static_cast<int>(map_floats(kKeys)));
+    load_transposed(s, p.workspace.maps + map, state_row());
+  }
+  for (int c = 0; c < segment.chunks; ++c) {
+    std::uint32_t f[4][4];
+    {
+      std::uint32_t sf[kKeys / 16][4];
+      float r[8][4];
+      to_operand(sf, s);
+      L::ValuesAndInverse::wait_full(barriers, c);
+      L::Keys::wait_full(barriers, c);
+      const std::uint32_t v = L::ValuesAndInverse::tile(tiles, c);
+      load_negated_columns(r, v);
+      Products::begin(r);
+      Products::times_transposed<false>(r, sf, L::Keys::tile(tiles, c));
+      Products::commit();
+      Products::wait<0>();
+      Products::end(r);
+      to_operand(f, r);
+      Products::begin(r);
+      Products::times<true>(r, f, v + L::kValueTile);
+      Products::commit();
+      Products::wait<0>();
+      Products::end(r);
+      L::ValuesAndInverse::give_back(barriers, c);
+      to_operand(f, r);
+    }
+    L::States::wait_empty(barriers, c);
+    const std::uint32_t state = L::States::tile(tiles, c);
+    {
+      std::uint32_t sf[kKeys / 16][4];
+      to_operand(sf, s);
+      store_tile(sf, state);
+    }
+    store_tile(f, state + L::kStateTile);
+    Products::publish();
+    barrier_arrive(L::States::full(barriers, c));
+    Products::begin(s);
+    Products::times<false>(s, f, L::Keys::tile(tiles, c));
+    Products::commit();
+    Products::wait<0>();
+    Products::end(s);
+    L::Keys::give_back(barriers, c);
+  }
 }
 
-// What of a product's elements to keep: keep(row, column).
+// What of a product's elements to keep: keep(row, column). The comparisons are made anew each time:
+// kept over the chunks, they would not fit in the registers.
 template <class Keep>
 __device__ void mask(float (&d)[8][4], const Keep& keep) {
-  const int lane = threadIdx.x % 32;
-  const int row = threadIdx.x / 32 * 16 + lane / 4;
+  const int thread = read_thread() % 128;
+  const int lane = thread % 32;
+  const int row = thread / 32 * 16 + lane / 4;
 #pragma unroll
   for (int j = 0; j < 8; ++j) {
 #pragma unroll
@@ -503,86 +588,90 @@ __device__ void mask(float (&d)[8][4], const Keep& keep) {
   }
 }
 
-template <class Products, int kKeys>
-__global__ void __launch_bounds__(kGradientThreads, 2)
-    chunk_gradients(const __grid_constant__ BackwardParams p) {
-  if constexpr (!Products::kGroup || kHasGroupProducts) {
-    using L = GradientLayout;
-    extern __shared__ unsigned char shared[];
-    const std::uint32_t base = shared_address(align_tiles(shared));
-    const DeltaRuleBackwardProblem& problem = p.problem;
-    const int head = blockIdx.x / (kKeys / kGradientKeys);
-    const int first_key = static_cast<int>(blockIdx.x % (kKeys / kGradientKeys)) * kGradientKeys;
-    const Chunk chunk = find_chunk(p.batch, blockIdx.y);
-    load_rows<kValues / 8>(base + L::kDo, problem.d_o, chunk, problem.heads, head,
-                           problem.value_dim);
-    load_rows<kValues / 8>(base + L::kDe, problem.dv, chunk, problem.heads, head,
-                           problem.value_dim);
-    const std::size_t first_row = p.place(chunk.index, head, kValues);
-    load_tile<8, kValues>(base + L::kU, p.workspace.updates + first_row * kChunk, kChunk, kChunk,
-                          kValues, threadIdx.x);
-    commit_copies();
-    load_tile<8, kValues>(base + L::kS, p.workspace.states + first_row * kKeys + first_key, kKeys,
-                          kGradientKeys, kValues, threadIdx.x);
-    load_tile<8, kValues>(base + L::kDs, p.workspace.d_states + first_row * kKeys + first_key,
-                          kKeys, kGradientKeys, kValues, threadIdx.x);
-    load_rows<kGradientKeys / 8>(base + L::kK, problem.k, chunk, problem.heads, head,
-                                 problem.key_dim, first_key);
-    load_rows<kGradientKeys / 8>(base + L::kQ, problem.q, chunk, problem.heads, head,
-                                 problem.key_dim, first_key);
-    commit_copies();
-    wait_copies<1>();
-    Products::publish();
-    __syncthreads();
-
-    const int lane = threadIdx.x % 32;
-    const int row = threadIdx.x / 32 * 16 + lane / 4;
-    // Left operands are loaded again where they are needed again: registers are scarce.
-    std::uint32_t left[8][4];
-    std::uint32_t u[8][4];
-    load_operand(left, base + L::kDo);
-    load_columns(u, base + L::kU);
-    std::uint32_t n[4][4];  // tril(dO Uᵀ)
-    std::uint32_t n_transposed[4][4];
-    std::uint32_t m[4][4];  // M + Mᵀ
-    float x[8][4];
-    float y[8][4];
-    Products::begin(x);
-    Products::begin(y);
-    times_values<Products, true>(x, left, base + L::kU);
-    Products::template times_transposed<true>(y, u, base + L::kDo);
-    Products::commit();
-    Products::template wait<0>();
-    Products::end(x);
-    Products::end(y);
-    mask(x, [](int r, int c) { return c <= r; });
-    mask(y, [](int r, int c) { return c >= r; });
-    to_operand(n, x);
-    to_operand(n_transposed, y);
-    load_operand(left, base + L::kDe);
-    Products::begin(x);
-    Products::begin(y);
-    times_values<Products, true>(x, left, base + L::kU);
-    Products::template times_transposed<true>(y, u, base + L::kDe);
-    Products::commit();
-    Products::template wait<0>();
-    Products::end(x);
-    Products::end(y);
-    if (problem.dbeta != nullptr && first_key == 0) {
+// dβ from the diagonal of dE Uᵀ; `beta` is that of a lane's rows.
+__device__ void store_dbeta(const BackwardParams& p, const Chunk& chunk, int head,
+                            const float (&d)[8][4], const float (&beta)[2]) {
+  const int thread = read_thread() % 128;
+  const int lane = thread % 32;
+  const int row = thread / 32 * 16 + lane / 4;
 #pragma unroll
-      for (int j = 0; j < 8; ++j) {
+  for (int j = 0; j < 8; ++j) {
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          const int t = row + i / 2 * 8;
-          if (8 * j + 2 * (lane % 4) + i % 2 == t && t < chunk.rows) {
-            const float beta = beta_at(p, chunk.row + t, head);
-            problem.dbeta[(chunk.row + t) * problem.heads + head] = x[j][i] / beta / beta;
-          }
-        }
+    for (int i = 0; i < 4; ++i) {
+      const int t = row + i / 2 * 8;
+      if (8 * j + 2 * (lane % 4) + i % 2 == t && t < chunk.rows) {
+        const float b = beta[i / 2];
+        p.problem.dbeta[(chunk.row + t) * p.problem.heads + head] = d[j][i] / b / b;
       }
     }
-    mask(x, [](int r, int c) { return c < r; });
-    mask(y, [](int r, int c) { return c > r; });
+  }
+}
+
+__device__ void scale(float (&d)[8][4], float factor) {
+#pragma unroll
+  for (int j = 0; j < 8; ++j) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) d[j][i] *= factor;
+  }
+}
+
+template <int kKeys>
+__device__ void query_and_key_gradients(const BackwardParams& p, const Segment& segment, int head,
+                                        std::uint32_t tiles, std::uint32_t barriers) {
+  using L = FinishLayout<kKeys>;
+  const DeltaRuleBackwardProblem& problem = p.problem;
+  const int lane = threadIdx.x % 32;
+  const int row = threadIdx.x % 128 / 32 * 16 + lane / 4;
+  // Whether this lane has elements (row, row) and (row + 8, row + 8) of a product.
+  const bool diagonal = lane / 4 / 2 == lane % 4;
+  for (int c = 0; c < segment.chunks; ++c) {
+    const Chunk chunk = walk_chunk<false>(segment, c);
+    float beta[2] = {1, 1};
+    if (diagonal && problem.dbeta != nullptr) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        if (row + 8 * i < chunk.rows) beta[i] = beta_at(p, chunk.row + row + 8 * i, head);
+      }
+    }
+    L::Outputs::wait_full(barriers, c);
+    L::States::wait_full(barriers, c);
+    const std::uint32_t d_o = L::Outputs::tile(tiles, c);
+    const std::uint32_t d_e = d_o + L::kValueTile;
+    const std::uint32_t state = L::States::tile(tiles, c);
+    const std::uint32_t u = state + L::kStateTile;
+    float x[8][4];
+    float y[8][4];
+    std::uint32_t n[4][4];             // tril(dO Uᵀ)
+    std::uint32_t n_transposed[4][4];  // its transpose
+    std::uint32_t m[4][4];             // M + Mᵀ
+    // Two products are under way at a time; one is masked and packed while the other goes on.
+    Products::begin(x);
+    Products::begin(y);
+    Products::tiles<true, kValueSteps, false, false>(x, d_o, u);
+    Products::commit();
+    Products::tiles<true, kValueSteps, true, true>(y, u, d_o);
+    Products::commit();
+    Products::wait<1>();
+    Products::end(x);
+    mask(x, [](int r, int s) { return s <= r; });
+    to_operand(n, x);
+    Products::begin(x);
+    Products::tiles<true, kValueSteps, false, false>(x, d_e, u);
+    Products::commit();
+    Products::wait<1>();
+    Products::end(y);
+    mask(y, [](int r, int s) { return s >= r; });
+    to_operand(n_transposed, y);
+    Products::begin(y);
+    Products::tiles<true, kValueSteps, true, true>(y, u, d_e);
+    Products::commit();
+    Products::wait<1>();
+    Products::end(x);
+    if (problem.dbeta != nullptr) store_dbeta(p, chunk, head, x, beta);
+    mask(x, [](int r, int s) { return s < r; });
+    Products::wait<0>();
+    Products::end(y);
+    mask(y, [](int r, int s) { return s > r; });
 #pragma unroll
     for (int j = 0; j < 8; ++j) {
 #pragma unroll
@@ -590,78 +679,93 @@ __global__ void __launch_bounds__(kGradientThreads, 2)
     }
     to_operand(m, x);
 
-    wait_copies<0>();
-    Products::publish();
-    __syncthreads();
-    const std::ptrdiff_t to =
-        ((chunk.row + row) * problem.heads + head) * problem.key_dim + first_key;
+    L::Queries::wait_full(barriers, c);
+    L::Keys::wait_full(barriers, c);
     const int stride = problem.heads * problem.key_dim;
-    const auto store = [&](float(&d)[8][4], float factor, void* gradient) {
-#pragma unroll
-      for (int j = 0; j < 8; ++j) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) d[j][i] *= factor;
-      }
+#pragma unroll 1
+    for (int i = 0; i < kKeys / 64; ++i) {
+      const std::uint32_t k = L::Keys::tile(tiles, c) + i * kTileBlockBytes;
+      const std::uint32_t q = L::Queries::tile(tiles, c) + i * kTileBlockBytes;
+      const std::uint32_t s = state + i * L::kValueTile;
+      const std::uint32_t ds = L::Queries::tile(tiles, c) + L::kKeyTile + i * L::kValueTile;
+      const std::ptrdiff_t to =
+          ((chunk.row + row) * problem.heads + head) * problem.key_dim + 64 * i;
+      const auto store = [&](const std::uint32_t(&f)[4][4], void* gradient) {
+        store_operand(f, static_cast<bf16*>(gradient) + to, stride, chunk.rows - row,
+                      problem.key_dim - 64 * i);
+      };
+      // x: √K dQ; y: √K (U dSᵀ + tril(dO Uᵀ)ᵀ Q), then −dK
+      Products::begin(x);
+      Products::begin(y);
+      Products::tiles<true, kValueSteps, true, false>(y, u, ds);
+      Products::times<false>(y, n_transposed, q);
+      Products::commit();
+      Products::tiles<true, kValueSteps, false, false>(x, d_o, s);
+      Products::times<false>(x, n, k);
+      Products::commit();
+      Products::wait<1>();
+      Products::end(y);
+      if (i == kKeys / 64 - 1) L::Queries::give_back(barriers, c);
+      scale(y, -p.scale);
+      Products::begin(y);
+      Products::tiles<false, kValueSteps, false, false>(y, d_e, s);
+      Products::times<false>(y, m, k);
+      Products::commit();
+      Products::wait<1>();
+      Products::end(x);
       std::uint32_t f[4][4];
-      to_operand(f, d);
-      store_operand(f, static_cast<bf16*>(gradient) + to, stride, chunk.rows - row,
-                    problem.key_dim - first_key);
-    };
-    // x: √K dQ; y: √K (U dSᵀ + tril(dO Uᵀ)ᵀ Q), then −dK
-    load_operand(left, base + L::kDo);
-    Products::begin(x);
-    Products::begin(y);
-    times_values<Products, true>(y, u, base + L::kDs);
-    Products::template times<false>(y, n_transposed, base + L::kQ);
-    Products::commit();
-    times_values<Products, true>(x, left, base + L::kS);
-    Products::template times<false>(x, n, base + L::kK);
-    Products::commit();
-    Products::template wait<1>();
-    Products::end(y);
-#pragma unroll
-    for (int j = 0; j < 8; ++j) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) y[j][i] *= -p.scale;
+      scale(x, p.scale);
+      to_operand(f, x);
+      store(f, problem.dq);
+      Products::wait<0>();
+      Products::end(y);
+      scale(y, -1);
+      to_operand(f, y);
+      if (i == kKeys / 64 - 1) {
+        L::Outputs::give_back(barriers, c);
+        L::States::give_back(barriers, c);
+        L::Keys::give_back(barriers, c);
+      }
+      store(f, problem.dk);
     }
-    load_operand(u, base + L::kDe);
-    Products::begin(y);
-    times_values<Products, false>(y, u, base + L::kS);
-    Products::template times<false>(y, m, base + L::kK);
-    Products::commit();
-    Products::template wait<1>();
-    Products::end(x);
-    store(x, p.scale, problem.dq);
-    Products::template wait<0>();
-    Products::end(y);
-    store(y, -1, problem.dk);
+  }
+}
+
+template <int kKeys>
+__global__ void __launch_bounds__(kFinishThreads, 1)
+    finish(const __grid_constant__ BackwardParams p) {
+  if constexpr (kHasGroupProducts) {
+    using L = FinishLayout<kKeys>;
+    extern __shared__ unsigned char shared[];
+    const std::uint32_t tiles = shared_address(align_tiles(shared));
+    const std::uint32_t barriers = tiles + L::kBarriers;
+    const int head = blockIdx.x;
+    const BatchEntry& entry = find_entry(p.batch, &BatchEntry::first_block, blockIdx.y);
+    const Segment segment = segment_of(entry, static_cast<int>(blockIdx.y) - entry.first_block);
+    if (threadIdx.x == 0) {
+      L::Keys::init(barriers, 128, kStateThreads + 128);
+      L::ValuesAndInverse::init(barriers, 128, kStateThreads);
+      L::Outputs::init(barriers, 128, 128);
+      L::Queries::init(barriers, 128, 128);
+      L::States::init(barriers, kStateThreads, 128);
+    }
+    __syncthreads();
+    // One branch gives registers and the other takes them; what takes them divides only then.
+    if (threadIdx.x >= kStateThreads + 128) {
+      give_registers<32>();
+      load_all<kKeys>(p, segment, head, tiles, barriers);
+    } else {
+      take_registers<160>();
+      if (threadIdx.x < kStateThreads) {
+        advance_states<kKeys>(p, segment, head, tiles, barriers);
+      } else {
+        query_and_key_gradients<kKeys>(p, segment, head, tiles, barriers);
+      }
+    }
   }
 }
 
 // ---- Launches ---------------------------------------------------------------------------------
-
-template <class Products, int kKeys, Walk kWalk>
-void launch_walk(BackwardParams params, const Card& card, int blocks, cudaStream_t stream) {
-  using L = WalkLayout<kKeys, kWalk>;
-  params.stages = L::kMostStages;
-  while (params.stages > 2 && L::bytes(params.stages) > card.shared_bytes) --params.stages;
-  const int bytes = L::bytes(params.stages);
-  const auto kernel = walk<Products, kKeys, kWalk>;
-  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes),
-        "delta_rule_backward");
-  kernel<<<dim3(params.problem.heads, blocks), kWalkThreads, bytes, stream>>>(params);
-  check_launch("delta_rule_backward");
-}
-
-template <typename Kernel>
-void launch_chunks(const Kernel& kernel, const BackwardParams& params, int blocks_of_head,
-                   int bytes, cudaStream_t stream) {
-  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes),
-        "delta_rule_backward");
-  kernel<<<dim3(params.problem.heads * blocks_of_head, params.batch.chunks), 128, bytes, stream>>>(
-      params);
-  check_launch("delta_rule_backward");
-}
 
 DeltaRuleProblem forward_problem(const DeltaRuleBackwardProblem& problem) {
   return {.q = problem.q,
@@ -675,11 +779,37 @@ DeltaRuleProblem forward_problem(const DeltaRuleBackwardProblem& problem) {
           .value_dim = problem.value_dim};
 }
 
+template <int kKeys>
+void launch(const BackwardParams& params, cudaStream_t stream) {
+  const SequenceBatch& batch = params.batch;
+  const auto launch_kernel = [&](auto kernel, dim3 grid, int threads, int bytes) {
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes),
+          "delta_rule_backward");
+    kernel<<<grid, threads, bytes, stream>>>(params);
+    check_launch("delta_rule_backward");
+  };
+  const int heads = params.problem.heads;
+  const auto launch_walk = [&]<Walk kWalk>(int parts) {
+    launch_kernel(walk<kKeys, kWalk>, dim3(heads, parts), kWalkThreads,
+                  WalkLayout<kKeys, kWalk>::kBytes);
+  };
+  launch_kernel(prepare<kKeys>, dim3(heads, batch.chunks), 128, PrepareLayout<kKeys>::kBytes);
+  if (batch.maps > 0) {
+    launch_walk.template operator()<Walk::kMaps>(batch.maps);
+    launch_walk.template operator()<Walk::kGradientMaps>(batch.maps);
+    launch_delta_rule_joins(forward_problem(params.problem), batch, params.workspace.maps,
+                            params.workspace.d_maps, stream);
+  }
+  launch_walk.template operator()<Walk::kGradients>(batch.blocks);
+  launch_kernel(finish<kKeys>, dim3(heads, batch.blocks), kFinishThreads,
+                FinishLayout<kKeys>::kBytes);
+}
+
 }  // namespace
 
 bool delta_rule_backward_chunks_fit(const DeltaRuleBackwardProblem& problem) {
   return delta_rule_chunks_fit(forward_problem(problem)) && problem.value_dim <= kValues &&
-         card().shared_bytes >= WalkLayout<128, Walk::kGradients>::bytes(2);
+         card().group_products;
 }
 
 int delta_rule_backward_segments(const DeltaRuleBackwardProblem& problem, int length,
@@ -694,27 +824,17 @@ std::size_t delta_rule_backward_chunks_bytes(const DeltaRuleBackwardProblem& pro
 
 void launch_delta_rule_backward_chunks(const DeltaRuleBackwardProblem& problem,
                                        const SequenceBatch& batch, void* workspace,
-                                       cudaStream_t stream, ProductKind kind) {
-  const Card c = card();
+                                       cudaStream_t stream) {
   BackwardParams params{.problem = problem,
                         .workspace = {},
                         .scale = 1 / std::sqrt(static_cast<float>(problem.key_dim)),
-                        .stages = 0,
                         .batch = batch};
   params.workspace.plan(problem, batch, workspace);
-  for_products_and_keys(c, kind, problem.key_dim, [&]<class Products, int kKeys>() {
-    launch_chunks(prepare<Products, kKeys>, params, 1, PrepareLayout<kKeys>::kBytes, stream);
-    if (batch.maps > 0) {
-      launch_walk<Products, kKeys, Walk::kMaps>(params, c, batch.maps, stream);
-      launch_walk<Products, kKeys, Walk::kGradientMaps>(params, c, batch.maps, stream);
-      launch_delta_rule_joins(forward_problem(problem), batch, params.workspace.maps,
-                              params.workspace.d_maps, stream);
-    }
-    launch_walk<Products, kKeys, Walk::kStates>(params, c, batch.blocks, stream);
-    launch_walk<Products, kKeys, Walk::kGradients>(params, c, batch.blocks, stream);
-    launch_chunks(chunk_gradients<Products, kKeys>, params, kKeys / kGradientKeys,
-                  GradientLayout::kBytes, stream);
-  });
+  if (padded_keys(problem.key_dim) == 64) {
+    launch<64>(params, stream);
+  } else {
+    launch<128>(params, stream);
+  }
 }
 
 }  // namespace deltafox::cuda

@@ -89,7 +89,7 @@ void launch_delta_rule_backward_plain(const DeltaRuleBackwardProblem& problem,
                                       const DeltaRuleBackwardWorkspace& workspace,
                                       const SequenceBatch& batch, cudaStream_t stream);
 
-// In chunks on the tensor cores: bfloat16, K and V multiples of 8, at most 128.
+// In chunks on the tensor cores of sm_90: bfloat16, K and V multiples of 8, at most 128.
 bool delta_rule_backward_chunks_fit(const DeltaRuleBackwardProblem& problem);
 
 // Into how many segments it cuts a sequence.
@@ -102,7 +102,6 @@ std::size_t delta_rule_backward_chunks_bytes(const DeltaRuleBackwardProblem& pro
 
 void launch_delta_rule_backward_chunks(const DeltaRuleBackwardProblem& problem,
                                        const SequenceBatch& batch, void* workspace,
-                                       cudaStream_t stream,
-                                       ProductKind kind = ProductKind::kAutomatic);
+                                       cudaStream_t stream);
 
 }  // namespace deltafox::cuda

@@ -350,20 +350,30 @@ struct GroupProducts {
     for (int k = 1; k < 4; ++k) product<false, 1>(d, a[k], descriptor(tile, k * 16 * 128));
   }
 
-  template <int kDepth, bool kClear = true>
-  static __device__ void tiles_transposed(float (&d)[8][4], std::uint32_t left,
-                                          std::uint32_t right) {
+  // d [64, 64] (+)= left · right over a depth of kDepth·16. `left` is a tile of 64 rows, or with
+  // kLeftTurned its transpose, of 64 columns; `right` a tile of 64 columns, or with kRightTurned
+  // its transpose, of 64 rows.
+  template <bool kClear, int kDepth, bool kLeftTurned, bool kRightTurned>
+  static __device__ void tiles(float (&d)[8][4], std::uint32_t left, std::uint32_t right) {
 #pragma unroll
     for (int k = 0; k < kDepth; ++k) {
-      const int step = (k / 4) * kTileBlockBytes + (k % 4) * 32;
+      // To the next 16 rows, or columns.
+      const int rows = k * 16 * 128;
+      const int columns = (k / 4) * kTileBlockBytes + (k % 4) * 32;
       asm volatile(
           "{ .reg .pred add; setp.ne.b32 add, %34, 0;\n"
           "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 " DELTAFOX_D32
-          ", %32, %33, add, 1, 1, 0, 0; }"
+          ", %32, %33, add, 1, 1, %35, %36; }"
           : DELTAFOX_32(d)
-          : "l"(descriptor(left, step)), "l"(descriptor(right, step)),
-            "r"(kClear && k == 0 ? 0 : 1));
+          : "l"(descriptor(left, kLeftTurned ? rows : columns)),
+            "l"(descriptor(right, kRightTurned ? columns : rows)), "r"(kClear && k == 0 ? 0 : 1),
+            "n"(kLeftTurned ? 1 : 0), "n"(kRightTurned ? 0 : 1));
     }
+  }
+  template <int kDepth, bool kClear = true>
+  static __device__ void tiles_transposed(float (&d)[8][4], std::uint32_t left,
+                                          std::uint32_t right) {
+    tiles<kClear, kDepth, false, true>(d, left, right);
   }
 };
 
