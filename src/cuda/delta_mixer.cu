@@ -173,7 +173,9 @@ struct TokenParams {
   const void* projected;
   const float4* conv[3];
   float4* const* conv_states[3];
-  const float* beta;
+  const void* x;
+  const void* b_proj;
+  int width;  // C
   float* const* states;
   const float* norm;
   float norm_eps;
@@ -191,6 +193,7 @@ __global__ void __launch_bounds__(kTokenThreads, 2)
   __shared__ float squares[kTokenWarps];
   __shared__ float dots[4];
   __shared__ float output_squares[4];
+  __shared__ float beta_parts[kTokenWarps];
   const int thread = static_cast<int>(threadIdx.x);
   const int warp = thread / 32;
   const int lane = thread % 32;
@@ -221,7 +224,21 @@ __global__ void __launch_bounds__(kTokenThreads, 2)
   wait_for_input();
 
   const T* x = static_cast<const T*>(p.projected) + static_cast<std::int64_t>(b) * 3 * channels;
-  const float beta = sigmoid(p.beta[b * p.heads + head]);
+  float beta_sum = 0;
+  for (int c = thread * 8; c < p.width; c += kTokenThreads * 8) {
+    Eight<T> input;
+    Eight<T> weight;
+    input.load(static_cast<const T*>(p.x) + static_cast<std::int64_t>(b) * p.width + c);
+    weight.load(static_cast<const T*>(p.b_proj) + static_cast<std::int64_t>(head) * p.width + c);
+    float inputs_of[8];
+    float weights_of[8];
+    input.get(inputs_of);
+    weight.get(weights_of);
+#pragma unroll
+    for (int e = 0; e < 8; ++e) beta_sum = fmaf(inputs_of[e], weights_of[e], beta_sum);
+  }
+  beta_sum = warp_sum(beta_sum);
+  if (lane == 0) beta_parts[warp] = beta_sum;
   const auto convolve = [&](int part, const float4& before, const float4& taps) {
     const float now = to_float(x[part * channels + channel]);
     p.conv_states[part][b][channel] = make_float4(before.y, before.z, before.w, now);
@@ -266,6 +283,7 @@ __global__ void __launch_bounds__(kTokenThreads, 2)
   __syncthreads();
   float o = 0;
   if (has_v) {
+    const float beta = sigmoid(four(beta_parts) + four(beta_parts + 4));
     const float own_u = beta * (v - recalled[own]);
     u[own] = own_u;
     o = (column * q_scale + four(dots) * q_scale * k_scale * own_u) *
@@ -331,14 +349,16 @@ void delta_token(Context& ctx, const DeltaTokenArgs& args) {
       .projected = args.projected.data,
       .conv = {taps(of.q), taps(of.k), taps(of.v)},
       .conv_states = {states(of.q_states), states(of.k_states), states(of.v_states)},
-      .beta = args.beta.f32(),
+      .x = args.x.data,
+      .b_proj = args.b_proj.data,
+      .width = static_cast<int>(args.x.shape[1]),
       .states = upload(ctx, args.states),
       .norm = args.norm.f32(),
       .norm_eps = args.norm_eps,
       .o = args.o.data,
-      .heads = static_cast<int>(args.beta.shape[1])};
-  const dim3 grid(static_cast<unsigned>(args.beta.shape[1]),
-                  static_cast<unsigned>(args.beta.shape[0]));
+      .heads = static_cast<int>(args.b_proj.shape[0])};
+  const dim3 grid(static_cast<unsigned>(args.b_proj.shape[0]),
+                  static_cast<unsigned>(args.x.shape[0]));
   const auto kernel =
       args.o.dtype == DType::kBF16 ? delta_token_kernel<bf16> : delta_token_kernel<float>;
   launch_dependent(ctx, "delta_token", kernel, grid, kTokenThreads, 0, p);

@@ -7,6 +7,7 @@
 #include <type_traits>
 
 #include "core/error.h"
+#include "cuda/glu_product.h"
 #include "cuda/products.h"
 #include "cuda/small_linear.h"
 
@@ -14,6 +15,8 @@ namespace deltafox::cuda {
 namespace {
 
 constexpr std::int64_t kMinBucket = 32;
+// From so many rows on one pass is faster than two on cuBLASLt; they begin a bucket.
+constexpr std::int64_t kLeastGluRows = 257;
 
 // A matrix from its `elements`th element on, with the same rows.
 template <typename View>
@@ -89,6 +92,11 @@ void linear(Context& ctx, const LinearArgs& args) {
     fits_small_linear(args) ? small_linear(ctx, args) : linear_plain(ctx, args);
   }
   if (args.bias.data != nullptr) add_bias(ctx, args.y, args.bias);
+}
+
+bool linear_glu(Context& ctx, const LinearGluArgs& args) {
+  return args.activation == Activation::kSilu && args.x.shape[0] >= kLeastGluRows &&
+         glu_product(ctx, args.x, args.w, args.y);
 }
 
 void linear_backward(Context& ctx, const LinearBackwardArgs& args) {

@@ -43,11 +43,14 @@ void delta_inputs(Context& ctx, const DeltaInputsArgs& args) {
 void delta_token(Context& ctx, const DeltaTokenArgs& args) {
   const OpTimer timer("delta_token");
   if (ctx.device() == Device::kCpu) fail("delta_token: runs on a GPU only");
-  const std::int64_t batch = args.beta.shape[0];
-  const std::int64_t channels = args.beta.shape[1] * kDeltaTokenHead;
-  check_activation(ctx, "delta_token", "projected", args.projected, {batch, 3 * channels});
+  const std::int64_t batch = args.x.shape[0];
+  const std::int64_t width = args.x.shape[1];
+  const std::int64_t channels = args.b_proj.shape[0] * kDeltaTokenHead;
+  if (width % 8 != 0) fail("delta_token: {} columns are not a multiple of 8", width);
+  check_activation(ctx, "delta_token", "x", args.x, {batch, width});
+  check("delta_token", "b_proj", args.b_proj, {args.b_proj.shape[0], width}, args.x.dtype);
+  check("delta_token", "projected", args.projected, {batch, 3 * channels}, args.x.dtype);
   check_convolutions("delta_token", args.convolutions, channels, batch);
-  check("delta_token", "beta", args.beta, args.beta.shape);
   check("delta_token", "norm", args.norm, {kDeltaTokenHead});
   check("delta_token", "o", args.o, {batch, channels}, args.projected.dtype);
   if (static_cast<std::int64_t>(args.states.size()) != batch) {

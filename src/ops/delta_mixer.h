@@ -35,9 +35,10 @@ struct DeltaInputsArgs {
 };
 
 struct DeltaTokenArgs {
+  ConstTensorView x;          // [B, C], C a multiple of 8
+  ConstTensorView b_proj;     // [H, C], of the same dtype: β = σ(x b_projᵀ)
   ConstTensorView projected;  // [B, 3·H·K]
   DeltaConvolutions convolutions;
-  ConstTensorView beta;            // [B, H] F32, before the sigmoid
   std::span<float* const> states;  // [B], each [H, K, V]
   ConstTensorView norm;            // [V]
   float norm_eps = 0;

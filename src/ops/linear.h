@@ -16,6 +16,7 @@
 #pragma once
 
 #include "core/context.h"
+#include "ops/activation.h"
 
 namespace deltafox {
 
@@ -27,6 +28,14 @@ struct LinearArgs {
   ConstTensorView bias = {};  // [N] F32 or no data
   // [T, N], as y, may be y: what is accumulated to, and y only written; or no data.
   ConstTensorView added = {};
+};
+
+// y = act(gate) · up, where [gate | up] = x wᵀ, which is not kept
+struct LinearGluArgs {
+  Activation activation = Activation::kSilu;
+  ConstTensorView x;  // [T, K]
+  ConstTensorView w;  // [2N, K]
+  TensorView y;       // [T, N]
 };
 
 // dx = dy w, or dx += dy w; dw += dyᵀ x; dbias += Σ_t dy_t
@@ -45,6 +54,7 @@ struct LinearBackwardArgs {
 
 namespace ops {
 void linear(Context& ctx, const LinearArgs& args);
+void linear_glu(Context& ctx, const LinearGluArgs& args);
 void linear_backward(Context& ctx, const LinearBackwardArgs& args);
 }  // namespace ops
 namespace cpu {
@@ -53,6 +63,8 @@ void linear_backward(Context& ctx, const LinearBackwardArgs& args);
 }  // namespace cpu
 namespace cuda {
 void linear(Context& ctx, const LinearArgs& args);
+// False where no kernel computes it in one pass.
+bool linear_glu(Context& ctx, const LinearGluArgs& args);
 void linear_backward(Context& ctx, const LinearBackwardArgs& args);
 }  // namespace cuda
 namespace reference {

@@ -9,6 +9,7 @@
 #include "cuda/gpu.h"
 #include "ops/activation.h"
 #include "ops/delta_rule.h"
+#include "ops/linear.h"
 #include "ops/rms_norm.h"
 #include "ops/short_conv.h"
 #include "support/tensors.h"
@@ -29,12 +30,16 @@ double tolerance(DType dtype) {
   return dtype == DType::kBF16 ? test::epsilon(dtype) + 0x1p-17 : 16 * test::epsilon(dtype);
 }
 
+constexpr std::int64_t kWidth = 328;  // not a whole number of any thread's columns
+
 // q, k, v of a mixer with their convolutions, on one side.
 struct Side {
   Tensor projected;                           // [T, 3·H·K]
   std::array<Tensor, 3> conv;                 // [H·K, 4]
   std::array<std::vector<Tensor>, 3> states;  // of the convolutions
   std::vector<Tensor> recurrent;              // [H, K, K]
+  Tensor x;                                   // [T, kWidth]
+  Tensor b_proj;                              // [H, kWidth]
   Tensor beta;                                // [T, H]
   Tensor norm;                                // [K]
   std::array<std::vector<float*>, 3> pointers_to_states;
@@ -65,6 +70,8 @@ Side random_side(Random& random, std::int64_t tokens, std::int64_t sequences, st
   for (std::int64_t b = 0; b < sequences; ++b) {
     side.recurrent.push_back(random.normal_tensor({heads, keys, keys}));
   }
+  side.x = random.normal_tensor({tokens, kWidth});
+  side.b_proj = random.normal_tensor({heads, kWidth}, 0.05F);
   side.beta = random.normal_tensor({tokens, heads});
   side.norm = random.normal_tensor({keys});
   return side;
@@ -84,6 +91,8 @@ Side upload(Gpu& gpu, Side& host) {
     device.states[i] = upload(gpu, host.states[i]);
   }
   device.recurrent = upload(gpu, host.recurrent);
+  device.x = gpu.upload(host.x, gpu.dtype());
+  device.b_proj = gpu.upload(host.b_proj, gpu.dtype());
   device.beta = gpu.upload(host.beta);
   device.norm = gpu.upload(host.norm);
   return device;
@@ -188,6 +197,8 @@ TEST_P(CudaDeltaMixer, InputsDependOnTheirSequenceAlone) {
   }
   alone.recurrent.push_back(host.recurrent[1]);
   alone.beta = Tensor(DType::kF32, {37, kHeads});
+  alone.x = Tensor(DType::kF32, {37, kWidth});
+  alone.b_proj = host.b_proj;
   alone.norm = host.norm;
   Side device_alone = upload(gpu, alone);
   const Inputs one = gpu_inputs(gpu, device_alone, {0, 37}, kHeads, kKeys);
@@ -214,13 +225,15 @@ TEST_P(CudaDeltaMixer, ATokenEqualsPlain) {
     Side device = upload(gpu, host);
     Tensor got(gpu.dtype(), {batch, heads * kDeltaTokenHead}, Device::kCuda);
     const std::vector<float*> states = pointers(device.recurrent);
-    ops::delta_token(gpu.ctx(), {.projected = device.projected.view(),
+    ops::delta_token(gpu.ctx(), {.x = device.x.view(),
+                                 .b_proj = device.b_proj.view(),
+                                 .projected = device.projected.view(),
                                  .convolutions = device.convolutions(),
-                                 .beta = device.beta.view(),
                                  .states = states,
                                  .norm = device.norm.view(),
                                  .norm_eps = 1e-6F,
                                  .o = got.view()});
+    reference::linear({.x = host.x.view(), .w = host.b_proj.view(), .y = host.beta.view()});
     Inputs inputs = plain_inputs(host, cu, heads, kDeltaTokenHead);
     const Shape of_heads{batch, heads, kDeltaTokenHead};
     Tensor o(DType::kF32, of_heads);

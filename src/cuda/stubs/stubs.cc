@@ -157,6 +157,9 @@ void kv_append(Context& /*ctx*/, const KvAppendArgs& /*args*/) {
 void linear(Context& /*ctx*/, const LinearArgs& /*args*/) {
   fail_without_cuda();
 }
+bool linear_glu(Context& /*ctx*/, const LinearGluArgs& /*args*/) {
+  fail_without_cuda();
+}
 void linear_backward(Context& /*ctx*/, const LinearBackwardArgs& /*args*/) {
   fail_without_cuda();
 }

@@ -203,19 +203,19 @@ void DeltaNetMixer::forward(Context& ctx, const ConstTensorView& x, const Sequen
 }
 
 bool DeltaNetMixer::has_token(const Context& ctx) const {
-  return !weights_.g_proj && config_.value_dim == config_.num_heads * kDeltaTokenHead &&
+  return !weights_.g_proj && weights_.b_proj && config_.hidden_size % 8 == 0 &&
+         config_.value_dim == config_.num_heads * kDeltaTokenHead &&
          joined_projections(ctx).data != nullptr;
 }
 
 TensorView DeltaNetMixer::token(Context& ctx, ScratchScope& scratch, const ConstTensorView& input,
                                 const Sequences& sequences, std::span<State* const> states) const {
   const TensorView projected = project(ctx, scratch, input, joined_projections(ctx));
-  const TensorView beta =
-      project(ctx, scratch, input, weights_.b_proj->value, {}, DType::kF32);  // [B, H]
   const TensorView o = scratch.activation({input.shape[0], config_.value_dim});
-  ops::delta_token(ctx, {.projected = projected,
+  ops::delta_token(ctx, {.x = input,
+                         .b_proj = weights_.b_proj->value,
+                         .projected = projected,
                          .convolutions = convolutions(ctx, scratch, sequences, states),
-                         .beta = beta,
                          .states = state_pointers(scratch, states, &State::recurrent),
                          .norm = weights_.o_norm.value,
                          .norm_eps = config_.norm_eps,

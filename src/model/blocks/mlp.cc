@@ -39,6 +39,14 @@ void Mlp::forward(Context& ctx, const ConstTensorView& x, const TensorView& hidd
   ScratchScope kept_scratch(ctx, saved != nullptr);
   ScratchScope scratch(ctx);
   const ConstTensorView input = normed(ctx, scratch, x);  // [T, C]
+  if (saved == nullptr && !weights_.up_proj) {
+    const TensorView product = scratch.activation({x.shape[0], config_.intermediate_size});
+    ops::linear_glu(ctx, {.activation = config_.activation,
+                          .x = input,
+                          .w = weights_.gate_proj.value,
+                          .y = product});
+    return add_output(ctx, product, weights_.down_proj, {}, {}, hidden);
+  }
   Saved kept;
   kept.gate = project(ctx, kept_scratch, input, weights_.gate_proj.value);
   if (weights_.up_proj) kept.up = project(ctx, kept_scratch, input, weights_.up_proj->value);

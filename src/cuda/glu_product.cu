@@ -1,0 +1,314 @@
+// glu_product (glu_product.h): tiles of 128 rows of x by 128 columns of y, for which 256 rows of w
+// are read.
+//
+// Thread blocks stay and take tiles in turn, in pairs that share the rows of w: each loads half of
+// them, those of p or those of p', for both. One warp asks for tiles of 64 columns, a few ahead;
+// two warp groups multiply 64 rows of x each, straight from shared memory, and store their part of
+// y by way of shared memory while the loads of the next tile are under way. Sums run over K in
+// order.
+#include <cuda.h>
+
+#include <algorithm>
+
+#include "cuda/glu_product.h"
+#include "cuda/launch.cuh"
+#include "cuda/rows.cuh"
+#include "cuda/sm90.cuh"
+#include "cuda/tensor_core.cuh"
+
+namespace deltafox::cuda {
+namespace {
+
+constexpr int kRows = 128;  // of a tile
+constexpr int kDepth = 64;  // columns of x and w at a time: 128 bytes
+constexpr int kGroups = 2;  // that multiply
+constexpr int kGroupRows = kRows / kGroups;
+constexpr int kThreads = (kGroups + 1) * 128;
+constexpr int kPair = 2;    // blocks of a cluster
+constexpr int kPanel = 64;  // columns of y that are stored at once: 128 bytes
+constexpr int kPanelBytes = kGroupRows * 128;
+constexpr int kRowPairs = 8;  // pairs of tiles of rows that are passed by before the next rows of x
+
+constexpr int kColumns = 256;  // rows of w of a tile
+constexpr int kOutputs = 128;  // columns of y
+constexpr int kABytes = kRows * 128;
+constexpr int kBBytes = kColumns * 128;
+constexpr int kStageBytes = kABytes + kBBytes;
+constexpr int kStages = 4;
+constexpr int kPanels = kOutputs / kPanel;
+constexpr int kOutputAt = kStages * kStageBytes;
+constexpr int kBarriersAt = kOutputAt + kGroups * kPanels * kPanelBytes;
+constexpr int kBytes = kBarriersAt + 2 * kStages * 8 + 1024;  // and to align
+static_assert(kBytes <= 227 * 1024);
+
+struct GluProductParams {
+  CUtensorMap x;  // [T, K]
+  CUtensorMap w;  // [2N, K]
+  CUtensorMap y;  // [T, N]
+  int rows;       // T
+  int outputs;    // N
+  int depth;      // K
+};
+
+__device__ inline std::uint32_t cluster_rank() {
+  std::uint32_t rank;
+  asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  return rank;
+}
+
+__device__ inline void sync_cluster() {
+  asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;\n" ::: "memory");
+}
+
+__device__ inline void arrive_at(std::uint64_t* barrier, int rank) {
+  asm volatile(
+      "{\n.reg .b32 there;\n"
+      "mapa.shared::cluster.u32 there, %0, %1;\n"
+      "mbarrier.arrive.shared::cluster.b64 _, [there];\n"
+      "}\n" ::"r"(sm90::shared_address(barrier)),
+      "r"(rank)
+      : "memory");
+}
+
+__device__ inline void load_tile(void* to, const CUtensorMap& map, int column, int row,
+                                 std::uint64_t* barrier) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, "
+      "%3}], [%4];" ::"r"(sm90::shared_address(to)),
+      "l"(&map), "r"(column), "r"(row), "r"(sm90::shared_address(barrier))
+      : "memory");
+}
+
+// To both blocks of the pair.
+__device__ inline void load_shared_tile(void* to, const CUtensorMap& map, int column, int row,
+                                        std::uint64_t* barrier) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::"
+      "cluster [%0], [%1, {%2, %3}], [%4], %5;" ::"r"(sm90::shared_address(to)),
+      "l"(&map), "r"(column), "r"(row), "r"(sm90::shared_address(barrier)),
+      "h"(static_cast<std::uint16_t>((1 << kPair) - 1))
+      : "memory");
+}
+
+__device__ inline void store_tile(const CUtensorMap& map, int column, int row, const void* from) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%1, %2}], [%3];" ::"l"(&map),
+      "r"(column), "r"(row), "r"(sm90::shared_address(from))
+      : "memory");
+}
+
+// To about 20 bits: the result is rounded to bfloat16.
+__device__ inline float gated(float gate, float up) {
+  return __fdividef(gate, 1 + __expf(-gate)) * up;
+}
+
+// A pair's tiles: some rows of x by all of w, then the next rows.
+struct Tile {
+  int row;     // of x, the block's first
+  int output;  // column of y
+
+  __device__ Tile(const GluProductParams& p, int index, int rank) {
+    const int pairs = (p.rows + kPair * kRows - 1) / (kPair * kRows);
+    const int across = (p.outputs + kOutputs - 1) / kOutputs;
+    const int first = index / (kRowPairs * across) * kRowPairs;
+    const int here = min(kRowPairs, pairs - first);
+    const int in_group = index - first * across;
+    row = ((first + in_group % here) * kPair + rank) * kRows;
+    output = in_group / here * kOutputs;
+  }
+};
+
+__global__ void __launch_bounds__(kThreads, 1)
+    glu_product_kernel(const __grid_constant__ GluProductParams p) {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)  // elsewhere it is never launched
+  extern __shared__ unsigned char memory[];
+  unsigned char* shared = memory + (1024 - sm90::shared_address(memory) % 1024) % 1024;
+  auto* full = reinterpret_cast<std::uint64_t*>(shared + kBarriersAt);
+  auto* empty = full + kStages;
+  const int rank = static_cast<int>(cluster_rank());
+  if (threadIdx.x == 0) {
+    for (int s = 0; s < kStages; ++s) {
+      sm90::barrier_init(full + s, 1);
+      sm90::barrier_init(empty + s, kPair * kGroups * 4);
+    }
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+  }
+  sync_cluster();
+  wait_for_input();
+
+  const int pairs = (p.rows + kPair * kRows - 1) / (kPair * kRows);
+  const int tiles = pairs * ((p.outputs + kOutputs - 1) / kOutputs);
+  const int step = static_cast<int>(gridDim.x) / kPair;
+  const int first_tile = static_cast<int>(blockIdx.x) / kPair;
+  const int depths = (p.depth + kDepth - 1) / kDepth;
+  int stage = 0;
+  int round = 0;
+  const auto advance = [&] {
+    if (++stage == kStages) stage = 0, ++round;
+  };
+  if (threadIdx.x >= kGroups * 128) {
+    sm90::shrink_registers<40>();
+    if (threadIdx.x == kGroups * 128) {
+      for (int index = first_tile; index < tiles; index += step) {
+        const Tile tile(p, index, rank);
+        const int w_row = tile.output + rank * p.outputs;
+        for (int d = 0; d < depths; ++d) {
+          if (round > 0) sm90::barrier_wait(empty + stage, (round - 1) & 1);
+          unsigned char* a = shared + stage * kStageBytes;
+          unsigned char* b = a + kABytes + rank * (kBBytes / 2);
+          sm90::barrier_arrive_expect(full + stage, kStageBytes);
+          load_tile(a, p.x, d * kDepth, tile.row, full + stage);
+          load_shared_tile(b, p.w, d * kDepth, w_row, full + stage);
+          advance();
+        }
+      }
+    }
+  } else {
+    sm90::grow_registers<232>();
+    const int group = static_cast<int>(threadIdx.x) / 128;
+    const int warp = static_cast<int>(threadIdx.x) / 32 % 4;
+    const int lane = static_cast<int>(threadIdx.x) % 32;
+    const sm90::Descriptor a(shared + group * kGroupRows * 128, sm90::Swizzle::k128, 1024, 0);
+    const sm90::Descriptor b(shared + kABytes, sm90::Swizzle::k128, 1024, 0);
+    unsigned char* output = shared + kOutputAt + group * kPanels * kPanelBytes;
+    const auto release = [&](int of) {
+      if (lane < kPair) arrive_at(empty + of, lane);
+    };
+    float acc[kColumns / 2];
+    for (int index = first_tile; index < tiles; index += step) {
+      const Tile tile(p, index, rank);
+      int before = 0;
+      for (int d = 0; d < depths; ++d) {
+        sm90::barrier_wait(full + stage, round & 1);
+        sm90::wgmma_fence();
+        sm90::pin(acc);
+#pragma unroll
+        for (int k = 0; k < kDepth / 16; ++k) {
+          const int at = stage * kStageBytes + 32 * k;
+          sm90::wgmma_rows(acc, a.at(at), b.at(at), d > 0 || k > 0 ? 1 : 0);
+        }
+        sm90::wgmma_commit();
+        if (d > 0) {
+          sm90::wgmma_wait<1>();
+          release(before);
+        }
+        before = stage;
+        advance();
+      }
+      sm90::wgmma_wait<0>();
+      sm90::pin(acc);
+      release(before);
+
+      const int row = tile.row + group * kGroupRows;
+      // The stores of the tile before have read their panels.
+      if (threadIdx.x % 128 == 0) asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
+      sm90::sync_warpgroup(1 + group);
+      const int matrix = lane / 8;
+      const int store_row = warp * 16 + matrix % 2 * 8 + lane % 8;
+#pragma unroll
+      for (int j = 0; j < kOutputs / 8; j += 2) {
+        std::uint32_t v[4];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const int at = 4 * (j + i / 2) + 2 * (i % 2);
+          constexpr int kUp = kOutputs / 2;  // registers on
+          v[i] = pack(gated(acc[at], acc[at + kUp]), gated(acc[at + 1], acc[at + 1 + kUp]));
+        }
+        const int chunk = (j + matrix / 2) % 8 ^ store_row % 8;
+        const unsigned char* to = output + j / 8 * kPanelBytes + store_row * 128 + chunk * 16;
+        asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(
+                         sm90::shared_address(to)),
+                     "r"(v[0]), "r"(v[1]), "r"(v[2]), "r"(v[3])
+                     : "memory");
+      }
+      sm90::fence_async_proxy();
+      sm90::sync_warpgroup(1 + group);
+      if (threadIdx.x % 128 == 0 && row < p.rows) {
+        for (int panel = 0; panel < kPanels; ++panel) {
+          if (tile.output + panel * kPanel >= p.outputs) break;
+          store_tile(p.y, tile.output + panel * kPanel, row, output + panel * kPanelBytes);
+        }
+        asm volatile("cp.async.bulk.commit_group;" ::: "memory");
+      }
+    }
+    if (threadIdx.x % 128 == 0) asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
+  }
+  __syncwarp();
+  sync_cluster();  // the other block may still write to this one's memory
+#endif
+}
+
+using Encode = decltype(&cuTensorMapEncodeTiled);
+
+Encode encoder() {
+  static const Encode function = [] {
+    void* address = nullptr;
+    cudaDriverEntryPointQueryResult result{};
+    check(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &address, 12000,
+                                           cudaEnableDefault, &result),
+          "cudaGetDriverEntryPoint");
+    return reinterpret_cast<Encode>(address);
+  }();
+  return function;
+}
+
+// Tiles of `tile_rows` rows by 64 columns of a BF16 matrix of which `columns` are used.
+CUtensorMap map_of(const ConstTensorView& matrix, std::int64_t columns, int tile_rows) {
+  CUtensorMap map{};
+  const cuuint64_t sizes[] = {static_cast<cuuint64_t>(columns),
+                              static_cast<cuuint64_t>(matrix.shape[0])};
+  const cuuint64_t strides[] = {static_cast<cuuint64_t>(matrix.shape[1]) * 2};
+  const cuuint32_t box[] = {kDepth, static_cast<cuuint32_t>(tile_rows)};
+  const cuuint32_t steps[] = {1, 1};
+  const CUresult status =
+      encoder()(&map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2, const_cast<void*>(matrix.data), sizes,
+                strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+                CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  if (status != CUDA_SUCCESS) fail_cuda(cudaErrorInvalidValue, "cuTensorMapEncodeTiled");
+  return map;
+}
+
+bool aligned(const ConstTensorView& matrix) {
+  return reinterpret_cast<std::uintptr_t>(matrix.data) % 16 == 0 &&
+         matrix.shape[1] * static_cast<std::int64_t>(size_of(matrix.dtype)) % 16 == 0;
+}
+
+}  // namespace
+
+bool glu_product(Context& ctx, const ConstTensorView& x, const ConstTensorView& w,
+                 const TensorView& y) {
+  const std::int64_t outputs = w.shape[0] / 2;
+  for (const ConstTensorView& matrix : {x, w, ConstTensorView(y)}) {
+    if (matrix.dtype != DType::kBF16 || !aligned(matrix)) return false;
+  }
+  if (ctx.stream().major() != 9 || outputs % 8 != 0) return false;
+  GluProductParams p{};
+  p.x = map_of(x, x.shape[1], kRows);
+  p.w = map_of(w, w.shape[1], kColumns / 2);
+  p.y = map_of(y, outputs, kGroupRows);
+  p.rows = static_cast<int>(x.shape[0]);
+  p.outputs = static_cast<int>(outputs);
+  p.depth = static_cast<int>(x.shape[1]);
+  const auto kernel = glu_product_kernel;
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes),
+        "cudaFuncSetAttribute");
+  const int pairs = (p.rows + kPair * kRows - 1) / (kPair * kRows);
+  const int tiles = pairs * ((p.outputs + kOutputs - 1) / kOutputs);
+  const int clusters = std::min(tiles, ctx.stream().multiprocessors() / kPair);
+  cudaLaunchAttribute attributes[2]{};
+  attributes[0].id = cudaLaunchAttributeClusterDimension;
+  attributes[0].val.clusterDim = {kPair, 1, 1};
+  attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attributes[1].val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(static_cast<unsigned>(clusters * kPair));
+  config.blockDim = dim3(kThreads);
+  config.dynamicSmemBytes = kBytes;
+  config.stream = stream_of(ctx);
+  config.attrs = attributes;
+  config.numAttrs = 2;
+  check(cudaLaunchKernelEx(&config, kernel, p), "linear_glu");
+  return true;
+}
+
+}  // namespace deltafox::cuda
