@@ -145,10 +145,10 @@ class CausalLM {
   // What a mixer or MLP reads of the stream [T, C]: the normed stream, or with norm_first itself.
   ConstTensorView layer_input(Context& ctx, ScratchScope& scratch, const std::optional<Param>& norm,
                               const ConstTensorView& stream) const;
-  // out [T, C] = in [T, C] through a layer, from new states. With `saved`, what backward needs
-  // stays in the context's kept memory, and so must `in`; then out may have no data.
+  // out [T, C] = in [T, C] through a layer, from new states; `saved` stays in the context's kept
+  // memory, and so must `in`. Without data of out only `saved` is computed.
   void forward_layer(Context& ctx, const Layer& layer, const Sequences& sequences,
-                     const TensorView& in, const TensorView& out, LayerSaved* saved) const;
+                     const TensorView& in, const TensorView& out, LayerSaved& saved) const;
   // dhidden: the gradient of what the layer left behind becomes that of what it read.
   void backward_layer(Context& ctx, const Layer& layer, const Sequences& sequences,
                       LayerSaved& saved, const StreamGradient& dhidden, Gradients& gradients) const;

@@ -1,6 +1,7 @@
 // The loss and its gradients: forward with what backward needs kept, or computed once more block by
 // block; then the head, the layers from the last to the first, and the embedding.
 #include <algorithm>
+#include <optional>
 #include <type_traits>
 
 #include "model/blocks/projection.h"
@@ -47,7 +48,7 @@ ConstTensorView CausalLM::layer_input(Context& ctx, ScratchScope& scratch,
 }
 
 void CausalLM::forward_layer(Context& ctx, const Layer& layer, const Sequences& sequences,
-                             const TensorView& in, const TensorView& out, LayerSaved* saved) const {
+                             const TensorView& in, const TensorView& out, LayerSaved& saved) const {
   ScratchScope scratch(ctx);
   // What the MLP reads lies where it adds, if it does.
   const bool only_saved = out.data == nullptr && layer.mlp.has_value();
@@ -68,15 +69,15 @@ void CausalLM::forward_layer(Context& ctx, const Layer& layer, const Sequences& 
               pointers.push_back(&states.back());
             }
           }
-          Saved* of_mixer = saved != nullptr ? &saved->mixer.template emplace<Saved>() : nullptr;
-          mixer.forward(ctx, x, sequences, pointers, between, of_mixer, in);
+          mixer.forward(ctx, x, sequences, pointers, between,
+                        &saved.mixer.template emplace<Saved>(), in);
         },
         layer.mixer);
   }
-  if (saved != nullptr) saved->stream = in;
+  saved.stream = in;
   if (!layer.mlp) return;
   const ConstTensorView x = layer_input(ctx, scratch, layer.mlp_norm, between);
-  layer.mlp->forward(ctx, x, out, saved != nullptr ? &saved->mlp : nullptr);
+  layer.mlp->forward(ctx, x, out, &saved.mlp);
 }
 
 void CausalLM::backward_layer(Context& ctx, const Layer& layer, const Sequences& sequences,
@@ -182,17 +183,16 @@ void CausalLM::forward_backward(Context& ctx, std::span<const std::int32_t> ids,
   ScratchScope scratch(ctx);
   TensorView hidden = kept_scratch.tensor(stream);  // [T, C]
   ops::embedding(ctx, {.ids = ids, .table = embeddings_.value, .y = hidden});
-  // What layers read, for those that are computed once more; else what they keep.
-  std::vector<TensorView> inputs;
-  std::vector<LayerSaved> saved(options.recompute ? 0 : layers_.size());
+  // With recomputation layers give back what they kept, and keep it once more on the way back: that
+  // way both times compute the same bits.
+  std::vector<TensorView> inputs;  // of the layers, [T, C]
+  std::vector<LayerSaved> saved(layers_.size());
   for (std::size_t l = 0; l < layers_.size(); ++l) {
     inputs.push_back(hidden);
     hidden = kept_scratch.tensor(stream);
-    if (options.recompute) {
-      forward_layer(ctx, layers_[l], sequences, inputs[l], hidden, nullptr);
-    } else {
-      forward_layer(ctx, layers_[l], sequences, inputs[l], hidden, &saved[l]);
-    }
+    std::optional<KeptScope> of_layer;
+    if (options.recompute) of_layer.emplace(ctx);
+    forward_layer(ctx, layers_[l], sequences, inputs[l], hidden, saved[l]);
   }
   const StreamGradient dhidden{
       .exact = scratch.tensor(stream),
@@ -200,14 +200,12 @@ void CausalLM::forward_backward(Context& ctx, std::span<const std::int32_t> ids,
   };
   head_backward(ctx, hidden, labels, scale, loss, dhidden, gradients);
   for (std::size_t l = layers_.size(); l-- > 0;) {
-    if (!options.recompute) {
-      backward_layer(ctx, layers_[l], sequences, saved[l], dhidden, gradients);
-      continue;
+    std::optional<KeptScope> of_layer;
+    if (options.recompute) {
+      of_layer.emplace(ctx);
+      forward_layer(ctx, layers_[l], sequences, inputs[l], {}, saved[l]);
     }
-    KeptScope of_layer(ctx);
-    LayerSaved once_more;
-    forward_layer(ctx, layers_[l], sequences, inputs[l], {}, &once_more);
-    backward_layer(ctx, layers_[l], sequences, once_more, dhidden, gradients);
+    backward_layer(ctx, layers_[l], sequences, saved[l], dhidden, gradients);
   }
   if (const TensorView dtable = gradients.of(embeddings_); dtable.data != nullptr) {
     ops::embedding_backward(ctx, {.ids = ids, .dy = dhidden.exact, .dtable = dtable});

@@ -62,22 +62,25 @@ inline float epsilon(DType dtype) {
 }
 
 // ‖got − expected‖ <= tolerance ‖expected‖ over the whole tensor, and no element is farther off
-// than 16 times what that is for an element of root-mean-square size.
+// than tolerance times its own size or, if that is more, 16 times the root-mean-square size.
 inline void expect_close(const Tensor& got, const Tensor& expected, double tolerance) {
   const std::int64_t size = expected.view().shape.size();
   ASSERT_EQ(got.view().shape.size(), size);
   double error = 0;
   double norm = 0;
-  double largest = 0;
   for (std::int64_t i = 0; i < size; ++i) {
     const double difference = static_cast<double>(got.f32()[i]) - expected.f32()[i];
     ASSERT_FALSE(std::isnan(difference)) << "element " << i;
     error += difference * difference;
     norm += static_cast<double>(expected.f32()[i]) * expected.f32()[i];
-    largest = std::max(largest, std::abs(difference));
   }
   EXPECT_LE(std::sqrt(error), tolerance * std::sqrt(norm));
-  EXPECT_LE(largest, 16 * tolerance * std::sqrt(norm / static_cast<double>(size)));
+  const double usual = 16 * std::sqrt(norm / static_cast<double>(size));
+  for (std::int64_t i = 0; i < size; ++i) {
+    const double element = expected.f32()[i];
+    ASSERT_LE(std::abs(got.f32()[i] - element), tolerance * std::max(usual, std::abs(element)))
+        << "element " << i;
+  }
 }
 
 inline void expect_equal(const Tensor& got, const Tensor& expected) {
