@@ -64,8 +64,7 @@ DELTAFOX_TARGET void eight_bit_tile(const PackedBlock& block, std::int64_t token
 #pragma GCC unroll 8
   for (int t = 0; t < kTokens; ++t) {
     x[t] = token_at(block, token + t);
-    // Values of w are 128 too large.
-    const Integers offset = all(-128 * block.x->sums[index_of(block, token + t)]);
+    const Integers offset = all(-block.x->offsets[index_of(block, token + t)]);
 #pragma GCC unroll 8
     for (int p = 0; p < kPanels; ++p) products[t][p] = offset;
   }
@@ -212,7 +211,6 @@ DELTAFOX_TARGET void four_bits(const PackedBlock& block) {
 DELTAFOX_TARGET void expand(const std::byte* head, const std::byte* values, std::int64_t columns,
                             std::byte* expanded) {
   const __m512i low_half = _mm512_set1_epi8(15);
-  const __m512i low_byte = _mm512_set1_epi16(255);
   for (std::int64_t group = 0; group * kQuantGroup < columns; ++group) {
     const __m512i pairs = _mm512_cvtepu8_epi32(_mm_loadu_si128(
         reinterpret_cast<const __m128i*>(head + kScaleBytes + group / 2 * kPanelRows)));
@@ -224,9 +222,8 @@ DELTAFOX_TARGET void expand(const std::byte* head, const std::byte* values, std:
         _mm512_mullo_epi32(_mm512_sub_epi32(_mm512_set1_epi32(128), _mm512_slli_epi32(factor, 3)),
                            _mm512_set1_epi32(0x01010101));
     const auto scaled = [&](__m512i q) DELTAFOX_TARGET {
-      const __m512i even = _mm512_mullo_epi16(_mm512_and_si512(q, low_byte), factors);
-      const __m512i odd = _mm512_mullo_epi16(_mm512_srli_epi16(q, 8), factors);
-      return _mm512_add_epi8(_mm512_or_si512(even, _mm512_slli_epi16(odd, 8)), zero);
+      // Two bytes at a time: 15 · 15 does not carry from one to the other.
+      return _mm512_add_epi8(_mm512_mullo_epi16(q, factors), zero);
     };
     for (std::int64_t k = group * kQuantGroup; k < (group + 1) * kQuantGroup; k += 8) {
       const __m512i halves = bytes_at(values + k * kPanelRows / 2);
