@@ -1,12 +1,14 @@
 #!/bin/bash
-# Decoding and prompts of 760M models on the GPU, and what flash-linear-attention takes on the same
-# machine, as JSON files in OUT.
+# Decoding, prompts and training of 760M models on the GPU, the kernels by themselves, and what
+# flash-linear-attention takes on the same machine, as JSON files in OUT. Needs the benches:
+#   cmake --preset cuda -D DELTAFOX_BUILD_BENCH=ON && cmake --build build/cuda
 #   bench/gpu.sh OUT [FLA]      FLA: a checkout of flash-linear-attention; without it no comparison
 set -euo pipefail
 cd "$(dirname "$0")/.."
 out=$1
 fla=${2:-}
-program=${DELTAFOX:-build/cuda/deltafox}
+build=${BUILD:-build/cuda}
+program=$build/deltafox
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
 mkdir -p "$out"
@@ -21,6 +23,13 @@ for name in delta_net fox_pro transformer_llama mamba2; do
     --runs 5 --json >"$out/prefill_$name.json"
   rm -r "$model"
 done
+for name in delta_net fox_pro transformer_llama mamba2 hgrn2; do
+  "$build"/bench/bench_training "$name-760m" 16384 5 "$(nproc)" cuda ops >"$out/train_$name.json"
+done
+"$build"/bench/bench_cuda_kernels >"$out/kernels.json"
+"$build"/bench/bench_cuda_attention 16384 24 64 >"$out/attention_64.json"
+"$build"/bench/bench_cuda_attention 16384 12 128 >"$out/attention_128.json"
+"$build"/bench/bench_cuda_training >"$out/training_ops.json"
 if [[ -n $fla ]]; then
-  bench/peers/fla_baseline.py --fla "$fla" --part infer --json "$out/fla.json"
+  bench/peers/fla_baseline.py --fla "$fla" --json "$out/fla.json"
 fi

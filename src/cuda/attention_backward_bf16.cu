@@ -51,26 +51,29 @@ __global__ __launch_bounds__(kTileThreads) void make_tiles(const AttentionBackwa
   if (head >= heads) return;
   const int block_index = static_cast<int>(blockIdx.x);
   const AttentionBlock block = params.blocks[block_index];
-  const auto piece = [&](const void* from, int i) {
+  const auto piece = [&](const void* rows, int i) {
     const int t = i / kPieces;
     const int d = i % kPieces * 8;
     uint4 elements{};
     if (t >= block.count || d >= params.dim) return elements;
     const __nv_bfloat16* row =
-        static_cast<const __nv_bfloat16*>(from) +
+        static_cast<const __nv_bfloat16*>(rows) +
         (static_cast<std::int64_t>(block.row + t) * heads + head) * params.dim + d;
     if (params.dim % 8 == 0) return *reinterpret_cast<const uint4*>(row);
     auto* each = reinterpret_cast<__nv_bfloat16*>(&elements);
     for (int k = 0; k < min(params.dim - d, 8); ++k) each[k] = row[k];
     return elements;
   };
-  const void* const inputs[] = {params.q, params.k, params.v, params.d_o};
-  std::byte* const outputs[] = {params.q_tiles, params.k_tiles, params.v_tiles, params.d_o_tiles};
-  std::byte* tile = outputs[tensor] + params.block_at(head, block_index) * kTileBytes<kDim>;
+  const void* from = params.d_o;
+  std::byte* to = params.d_o_tiles;
+  if (tensor == 0) from = params.q, to = params.q_tiles;
+  if (tensor == 1) from = params.k, to = params.k_tiles;
+  if (tensor == 2) from = params.v, to = params.v_tiles;
+  std::byte* tile = to + params.block_at(head, block_index) * kTileBytes<kDim>;
   const int thread = static_cast<int>(threadIdx.x);
   uint4 pieces[kTurns];
 #pragma unroll
-  for (int n = 0; n < kTurns; ++n) pieces[n] = piece(inputs[tensor], thread + n * kTileThreads);
+  for (int n = 0; n < kTurns; ++n) pieces[n] = piece(from, thread + n * kTileThreads);
   if (tensor == 3) {
     uint4 outputs_of_forward[kTurns];
 #pragma unroll

@@ -102,8 +102,8 @@ void delta_rule_backward(Context& ctx, const DeltaRuleBackwardArgs& args) {
         ScratchScope scratch(ctx);
         const auto bytes =
             static_cast<std::int64_t>(delta_rule_backward_chunks_bytes(problem, batch));
-        launch_delta_rule_backward_chunks(problem, batch, scratch.tensor({bytes / 4}).data,
-                                          stream_of(ctx));
+        void* workspace = scratch.tensor({bytes / 4}).data;  // before the stream is taken
+        launch_delta_rule_backward_chunks(problem, batch, workspace, stream_of(ctx));
       });
   for_each_batch(
       args.sequences, {}, [&](int length) { return chunked(length) ? 0 : chunks_of(length); },

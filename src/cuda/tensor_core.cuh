@@ -361,7 +361,8 @@ struct GroupProducts {
           "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 " DELTAFOX_D32
           ", %32, %33, add, 1, 1, 0, 0; }"
           : DELTAFOX_32(d)
-          : "l"(descriptor(left, step)), "l"(descriptor(right, step)), "r"(kClear && k == 0 ? 0 : 1));
+          : "l"(descriptor(left, step)), "l"(descriptor(right, step)),
+            "r"(kClear && k == 0 ? 0 : 1));
     }
   }
 };

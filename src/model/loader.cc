@@ -152,6 +152,7 @@ std::vector<Tensor> place_on_gpu(CausalLM& model, ThreadPool& threads) {
       param.host = std::as_const(host).view();
     }
     param.value.data = to;
+    param.in_one_piece = true;
     to += padded(param);
   });
   cuda::upload(threads, pieces);

@@ -47,6 +47,7 @@ struct Param {
   bool trainable = true;       // false for what the official code keeps as a buffer
   bool read_on_host = false;   // true for a vector that its block reads on the host as well
   ConstTensorView value = {};  // bound by the loader
+  bool in_one_piece = false;   // value lies in one buffer with the others, in the model's order
   ConstTensorView host = {};   // of such a vector whose value lies on a GPU, the same on the host
 
   const ConstTensorView& on_host() const { return host.data != nullptr ? host : value; }

@@ -66,6 +66,7 @@ Parameters::Parameters(Context& ctx, const std::string& config_json, const Decay
   for (Entry& entry : entries_) {
     const bool is_copy = entry.rounded.data != nullptr;
     entry.param->value = is_copy ? entry.rounded : entry.weight.view();
+    entry.param->in_one_piece = is_copy;
     if (entry.host.bytes() > 0) entry.param->host = entry.host.view();
   }
 }

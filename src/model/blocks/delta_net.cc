@@ -132,8 +132,9 @@ DeltaConvolutions DeltaNetMixer::convolutions(Context& ctx, ScratchScope& scratc
 
 ConstTensorView DeltaNetMixer::joined_projections(const Context& ctx) const {
   const auto keys = static_cast<std::uint64_t>(config_.key_dim / config_.num_heads);
-  const bool fits = ctx.device() == Device::kCuda && weights_.q_conv1d && weights_.b_proj &&
-                    config_.conv_size == kDeltaConvWidth &&
+  // Weights that lie each by itself may be neighbours by chance.
+  const bool fits = ctx.device() == Device::kCuda && weights_.q_proj.in_one_piece &&
+                    weights_.q_conv1d && weights_.b_proj && config_.conv_size == kDeltaConvWidth &&
                     config_.qk_activation == Activation::kSilu &&
                     config_.qk_norm == FeatureNorm::kL2 && config_.key_dim == config_.value_dim &&
                     keys >= 8 && keys <= 256 && std::has_single_bit(keys);
@@ -170,10 +171,7 @@ void DeltaNetMixer::forward(Context& ctx, const ConstTensorView& x, const Sequen
     return project(ctx, kept_scratch, input, proj.value);
   };
   Saved kept;
-  // In training float32 weights lie each by itself, or beside another by chance.
-  const bool joins = !states.empty() || weights_.q_proj.value.dtype == DType::kBF16;
-  const ConstTensorView w = joins ? joined_projections(ctx) : ConstTensorView{};
-  if (w.data != nullptr) {
+  if (const ConstTensorView w = joined_projections(ctx); w.data != nullptr) {
     kept.joined = project(ctx, kept_scratch, input, w);
   } else {
     kept.q_projected = projected(weights_.q_proj);
