@@ -54,6 +54,8 @@ DELTAFOX_TARGET inline void add_products(const PackedBlock& block, std::int64_t 
 }
 
 constexpr std::int64_t kWholeBlock = kScaleBytes + kQuantBlock * kPanelRows;
+// Bytes of memory in order that are fetched ahead: processors themselves stop at the end of a page.
+constexpr std::int64_t kAhead = 4096;
 
 // Loops over tokens and panels are unrolled whole: products must stay in registers. With kFetch the
 // panels' next blocks are fetched meanwhile.
@@ -126,6 +128,7 @@ DELTAFOX_TARGET void four_bit_tile(const PackedBlock& block, std::int64_t token,
       for (int p = 0; p < kPanels; ++p) {
         const std::byte* at = values + p * block.value_stride + k * kPanelRows / 2;
         const __m512i halves = bytes_at(at);
+        _mm_prefetch(reinterpret_cast<const char*>(at + kAhead), _MM_HINT_T0);
         const __m512i low = _mm512_and_si512(halves, low_half);
         const __m512i high = _mm512_and_si512(_mm512_srli_epi16(halves, 4), low_half);
 #pragma GCC unroll 8
@@ -160,22 +163,23 @@ DELTAFOX_TARGET void four_bit_tile(const PackedBlock& block, std::int64_t token,
 template <int kPanels>
 DELTAFOX_TARGET void eight_bit_panels(const PackedBlock& block, int panel) {
   std::int64_t t = 0;
-  if (block.tokens >= 6) {
-    eight_bit_tile<6, kPanels, true>(block, 0, panel);
-    t = 6;
-  }
-  for (; t + 6 <= block.tokens; t += 6) eight_bit_tile<6, kPanels, false>(block, t, panel);
+  // The first tokens fetch for all.
+  const auto tile = [&]<int kTokens>() DELTAFOX_TARGET {
+    t == 0 ? eight_bit_tile<kTokens, kPanels, true>(block, t, panel)
+           : eight_bit_tile<kTokens, kPanels, false>(block, t, panel);
+  };
+  for (; t + 6 <= block.tokens; t += 6) tile.template operator()<6>();
   switch (block.tokens - t) {
     case 5:
-      return eight_bit_tile<5, kPanels, false>(block, t, panel);
+      return tile.template operator()<5>();
     case 4:
-      return eight_bit_tile<4, kPanels, false>(block, t, panel);
+      return tile.template operator()<4>();
     case 3:
-      return eight_bit_tile<3, kPanels, false>(block, t, panel);
+      return tile.template operator()<3>();
     case 2:
-      return eight_bit_tile<2, kPanels, false>(block, t, panel);
+      return tile.template operator()<2>();
     case 1:
-      return eight_bit_tile<1, kPanels, false>(block, t, panel);
+      return tile.template operator()<1>();
     default:
       return;
   }
