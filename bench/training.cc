@@ -1,7 +1,7 @@
 // Training steps of a model of the paper with random weights: forward, backward and AdamW. Prints
 // JSON: seconds, tokens/s, FLOP/s counting 6 for each token and parameter but the embedding's,
-// medians of the runs, and memory. On a CPU in float32 beside the peak of the machine's float32
-// arithmetic, on a GPU as with bf16-mixed.
+// medians of the runs, and memory; on a CPU beside the peak of the machine's arithmetic. As with
+// bf16-mixed: products are bfloat16 on a GPU and on a CPU that has fast ones, else float32.
 //
 //   bench_training [MODEL [TOKENS [RUNS [THREADS]]]] [recompute] [cuda] [float32] [ops] [products]
 //                  [sequences=N]
@@ -35,7 +35,7 @@ struct Options {
   int threads = 0;
   std::int64_t sequences = 1;
   Device device = Device::kCpu;
-  DType dtype = DType::kBF16;  // of a GPU's products
+  DType dtype = DType::kBF16;  // of products
   bool recompute = false;
   bool ops = false;
   bool products = false;
@@ -58,7 +58,7 @@ class Training {
         threads_(options.threads),
         ctx_(threads_, options.device,
              options.device == Device::kCuda ? options.dtype : DType::kF32),
-        parameters_(ctx_, preset_config(options.model), {}),
+        parameters_(ctx_, preset_config(options.model), {}, options.dtype),
         ids_(DType::kI32, {options.tokens}, options.device),
         loss_(DType::kF32, {options.tokens}, options.device) {
     parameters_.initialise(0);
@@ -167,7 +167,7 @@ void run(const Options& options) {
   for (int r = 0; r < kWarmUps + options.runs; ++r) {
     // Machines change their pace: a peak beside each run.
     const double peak =
-        r >= kWarmUps && !on_gpu ? cpu::measure_float32_peak(training.threads()) : 0;
+        r >= kWarmUps && !on_gpu ? cpu::measure_peak(training.threads(), options.dtype) : 0;
     const auto begin = std::chrono::steady_clock::now();
     training.gradients();
     const double of_gradients = seconds_since(begin);
@@ -184,7 +184,7 @@ void run(const Options& options) {
       {"model", options.model},
       {"parameters_but_embedding", training.parameters().non_embedding_size()},
       {"device", name_of(options.device)},
-      {"dtype", name_of(ctx.activation_dtype())},
+      {"dtype", name_of(options.dtype)},
       {"tokens", options.tokens},
       {"sequences", options.sequences},
       {"threads", training.threads().size()},
@@ -242,6 +242,9 @@ Options parse(std::span<char*> arguments) {
     } else {
       options.threads = std::atoi(argument.c_str());
     }
+  }
+  if (options.device == Device::kCpu && !cpu::has_fast_bf16_products()) {
+    options.dtype = DType::kF32;
   }
   return options;
 }

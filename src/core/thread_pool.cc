@@ -3,7 +3,6 @@
 #include <sched.h>
 
 #include <algorithm>
-#include <cassert>
 
 namespace deltafox {
 namespace {
@@ -40,16 +39,16 @@ ThreadPool::~ThreadPool() {
   for (std::thread& worker : workers_) worker.join();
 }
 
-void ThreadPool::drain(std::uint32_t generation, int slot) {
-  std::uint64_t claim = next_.load(std::memory_order_acquire);
-  while (claim >> 32 == generation) {
-    const auto task = static_cast<std::int64_t>(claim & 0xffffffffU);
-    if (task >= tasks_.load(std::memory_order_acquire)) return;
-    if (next_.compare_exchange_weak(claim, claim + 1, std::memory_order_acquire)) {
-      function_(closure_, task, slot);
-      done_.fetch_add(1, std::memory_order_release);
-      claim = next_.load(std::memory_order_acquire);
+void ThreadPool::drain(int slot) {
+  std::int64_t left = unclaimed_.load(std::memory_order_relaxed);
+  while (left > 0) {
+    if (!unclaimed_.compare_exchange_weak(left, left - 1, std::memory_order_acquire,
+                                          std::memory_order_relaxed)) {
+      continue;
     }
+    function_(closure_, tasks_ - left, slot);
+    done_.fetch_add(1, std::memory_order_release);
+    left = unclaimed_.load(std::memory_order_relaxed);
   }
 }
 
@@ -59,19 +58,14 @@ void ThreadPool::run(std::int64_t n, Function function, void* closure) {
     for (std::int64_t i = 0; i < n; ++i) function(closure, i, 0);
     return;
   }
-  assert(n <= 0xffffffff);
-  const std::uint32_t generation = generation_.load(std::memory_order_relaxed) + 1;
   function_ = function;
   closure_ = closure;
+  tasks_ = n;
   done_.store(0, std::memory_order_relaxed);
-  // Ends the last loop first: whoever is late in it and reads this loop's number of tasks then
-  // fails to claim.
-  next_.store(std::uint64_t{generation} << 32 | 0xffffffffU, std::memory_order_relaxed);
-  tasks_.store(n, std::memory_order_release);
-  next_.store(std::uint64_t{generation} << 32, std::memory_order_release);
-  generation_.store(generation, std::memory_order_release);
+  unclaimed_.store(n, std::memory_order_release);
+  generation_.fetch_add(1, std::memory_order_release);
   generation_.notify_all();
-  drain(generation, 0);
+  drain(0);
   // What is left are tasks that workers are at. Where there are fewer free cores than threads, one
   // of them may need this one's.
   for (int spins = 0; done_.load(std::memory_order_acquire) != n; ++spins) {
@@ -96,7 +90,7 @@ void ThreadPool::work(int slot) {
     }
     seen = current;
     if (stop_.load(std::memory_order_relaxed)) return;
-    drain(seen, slot);
+    drain(slot);
   }
 }
 

@@ -44,19 +44,20 @@ class ThreadPool {
 
   void run(std::int64_t n, Function function, void* closure);
   void work(int slot);
-  void drain(std::uint32_t generation, int slot);
+  void drain(int slot);
 
   std::vector<std::thread> workers_;
   std::mutex in_use_;
-  // The loop under way. A thread that has claimed a task of it may read these: the loop cannot end,
-  // nor the next begin, before that task is done.
+  // The loop under way. A thread reads these once it has claimed a task: the loop cannot end, nor
+  // the next begin, before that task is done.
   Function function_ = nullptr;
   void* closure_ = nullptr;
-  std::atomic<std::int64_t> tasks_{0};
-  // The loop's generation in the high half, the next task in the low half: a worker that comes late
-  // fails to claim, rather than take a task of the next loop for one of this.
-  std::atomic<std::uint64_t> next_{0};
+  std::int64_t tasks_ = 0;
+  // Tasks that nobody has claimed. A worker that is late in one loop and claims of the next has
+  // claimed what it then runs: it need not know which loop that is.
+  std::atomic<std::int64_t> unclaimed_{0};
   std::atomic<std::int64_t> done_{0};
+  // Of loops, for workers to wait for the next.
   std::atomic<std::uint32_t> generation_{0};
   std::atomic<bool> stop_{false};
 };

@@ -1,5 +1,10 @@
 // Shapes of the tile registers.
+//
+// GCC's intrinsics of tiles tell the compiler of 8 bytes that ldtilecfg reads and of none that
+// tileloadd does: what was stored before may be missing. Those here stand in for them.
 #pragma once
+
+#if defined(__x86_64__)
 
 #include <cstdint>
 
@@ -20,10 +25,16 @@ struct alignas(64) TileConfig {
 };
 static_assert(sizeof(TileConfig) == 64);
 
-// _tile_loadconfig of GCC 12 tells the optimiser of the first 8 bytes alone, which then leaves the
-// others unwritten.
+// NOLINTBEGIN(hicpp-no-assembler)
 __attribute__((target("amx-tile"))) inline void load_tiles(const TileConfig& config) {
-  asm volatile("ldtilecfg %0" : : "m"(config));  // NOLINT(hicpp-no-assembler)
+  asm volatile("ldtilecfg %0" : : "m"(config));
 }
 
+// Between storing what tiles are loaded from and loading them.
+inline void finish_stores() {
+  asm volatile("" : : : "memory");
+}
+// NOLINTEND(hicpp-no-assembler)
+
 }  // namespace deltafox::cpu
+#endif

@@ -199,7 +199,8 @@ void begin_with_bias(Context& ctx, const LinearArgs& args) {
   });
 }
 
-// x rounded to bfloat16, as float32.
+}  // namespace
+
 ConstTensorView rounded_to_bf16(Context& ctx, ScratchScope& scratch, const ConstTensorView& x) {
   const TensorView rounded = scratch.tensor(x.shape);
   const std::int64_t width = x.shape[1];
@@ -211,7 +212,9 @@ ConstTensorView rounded_to_bf16(Context& ctx, ScratchScope& scratch, const Const
   return rounded;
 }
 
-}  // namespace
+bool has_fast_bf16_products() {
+  return isa().amx_bf16;
+}
 
 void linear(Context& ctx, const LinearArgs& args) {
   ScratchScope scratch(ctx);

@@ -5,7 +5,9 @@
 // registers while a panel of A, in the first-level cache, meets a panel of B. Each element of C is
 // the sum of its products in order, by stretches of kDepth that are added up one after the other:
 // the same for any place in the matrix and any number of threads.
-#include "ops/linear.h"
+#include "core/float_convert.h"
+#include "cpu/isa.h"
+#include "cpu/linear_kernels.h"
 
 #undef HWY_TARGET_INCLUDE
 #define HWY_TARGET_INCLUDE "cpu/linear_backward.cc"
@@ -241,8 +243,35 @@ HWY_AFTER_NAMESPACE();
 #if HWY_ONCE
 namespace deltafox::cpu {
 HWY_EXPORT(linear_backward_target);
+namespace {
+
+TensorView widened(Context& ctx, ScratchScope& scratch, const ConstTensorView& w) {
+  const TensorView wide = scratch.tensor(w.shape);
+  const std::int64_t width = w.shape[1];
+  ctx.threads().parallel_for(w.shape[0], [&](std::int64_t n) {
+    to_f32(w, n * width, {wide.f32() + n * width, static_cast<std::size_t>(width)});
+  });
+  return wide;
+}
+
+}  // namespace
+
 void linear_backward(Context& ctx, const LinearBackwardArgs& args) {
-  HWY_DYNAMIC_DISPATCH(linear_backward_target)(ctx, args);
+  const auto run = HWY_DYNAMIC_DISPATCH(linear_backward_target);
+  if (args.w.dtype == DType::kF32) return run(ctx, args);
+  if (args.dbias.data != nullptr) {
+    run(ctx, {.dy = args.dy, .x = args.x, .w = args.w, .dbias = args.dbias});
+  }
+#if defined(__x86_64__)
+  if (isa().amx_bf16) return linear_backward_bf16_amx(ctx, args);
+#endif
+  ScratchScope scratch(ctx);
+  run(ctx, {.dy = rounded_to_bf16(ctx, scratch, args.dy),
+            .x = rounded_to_bf16(ctx, scratch, args.x),
+            .w = widened(ctx, scratch, args.w),
+            .dx = args.dx,
+            .accumulate_dx = args.accumulate_dx,
+            .dw = args.dw});
 }
 }  // namespace deltafox::cpu
 #endif

@@ -6,6 +6,9 @@
 
 namespace deltafox::cpu {
 
+// x rounded to bfloat16, as float32.
+ConstTensorView rounded_to_bf16(Context& ctx, ScratchScope& scratch, const ConstTensorView& x);
+
 // F32, BF16 and F16 weights, widened to float32 as they are read; by Highway.
 void linear_widened(Context& ctx, const LinearArgs& args);
 
@@ -14,6 +17,8 @@ void linear_widened(Context& ctx, const LinearArgs& args);
 void linear_f32_avx512(Context& ctx, const LinearArgs& args);
 void linear_bf16_avx512(Context& ctx, const LinearArgs& args);
 void linear_bf16_amx(Context& ctx, const LinearArgs& args);
+// dx [+]= dy w and dw += dyᵀ x, dy and x rounded as x is there.
+void linear_backward_bf16_amx(Context& ctx, const LinearBackwardArgs& args);
 #endif
 
 // kQ8 and kQ4 weights.

@@ -18,7 +18,7 @@ constexpr std::int64_t kGroupsOfBlock = kQuantBlock / kQuantGroup;
 
 // A block of x: q = x · (127 / max|x|), rounded to the nearest even.
 HWY_INLINE void quantize_block(const float* x, std::int64_t size, std::int8_t* q, float* scale,
-                               std::int32_t* sum, std::int16_t* group_sums) {
+                               std::int32_t* offset, std::int16_t* group_sums) {
   VF32 largest = hn::Zero(kF32);
   for_row(
       size, [&](std::int64_t i) HWY_ATTR { largest = hn::Max(largest, hn::Abs(load(x + i))); },
@@ -39,23 +39,40 @@ HWY_INLINE void quantize_block(const float* x, std::int64_t size, std::int8_t* q
         hn::StoreU(rounded(load_first(x + i, n)), narrow, last);
         std::copy_n(last, n, q + i);
       });
-  *sum = 0;
+  int sum = 0;
   for (std::int64_t g = 0; g < kGroupsOfBlock; ++g) {
+    const std::int64_t begin = g * kQuantGroup;
     int group = 0;
-    for (std::int64_t i = g * kQuantGroup; i < std::min((g + 1) * kQuantGroup, size); ++i) {
-      group += q[i];
+    if (begin + kQuantGroup <= size) {
+      for (std::int64_t i = 0; i < kQuantGroup; ++i) group += q[begin + i];
+    } else {
+      for (std::int64_t i = begin; i < size; ++i) group += q[i];
     }
     group_sums[g] = static_cast<std::int16_t>(group);
-    *sum += group;
+    sum += group;
   }
+  *offset = 128 * sum;
 }
 
 void quantize_row_target(const float* x, std::int64_t size, std::int8_t* q, float* scales,
-                         std::int32_t* sums, std::int16_t* group_sums) {
+                         std::int32_t* offsets, std::int16_t* group_sums) {
   for (std::int64_t b = 0; b * kQuantBlock < size; ++b) {
     const std::int64_t begin = b * kQuantBlock;
-    quantize_block(x + begin, std::min(kQuantBlock, size - begin), q + begin, scales + b, sums + b,
-                   group_sums + b * kGroupsOfBlock);
+    quantize_block(x + begin, std::min(kQuantBlock, size - begin), q + begin, scales + b,
+                   offsets + b, group_sums + b * kGroupsOfBlock);
+  }
+}
+
+// y[token, column] = sums [+ y]
+void store_sums_target(const float* sums, std::int64_t tokens, std::int64_t columns, float* y,
+                       std::int64_t stride, bool accumulate) {
+  for (std::int64_t t = 0; t < tokens; ++t) {
+    const float* from = sums + t * kTileColumns;
+    float* to = y + t * stride;
+    for_vectors(columns, [&](std::int64_t n, auto&& load_vector, auto&& store_vector) HWY_ATTR {
+      const VF32 sum = load_vector(from + n);
+      store_vector(accumulate ? hn::Add(load_vector(to + n), sum) : sum, to + n);
+    });
   }
 }
 
@@ -65,6 +82,7 @@ HWY_AFTER_NAMESPACE();
 #if HWY_ONCE
 namespace deltafox::cpu {
 HWY_EXPORT(quantize_row_target);
+HWY_EXPORT(store_sums_target);
 namespace {
 
 PackedKernels kernels() {
@@ -92,29 +110,19 @@ QuantizedRows quantized(Context& ctx, ScratchScope& scratch, const ConstTensorVi
   const std::int64_t stride = layout.columns() + 64;
   std::int8_t* q = scratch.array<std::int8_t>(tokens * stride).data();
   float* scales = scratch.array<float>(tokens * blocks).data();
-  std::int32_t* sums = scratch.array<std::int32_t>(tokens * blocks).data();
+  std::int32_t* offsets = scratch.array<std::int32_t>(tokens * blocks).data();
   std::int16_t* group_sums = scratch.array<std::int16_t>(tokens * groups).data();
   const auto row = HWY_DYNAMIC_DISPATCH(quantize_row_target);
   constexpr std::int64_t kRowsOfTask = 4;
   ctx.threads().parallel_for((tokens + kRowsOfTask - 1) / kRowsOfTask, [&](std::int64_t task) {
     const std::int64_t end = std::min(tokens, (task + 1) * kRowsOfTask);
     for (std::int64_t t = task * kRowsOfTask; t < end; ++t) {
-      row(x.f32() + t * depth, depth, q + t * stride, scales + t * blocks, sums + t * blocks,
+      row(x.f32() + t * depth, depth, q + t * stride, scales + t * blocks, offsets + t * blocks,
           group_sums + t * groups);
       std::fill(q + t * stride + depth, q + (t + 1) * stride, std::int8_t{0});
     }
   });
-  return {q, stride, scales, sums, group_sums, blocks};
-}
-
-// y[token, column] = sums [+ y]
-void store_sums(const float* sums, std::int64_t tokens, std::int64_t columns, float* y,
-                std::int64_t stride, bool accumulate) {
-  for (std::int64_t t = 0; t < tokens; ++t) {
-    const float* from = sums + t * kTileColumns;
-    float* to = y + t * stride;
-    for (std::int64_t n = 0; n < columns; ++n) to[n] = accumulate ? to[n] + from[n] : from[n];
-  }
+  return {q, stride, scales, offsets, group_sums, blocks};
 }
 
 }  // namespace
@@ -182,8 +190,9 @@ void linear_packed(Context& ctx, const LinearArgs& args) {
       }
     }
     const std::int64_t column = first_panel * kPanelRows;
-    store_sums(sums, block.tokens, std::min(kTileColumns, columns - column),
-               args.y.f32() + token * columns + column, columns, args.accumulate);
+    HWY_DYNAMIC_DISPATCH(store_sums_target)
+    (sums, block.tokens, std::min(kTileColumns, columns - column),
+     args.y.f32() + token * columns + column, columns, args.accumulate);
   });
 }
 

@@ -54,6 +54,8 @@ DELTAFOX_TARGET inline void add_products(const PackedBlock& block, std::int64_t 
 }
 
 constexpr std::int64_t kWholeBlock = kScaleBytes + kQuantBlock * kPanelRows;
+// Bytes of memory in order that are fetched ahead: processors themselves stop at the end of a page.
+constexpr std::int64_t kAhead = 4096;
 
 // Loops over tokens and panels are unrolled whole: products must stay in registers. With kFetch the
 // panels' next blocks are fetched meanwhile.
@@ -64,8 +66,7 @@ DELTAFOX_TARGET void eight_bit_tile(const PackedBlock& block, std::int64_t token
 #pragma GCC unroll 8
   for (int t = 0; t < kTokens; ++t) {
     x[t] = token_at(block, token + t);
-    // Values of w are 128 too large.
-    const Integers offset = all(-128 * block.x->sums[index_of(block, token + t)]);
+    const Integers offset = all(-block.x->offsets[index_of(block, token + t)]);
 #pragma GCC unroll 8
     for (int p = 0; p < kPanels; ++p) products[t][p] = offset;
   }
@@ -127,6 +128,7 @@ DELTAFOX_TARGET void four_bit_tile(const PackedBlock& block, std::int64_t token,
       for (int p = 0; p < kPanels; ++p) {
         const std::byte* at = values + p * block.value_stride + k * kPanelRows / 2;
         const __m512i halves = bytes_at(at);
+        _mm_prefetch(reinterpret_cast<const char*>(at + kAhead), _MM_HINT_T0);
         const __m512i low = _mm512_and_si512(halves, low_half);
         const __m512i high = _mm512_and_si512(_mm512_srli_epi16(halves, 4), low_half);
 #pragma GCC unroll 8
@@ -161,22 +163,23 @@ DELTAFOX_TARGET void four_bit_tile(const PackedBlock& block, std::int64_t token,
 template <int kPanels>
 DELTAFOX_TARGET void eight_bit_panels(const PackedBlock& block, int panel) {
   std::int64_t t = 0;
-  if (block.tokens >= 6) {
-    eight_bit_tile<6, kPanels, true>(block, 0, panel);
-    t = 6;
-  }
-  for (; t + 6 <= block.tokens; t += 6) eight_bit_tile<6, kPanels, false>(block, t, panel);
+  // The first tokens fetch for all.
+  const auto tile = [&]<int kTokens>() DELTAFOX_TARGET {
+    t == 0 ? eight_bit_tile<kTokens, kPanels, true>(block, t, panel)
+           : eight_bit_tile<kTokens, kPanels, false>(block, t, panel);
+  };
+  for (; t + 6 <= block.tokens; t += 6) tile.template operator()<6>();
   switch (block.tokens - t) {
     case 5:
-      return eight_bit_tile<5, kPanels, false>(block, t, panel);
+      return tile.template operator()<5>();
     case 4:
-      return eight_bit_tile<4, kPanels, false>(block, t, panel);
+      return tile.template operator()<4>();
     case 3:
-      return eight_bit_tile<3, kPanels, false>(block, t, panel);
+      return tile.template operator()<3>();
     case 2:
-      return eight_bit_tile<2, kPanels, false>(block, t, panel);
+      return tile.template operator()<2>();
     case 1:
-      return eight_bit_tile<1, kPanels, false>(block, t, panel);
+      return tile.template operator()<1>();
     default:
       return;
   }
@@ -212,7 +215,6 @@ DELTAFOX_TARGET void four_bits(const PackedBlock& block) {
 DELTAFOX_TARGET void expand(const std::byte* head, const std::byte* values, std::int64_t columns,
                             std::byte* expanded) {
   const __m512i low_half = _mm512_set1_epi8(15);
-  const __m512i low_byte = _mm512_set1_epi16(255);
   for (std::int64_t group = 0; group * kQuantGroup < columns; ++group) {
     const __m512i pairs = _mm512_cvtepu8_epi32(_mm_loadu_si128(
         reinterpret_cast<const __m128i*>(head + kScaleBytes + group / 2 * kPanelRows)));
@@ -224,9 +226,8 @@ DELTAFOX_TARGET void expand(const std::byte* head, const std::byte* values, std:
         _mm512_mullo_epi32(_mm512_sub_epi32(_mm512_set1_epi32(128), _mm512_slli_epi32(factor, 3)),
                            _mm512_set1_epi32(0x01010101));
     const auto scaled = [&](__m512i q) DELTAFOX_TARGET {
-      const __m512i even = _mm512_mullo_epi16(_mm512_and_si512(q, low_byte), factors);
-      const __m512i odd = _mm512_mullo_epi16(_mm512_srli_epi16(q, 8), factors);
-      return _mm512_add_epi8(_mm512_or_si512(even, _mm512_slli_epi16(odd, 8)), zero);
+      // Two bytes at a time: 15 · 15 does not carry from one to the other.
+      return _mm512_add_epi8(_mm512_mullo_epi16(q, factors), zero);
     };
     for (std::int64_t k = group * kQuantGroup; k < (group + 1) * kQuantGroup; k += 8) {
       const __m512i halves = bytes_at(values + k * kPanelRows / 2);

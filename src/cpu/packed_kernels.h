@@ -15,8 +15,8 @@ constexpr std::int64_t kTileColumns = kMaxPanels * kPanelRows;
 struct QuantizedRows {
   const std::int8_t* q;  // [T, stride], zeros beyond K
   std::int64_t stride;
-  const float* scales;             // [T, blocks]
-  const std::int32_t* sums;        // [T, blocks], Σ q of a block
+  const float* scales;          // [T, blocks]
+  const std::int32_t* offsets;  // [T, blocks], 128 Σ q of a block: values of w are 128 too large
   const std::int16_t* group_sums;  // [T, blocks · 8], Σ q of a group
   std::int64_t blocks;
 };

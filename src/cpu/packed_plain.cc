@@ -12,7 +12,7 @@ void eight_bits(const PackedBlock& block) {
     const std::int64_t row = block.token + t;
     const std::int8_t* q = x.q + row * x.stride + block.block * kQuantBlock;
     const float x_scale = x.scales[row * x.blocks + block.block];
-    const std::int32_t offset = -128 * x.sums[row * x.blocks + block.block];
+    const std::int32_t offset = -x.offsets[row * x.blocks + block.block];
     for (int p = 0; p < block.panels; ++p) {
       std::array<float, kPanelRows> scales{};
       std::memcpy(scales.data(), block.head + p * block.head_stride, sizeof scales);

@@ -8,13 +8,9 @@
 #include <chrono>
 #include <cstdint>
 
-#include "cpu/isa.h"
-
-#if defined(__x86_64__)
-#include <immintrin.h>
-
 #include "cpu/amx.h"
-#endif
+#include "cpu/intrinsics.h"
+#include "cpu/isa.h"
 
 namespace deltafox::cpu {
 namespace {
@@ -201,12 +197,13 @@ std::vector<PeakRate> measure_peak_rates(ThreadPool& threads, int passes) {
   return peaks;
 }
 
-double measure_float32_peak(ThreadPool& threads) {
+double measure_peak(ThreadPool& threads, DType dtype) {
+  const std::string_view wanted = dtype == DType::kBF16 ? "bfloat16" : "float32";
   constexpr int kPasses = 3;
   constexpr std::int64_t kTasks = 4;
   double best = 0;
   for (const Kernel& kernel : kernels()) {
-    if (kernel.dtype != "float32" || !kernel.available) continue;
+    if (kernel.dtype != wanted || !kernel.available) continue;
     for (const double rate : measure(threads, kernel, kPasses, kTasks)) best = std::max(best, rate);
   }
   return best;

@@ -49,7 +49,10 @@ void linear_glu(Context& ctx, const LinearGluArgs& args) {
 void linear_backward(Context& ctx, const LinearBackwardArgs& args) {
   const OpTimer timer("linear_backward");
   const std::int64_t outputs = args.w.shape[0];
-  check("linear_backward", "w", args.w, {outputs, args.w.shape[1]}, args.x.dtype);
+  // On a CPU activations are F32 whatever w is.
+  const bool rounded = ctx.device() == Device::kCpu && args.w.dtype == DType::kBF16;
+  check("linear_backward", "w", args.w, {outputs, args.w.shape[1]},
+        rounded ? DType::kBF16 : args.x.dtype);
   check_activation(ctx, "linear_backward", "x", args.x, {args.x.shape[0], args.w.shape[1]});
   check_activation(ctx, "linear_backward", "dy", args.dy,
                    shape_of_rows(ctx, args.dy, args.x.shape[0], outputs));

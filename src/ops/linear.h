@@ -40,12 +40,13 @@ struct LinearGluArgs {
 
 // dx = dy w, or dx += dy w; dw += dyᵀ x; dbias += Σ_t dy_t
 //
-// The order of each sum depends on its length alone, as in linear. On a GPU dy and dx are F32 or of
+// The order of each sum depends on its length alone, as in linear. With w BF16 dy and x are rounded
+// to bfloat16, products and sums are float32. On a GPU dy and dx are F32 or of
 // the Context's activation dtype; dy is rounded to the dtype of x and w; dw and dbias are F32.
 struct LinearBackwardArgs {
   ConstTensorView dy;          // [T, N]
   ConstTensorView x;           // [T, K]
-  ConstTensorView w;           // [N, K] F32, on a GPU also BF16
+  ConstTensorView w;           // [N, K] F32 or BF16
   TensorView dx = {};          // [T, K] or no data
   bool accumulate_dx = false;  // dx += dy w
   TensorView dw = {};          // [N, K] or no data
@@ -58,6 +59,8 @@ void linear_glu(Context& ctx, const LinearGluArgs& args);
 void linear_backward(Context& ctx, const LinearBackwardArgs& args);
 }  // namespace ops
 namespace cpu {
+// Whether products with BF16 matrices, and their gradients, are faster than with F32.
+bool has_fast_bf16_products();
 void linear(Context& ctx, const LinearArgs& args);
 void linear_backward(Context& ctx, const LinearBackwardArgs& args);
 }  // namespace cpu

@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "core/thread_pool.h"
+#include "deltafox/dtype.h"
 
 namespace deltafox::cpu {
 
@@ -23,8 +24,8 @@ struct PeakRate {
 // Every known instruction, on all threads of the pool: registers only, no memory. passes >= 1.
 std::vector<PeakRate> measure_peak_rates(ThreadPool& threads, int passes);
 
-// float32 operations per second, the best of what takes some ten milliseconds an instruction: what
-// model FLOPs utilisation is counted against. 0 where no instruction is known.
-double measure_float32_peak(ThreadPool& threads);
+// Operations per second with F32 or BF16, the best of what takes some ten milliseconds an
+// instruction: what model FLOPs utilisation is counted against. 0 where no instruction is known.
+double measure_peak(ThreadPool& threads, DType dtype);
 
 }  // namespace deltafox::cpu

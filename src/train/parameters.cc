@@ -41,7 +41,8 @@ bool decays(std::string_view name, const DecayRule& rule) {
   return !is_bias || rule.bias;
 }
 
-Parameters::Parameters(Context& ctx, const std::string& config_json, const DecayRule& rule)
+Parameters::Parameters(Context& ctx, const std::string& config_json, const DecayRule& rule,
+                       DType matrices)
     : ctx_(ctx),
       config_json_(config_json),
       model_(std::make_unique<CausalLM>(
@@ -61,7 +62,7 @@ Parameters::Parameters(Context& ctx, const std::string& config_json, const Decay
     }
     entries_.push_back(std::move(entry));
   });
-  if (ctx.activation_dtype() == DType::kBF16) place_copies();
+  if (matrices == DType::kBF16) place_copies();
   for (Entry& entry : entries_) {
     const bool is_copy = entry.rounded.data != nullptr;
     entry.param->value = is_copy ? entry.rounded : entry.weight.view();

@@ -1,5 +1,5 @@
 // A model with what training keeps of each parameter: the float32 master weight, its gradient, and
-// AdamW's two moments; on a GPU that computes in bfloat16 also a copy of each matrix to compute
+// AdamW's two moments; where products are of bfloat16 also a copy of each matrix to compute
 // with.
 #pragma once
 
@@ -33,9 +33,13 @@ class Parameters {
     bool decayed = true;
   };
 
-  // The model that `config_json` describes, with zeros for weights, in the memory of `ctx`'s device
-  // and of its activation dtype. The context must outlive it.
-  Parameters(Context& ctx, const std::string& config_json, const DecayRule& rule);
+  // The model that `config_json` describes, with zeros for weights, in the memory of `ctx`'s
+  // device. It computes with matrices of dtype `matrices`, F32 or BF16. The context must outlive
+  // it.
+  Parameters(Context& ctx, const std::string& config_json, const DecayRule& rule, DType matrices);
+  // With matrices of the context's activation dtype.
+  Parameters(Context& ctx, const std::string& config_json, const DecayRule& rule)
+      : Parameters(ctx, config_json, rule, ctx.activation_dtype()) {}
   Parameters(const Parameters&) = delete;
   Parameters& operator=(const Parameters&) = delete;
 

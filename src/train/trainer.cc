@@ -138,6 +138,13 @@ DType activation_dtype(const Config& config, Device device) {
                                                                               : DType::kF32;
 }
 
+// What matrices the model computes with.
+DType matrix_dtype(const Config& config, Device device) {
+  if (config.precision != Precision::kBF16Mixed) return DType::kF32;
+  const bool fast = device == Device::kCuda || cpu::has_fast_bf16_products();
+  return fast ? DType::kBF16 : DType::kF32;
+}
+
 }  // namespace
 
 struct Trainer::Impl {
@@ -185,7 +192,7 @@ Trainer::Impl::Impl(const Config& the_config, int threads_wanted, Device device,
       ctx(threads, device, activation_dtype(config, device)),
       data(open_train(config)),
       description{model_config(config, data.vocab_size(), data.bos()), config.data.tokenizer_path},
-      parameters(ctx, description.config_json, config.decay),
+      parameters(ctx, description.config_json, config.decay, matrix_dtype(config, device)),
       losses(config.data.train.length),
       checkpoints(config.output_dir, config.checkpoint_keep_interval, description),
       ids(DType::kI32, {config.data.train.tokens()}, device),
@@ -220,8 +227,9 @@ void Trainer::Impl::start() {
   } else {
     parameters.initialise(config.seed);
   }
-  if (config.precision == Precision::kBF16Mixed && ctx.device() == Device::kCpu) {
-    note("fabric.precision bf16-mixed: products are float32 on a CPU");
+  const DType matrices = matrix_dtype(config, ctx.device());
+  if (config.precision == Precision::kBF16Mixed && matrices == DType::kF32) {
+    note("fabric.precision bf16-mixed: products are float32 on a CPU without AMX");
   }
   io::AtomicFile file(config.output_dir + "/config.yaml");
   file.append(std::as_bytes(std::span(config.text)));
@@ -232,7 +240,7 @@ void Trainer::Impl::start() {
                 {"model_info/non_embedding_params", parameters.non_embedding_size()}});
   metrics->log("resume", progress.tokens, {{"resume/resume_step", progress.tokens}});
   peak_flops =
-      ctx.device() == Device::kCuda ? measure_products(ctx) : cpu::measure_float32_peak(threads);
+      ctx.device() == Device::kCuda ? measure_products(ctx) : cpu::measure_peak(threads, matrices);
   throughput.add(progress);
 }
 

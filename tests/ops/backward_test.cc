@@ -1,6 +1,8 @@
 // The backward of every op but the recurrences and attention.
 #include <gtest/gtest.h>
 
+#include "core/float_convert.h"
+#include "cpu/isa.h"
 #include "ops/activation.h"
 #include "ops/cross_entropy.h"
 #include "ops/embedding.h"
@@ -288,6 +290,85 @@ TEST(Backward, LinearOfMoreThanIsPackedAtOnce) {
   reference::linear_backward(
       {.dy = dy.view(), .x = x.view(), .w = w.view(), .dw = expected.view()});
   test::expect_near(got, expected, 2e-6F);
+}
+
+Tensor rounded(const Tensor& x, DType dtype) {
+  Tensor narrow(DType::kBF16, x.view().shape);
+  convert(x.view(), narrow.view());
+  Tensor y(dtype, x.view().shape);
+  convert(std::as_const(narrow).view(), y.view());
+  return y;
+}
+
+Tensor magnitudes(Tensor x) {
+  for (std::int64_t i = 0; i < x.view().shape.size(); ++i) x.f32()[i] = std::abs(x.f32()[i]);
+  return x;
+}
+
+// Products of bfloat16 are exact; n of them summed in float32 one after the other are off by at
+// most n · ε/2 of the sum of their magnitudes, and are added to what was there with one rounding
+// more.
+void expect_near_sums(const Tensor& got, const Tensor& expected, const Tensor& sums,
+                      std::int64_t n) {
+  for (std::int64_t i = 0; i < got.view().shape.size(); ++i) {
+    const float bound = 1.2e-7F * (static_cast<float>(n) / 2 + 1) * sums.f32()[i];
+    ASSERT_NEAR(got.f32()[i], expected.f32()[i], bound) << "at " << i;
+  }
+}
+
+// With the tiles of AMX, where the machine has them, and without.
+TEST(Backward, LinearOfBFloat16EqualsThatOfRoundedValues) {
+  Random random(13);
+  ThreadPool threads(3);
+  Context ctx(threads);
+  for (const bool amx : {false, true}) {
+    const cpu::IsaForTesting only(
+        {.avx2 = true, .avx512 = true, .avx512_bf16 = true, .amx_bf16 = amx});
+    for (int round = 0; round < 12; ++round) {
+      const std::int64_t rows = random.integer(1, 90);
+      const std::int64_t depth = random.integer(1, 100);
+      const std::int64_t columns = round == 0 ? 4500 : random.integer(1, 150);
+      const Tensor x = random.normal_tensor({rows, depth});
+      const Tensor w = random.normal_tensor({columns, depth});
+      const Tensor dy = random.normal_tensor({rows, columns});
+      const Tensor narrow_w = rounded(w, DType::kBF16);
+      Tensor dx = random.normal_tensor({rows, depth});
+      Tensor dw = random.normal_tensor({columns, depth});
+      Tensor dbias(DType::kF32, {columns});
+      Tensor plain_dx = dx;
+      Tensor plain_dw = dw;
+      Tensor plain_dbias = dbias;
+      Tensor sums_dx = magnitudes(dx);
+      Tensor sums_dw = magnitudes(dw);
+      const bool accumulate = round % 2 == 0;
+      ops::linear_backward(ctx, {.dy = dy.view(),
+                                 .x = x.view(),
+                                 .w = narrow_w.view(),
+                                 .dx = dx.view(),
+                                 .accumulate_dx = accumulate,
+                                 .dw = dw.view(),
+                                 .dbias = dbias.view()});
+      const Tensor wide_dy = rounded(dy, DType::kF32);
+      const Tensor wide_x = rounded(x, DType::kF32);
+      const Tensor wide_w = rounded(w, DType::kF32);
+      const auto plain = [&](const Tensor& of_dy, const Tensor& of_x, const Tensor& of_w,
+                             Tensor& to_dx, Tensor& to_dw) {
+        reference::linear_backward({.dy = of_dy.view(),
+                                    .x = of_x.view(),
+                                    .w = of_w.view(),
+                                    .dx = to_dx.view(),
+                                    .accumulate_dx = accumulate,
+                                    .dw = to_dw.view()});
+      };
+      plain(wide_dy, wide_x, wide_w, plain_dx, plain_dw);
+      plain(magnitudes(wide_dy), magnitudes(wide_x), magnitudes(wide_w), sums_dx, sums_dw);
+      expect_near_sums(dx, plain_dx, sums_dx, columns);
+      expect_near_sums(dw, plain_dw, sums_dw, rows);
+      reference::linear_backward(
+          {.dy = dy.view(), .x = x.view(), .w = wide_w.view(), .dbias = plain_dbias.view()});
+      test::expect_near(dbias, plain_dbias, 1e-5F);
+    }
+  }
 }
 
 TEST(Backward, CrossEntropy) {

@@ -1,0 +1,230 @@
+// Products of bfloat16 matrices with float32 sums, by the tile registers of AMX. A file that
+// includes this defines DELTAFOX_TARGET, the target attribute of every function here.
+//
+// Rows of the left operand are read as they lie; the right one is packed, pairs along the inner
+// dimension of sixteen columns side by side. An element adds its pairs of products in order,
+// whatever the rows and columns beside it and whichever operand is the left one.
+#include <algorithm>
+#include <cstdint>
+
+#include "core/context.h"
+#include "cpu/amx.h"
+#include "cpu/intrinsics.h"
+
+namespace deltafox::cpu {
+namespace {
+
+constexpr std::int64_t kSide = 16;  // rows, or columns, of a tile of sums
+constexpr std::int64_t kStep = 32;  // of the inner dimension, of a tile of the left operand
+constexpr std::int64_t kTileElements = kSide * kStep;
+
+// to[c, r] = from[r, c] for 16 × 16 elements of 32 bits; rows of `from` are `stride` elements
+// apart.
+DELTAFOX_TARGET inline void transpose(const void* from, std::int64_t stride, void* to) {
+  const auto* rows = static_cast<const std::int32_t*>(from);
+  auto* columns = static_cast<std::int32_t*>(to);
+  for (int quarter = 0; quarter < 4; ++quarter) {
+    // Vector i: columns 4 · quarter + 0…3 of the rows i, 4 + i, 8 + i, 12 + i.
+    __m512i v[4];
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+      const auto part = [&](int row) DELTAFOX_TARGET {
+        const std::int32_t* at = rows + row * stride + 4 * quarter;
+        return _mm_loadu_si128(reinterpret_cast<const __m128i*>(at));
+      };
+      v[i] = _mm512_castsi128_si512(part(i));
+      v[i] = _mm512_inserti32x4(v[i], part(4 + i), 1);
+      v[i] = _mm512_inserti32x4(v[i], part(8 + i), 2);
+      v[i] = _mm512_inserti32x4(v[i], part(12 + i), 3);
+    }
+    const __m512i low01 = _mm512_unpacklo_epi32(v[0], v[1]);
+    const __m512i low23 = _mm512_unpacklo_epi32(v[2], v[3]);
+    const __m512i high01 = _mm512_unpackhi_epi32(v[0], v[1]);
+    const __m512i high23 = _mm512_unpackhi_epi32(v[2], v[3]);
+    std::int32_t* out = columns + 4 * quarter * kSide;
+    _mm512_store_si512(out, _mm512_unpacklo_epi64(low01, low23));
+    _mm512_store_si512(out + kSide, _mm512_unpackhi_epi64(low01, low23));
+    _mm512_store_si512(out + 2 * kSide, _mm512_unpacklo_epi64(high01, high23));
+    _mm512_store_si512(out + 3 * kSide, _mm512_unpackhi_epi64(high01, high23));
+  }
+}
+
+// y = sums [+ y] for the first rows and columns of sums [16, 16].
+DELTAFOX_TARGET inline void add_or_store(const float* sums, std::int64_t rows, std::int64_t columns,
+                                         float* y, std::int64_t y_stride, bool accumulate) {
+  const auto inside = static_cast<__mmask16>((1U << columns) - 1U);
+  for (std::int64_t r = 0; r < rows; ++r) {
+    __m512 row = _mm512_load_ps(sums + r * kSide);
+    float* to = y + r * y_stride;
+    if (accumulate) row = _mm512_add_ps(_mm512_maskz_loadu_ps(inside, to), row);
+    _mm512_mask_storeu_ps(to, inside, row);
+  }
+}
+
+// n elements of a row of x, rounded.
+DELTAFOX_TARGET inline void round_row(const float* x, std::int64_t n, std::uint16_t* to) {
+  for (std::int64_t k = 0; k < n; k += 16) {
+    const auto inside = static_cast<__mmask16>((1U << std::min<std::int64_t>(16, n - k)) - 1U);
+    const auto half =
+        reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(_mm512_maskz_loadu_ps(inside, x + k)));
+    _mm256_mask_storeu_epi16(to + k, inside, half);
+  }
+}
+
+// y [+]= left · right, or its transpose.
+struct Bf16Product {
+  const std::uint16_t* left;  // [rows, depth], as it lies
+  std::int64_t left_stride;
+  const std::uint16_t* right;  // [tiles of columns][right_steps][16 pairs of depth][16 columns][2]
+  std::int64_t right_steps;
+  std::int64_t rows;
+  std::int64_t columns;
+  std::int64_t depth;
+  float* y;  // [rows, columns], or [columns, rows]
+  std::int64_t y_stride;
+  bool transposed;
+  bool accumulate;
+};
+
+// Up to 32 rows by up to 32 columns.
+struct Square {
+  const Bf16Product& of;
+  const std::uint16_t* left;
+  const std::uint16_t* right;
+  std::int64_t rows;
+  std::int64_t columns;
+  float* y;
+
+  std::int64_t rows_of(int i) const { return std::clamp<std::int64_t>(rows - i * kSide, 0, kSide); }
+  std::int64_t columns_of(int j) const {
+    return std::clamp<std::int64_t>(columns - j * kSide, 0, kSide);
+  }
+};
+
+// Tiles: 0 to 3 the sums of row tile i and column tile j at 2·i + j, 4 and 5 left, 6 and 7 right.
+DELTAFOX_TARGET void configure(const Square& s) {
+  TileConfig config;
+  for (int i = 0; i < 2; ++i) {
+    for (int j = 0; j < 2; ++j) {
+      if (s.rows_of(i) > 0 && s.columns_of(j) > 0) {
+        config.set(2 * i + j, s.rows_of(i), s.columns_of(j) * 4);
+      }
+    }
+    if (s.rows_of(i) > 0) config.set(4 + i, s.rows_of(i), kStep * 2);
+    if (s.columns_of(i) > 0) config.set(6 + i, kSide, s.columns_of(i) * 4);
+  }
+  load_tiles(config);
+}
+
+template <bool kRows2, bool kColumns2>
+DELTAFOX_TARGET inline void step(const std::uint16_t* left, std::int64_t row_bytes,
+                                 const std::uint16_t* right, std::int64_t right_tile) {
+  _tile_loadd(4, left, row_bytes);
+  _tile_loadd(6, right, 64);
+  _tile_dpbf16ps(0, 4, 6);
+  if constexpr (kColumns2) {
+    _tile_loadd(7, right + right_tile, 64);
+    _tile_dpbf16ps(1, 4, 7);
+  }
+  if constexpr (kRows2) {
+    _tile_loadd(5, reinterpret_cast<const std::byte*>(left) + kSide * row_bytes, row_bytes);
+    _tile_dpbf16ps(2, 5, 6);
+    if constexpr (kColumns2) _tile_dpbf16ps(3, 5, 7);
+  }
+}
+
+template <bool kRows2, bool kColumns2>
+DELTAFOX_TARGET void square(const Square& s) {
+  finish_stores();
+  _tile_zero(0);
+  if constexpr (kColumns2) _tile_zero(1);
+  if constexpr (kRows2) _tile_zero(2);
+  if constexpr (kRows2 && kColumns2) _tile_zero(3);
+  const Bf16Product& of = s.of;
+  const std::int64_t right_tile = of.right_steps * kTileElements;
+  const std::int64_t whole = of.depth / kStep;
+  for (std::int64_t k = 0; k < whole; ++k) {
+    step<kRows2, kColumns2>(s.left + k * kStep, of.left_stride * 2, s.right + k * kTileElements,
+                            right_tile);
+  }
+  if (const std::int64_t left = of.depth - whole * kStep; left > 0) {
+    // The ends of rows, with zeros beyond.
+    alignas(64) std::uint16_t ends[2 * kTileElements] = {};
+    for (std::int64_t r = 0; r < s.rows; ++r) {
+      std::copy_n(s.left + r * of.left_stride + whole * kStep, left, ends + r * kStep);
+    }
+    finish_stores();
+    step<kRows2, kColumns2>(ends, kStep * 2, s.right + whole * kTileElements, right_tile);
+  }
+  alignas(64) float sums[4][kSide * kSide] = {};
+  _tile_stored(0, sums[0], 64);
+  if constexpr (kColumns2) _tile_stored(1, sums[1], 64);
+  if constexpr (kRows2) _tile_stored(2, sums[2], 64);
+  if constexpr (kRows2 && kColumns2) _tile_stored(3, sums[3], 64);
+  for (int i = 0; i < 2; ++i) {
+    for (int j = 0; j < 2; ++j) {
+      const float* tile = sums[2 * i + j];
+      const std::int64_t rows = s.rows_of(i);
+      const std::int64_t columns = s.columns_of(j);
+      if (of.transposed) {
+        alignas(64) float turned[kSide * kSide];
+        transpose(tile, kSide, turned);
+        add_or_store(turned, columns, rows, s.y + j * kSide * of.y_stride + i * kSide, of.y_stride,
+                     of.accumulate);
+      } else {
+        add_or_store(tile, rows, columns, s.y + i * kSide * of.y_stride + j * kSide, of.y_stride,
+                     of.accumulate);
+      }
+    }
+  }
+}
+
+DELTAFOX_TARGET void multiply(const Square& s) {
+  const bool rows2 = s.rows > kSide;
+  const bool columns2 = s.columns > kSide;
+  if (rows2) {
+    columns2 ? square<true, true>(s) : square<true, false>(s);
+  } else {
+    columns2 ? square<false, true>(s) : square<false, false>(s);
+  }
+}
+
+// Rows [row, row_end) by columns [column, column_end), each a multiple of 32 or the last.
+DELTAFOX_TARGET void multiply_block(const Bf16Product& of, std::int64_t row, std::int64_t row_end,
+                                    std::int64_t column, std::int64_t column_end) {
+  Square s{.of = of,
+           .left = of.left + row * of.left_stride,
+           .right = nullptr,
+           .rows = row_end - row,
+           .columns = 0,
+           .y = nullptr};
+  std::int64_t configured = 0;
+  for (std::int64_t c = column; c < column_end; c += 2 * kSide) {
+    s.columns = std::min(2 * kSide, column_end - c);
+    s.right = of.right + c / kSide * of.right_steps * kTileElements;
+    s.y = of.transposed ? of.y + c * of.y_stride + row : of.y + row * of.y_stride + c;
+    if (s.columns != configured) configure(s);
+    configured = s.columns;
+    multiply(s);
+  }
+  _tile_release();
+}
+
+// A block of the right operand stays in the second-level cache while the left one passes by.
+void multiply(Context& ctx, const Bf16Product& of) {
+  constexpr std::int64_t kPair = 2 * kSide;
+  constexpr std::int64_t kBlockBytes = std::int64_t{896} * 1024;
+  const std::int64_t pair_bytes = (of.depth + kStep - 1) / kStep * kTileElements * 4;
+  const std::int64_t block = std::max<std::int64_t>(1, kBlockBytes / pair_bytes) * kPair;
+  const std::int64_t blocks = (of.columns + block - 1) / block;
+  const std::int64_t row_tasks = (of.rows + kPair - 1) / kPair;
+  ctx.threads().parallel_for(blocks * row_tasks, [&](std::int64_t task) {
+    const std::int64_t row = task % row_tasks * kPair;
+    const std::int64_t column = task / row_tasks * block;
+    multiply_block(of, row, std::min(of.rows, row + kPair), column,
+                   std::min(of.columns, column + block));
+  });
+}
+
+}  // namespace
+}  // namespace deltafox::cpu
