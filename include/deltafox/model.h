@@ -171,8 +171,8 @@ class Model {
 
   // The loss of whole sequences, which begin from new states, and the gradient of its mean over the
   // labels that are not negative, for every trained parameter. On a CPU the weights must be kept as
-  // float32 (LoadOptions::dtype), else it throws Error; on a GPU those of bfloat16 give gradients as
-  // training with bf16-mixed has them.
+  // float32 (LoadOptions::dtype), else it throws Error; on a GPU those of bfloat16 give gradients
+  // as training with bf16-mixed has them.
   void loss_and_gradients(const Batch& batch, std::span<const std::int32_t> labels,
                           std::span<float> loss, const GradientSink& sink,
                           const GradientOptions& options = {}) const;
