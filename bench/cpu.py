@@ -35,11 +35,11 @@ GOALS = {
 MIXER_OPS = {"delta_rule", "short_conv", "feature_map", "forgetting_attention", "rope", "kv_append", "gla", "ssd"}
 
 
-def run(command: list) -> str:
+def run(command: list, with_errors: bool = False) -> str:
     process = subprocess.run([str(part) for part in command], capture_output=True, text=True)
     if process.returncode != 0:
         sys.exit(f"{' '.join(map(str, command))}: exit status {process.returncode}\n{process.stderr[-2000:]}")
-    return process.stdout
+    return process.stdout + (process.stderr if with_errors else "")
 
 
 class Bench:
@@ -278,7 +278,7 @@ def main() -> None:
     path = ROOT / f"bench/results/cpu_{options.name}.json"
     results = json.loads(path.read_text()) if path.exists() else {}
     results["command"] = f"bench/cpu.py --peer BIN --name {options.name} --threads {options.threads}"
-    results["peer"] = run([options.peer / "llama-bench", "--version"]).strip().splitlines()
+    results["peer"] = run([options.peer / "llama-bench", "--version"], with_errors=True).strip().splitlines()
     for name in chosen:
         for part in sections[name]():
             results[name] = results.get(name, {}) | part
