@@ -119,7 +119,8 @@ void Parameters::set_weight(Entry& entry, const float* values) {
     convert({values + begin, DType::kF32, {n}},
             {to + static_cast<std::size_t>(begin) * size_of(DType::kBF16), DType::kBF16, {n}});
   });
-  cuda::copy(entry.rounded.data, to, rounded.bytes());
+  ctx_.copy(entry.rounded.data, to, rounded.bytes());
+  ctx_.synchronize();  // `to` is gone behind this
 }
 
 void Parameters::initialise(std::uint64_t seed) {

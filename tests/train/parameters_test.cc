@@ -5,10 +5,12 @@
 #include <gtest/gtest.h>
 
 #include <cmath>
+#include <cstring>
 #include <map>
 #include <nlohmann/json.hpp>
 #include <numeric>
 
+#include "core/float_convert.h"
 #include "ops/adamw.h"
 #include "support/golden.h"
 #include "support/temporary.h"
@@ -78,6 +80,37 @@ TEST_P(Golden5Steps, GiveTheOfficialLossesAndNorms) {
     EXPECT_NEAR(norm, expected[i], 1e-4 * expected[i]) << name;
     ++i;
   }
+}
+
+TEST_P(Golden5Steps, LeaveMatricesOfBFloat16Rounded) {
+  ThreadPool threads(2);
+  Context ctx(threads);
+  Parameters parameters(ctx, config_, {}, DType::kBF16);
+  const auto expect_rounded = [&] {
+    for (const Parameters::Entry& entry : parameters.entries()) {
+      const ConstTensorView value = entry.param->value;
+      ASSERT_EQ(value.dtype, entry.param->is_matrix ? DType::kBF16 : DType::kF32) << entry.name;
+      Tensor rounded(value.dtype, value.shape);
+      convert(entry.weight.view(), rounded.view());
+      EXPECT_EQ(std::memcmp(value.data, rounded.view().data, rounded.bytes()), 0) << entry.name;
+    }
+  };
+  parameters.load(golden_.directory());
+  expect_rounded();
+  const Packed packed(golden_.rows("input_ids"));
+  const Batch batch = packed.batch();
+  const std::vector<std::int32_t> labels = golden_.ids("labels");
+  std::vector<float> loss(labels.size());
+  parameters.gradients().zero(ctx);
+  parameters.model().forward_backward(ctx, batch.input_ids, Sequences(batch.cu_seqlens), labels,
+                                      1.0F / static_cast<float>(labels.size()), loss,
+                                      parameters.gradients(), {});
+  const double mean =
+      std::accumulate(loss.begin(), loss.end(), 0.0) / static_cast<double>(loss.size());
+  // A rounding of bfloat16 is 2^-9 at most; losses are logarithms of a few hundred classes.
+  EXPECT_NEAR(mean, golden_.floats("train.loss")[0], 0x1p-9 * mean);
+  parameters.step({.betas = {0.9, 0.95}, .eps = 1e-8, .weight_decay = 0.1}, 1e-3, 1.0, 1);
+  expect_rounded();
 }
 
 INSTANTIATE_TEST_SUITE_P(Cases, Golden5Steps, testing::ValuesIn(Golden::cases()),

@@ -33,21 +33,27 @@ TEST_F(Training, ADeltaNetLearnsAShortTextByHeart) {
 }
 
 TEST_F(Training, InterruptedAndResumedIsAsUninterrupted) {
-  const std::vector<std::string> short_run{"train.max_tokens=3072", "train.grad_acc_tokens=64"};
-  const std::vector<double> whole = train(config("whole", short_run), 2);
-  // On another number of threads each time, with and without recomputation.
-  std::vector<double> parts = train(config("parts", short_run), 1, 3 * 256);
-  auto recomputing = short_run;
-  recomputing.emplace_back("train.gradient_checkpointing=true");
-  for (const auto& [threads, tokens] : {std::pair{3, 7 * 256}, {2, -1}}) {
-    const std::vector<double> more = train(config("parts", recomputing), threads, tokens);
-    parts.insert(parts.end(), more.begin(), more.end());
+  for (const std::string precision : {"32-true", "bf16-mixed"}) {
+    SCOPED_TRACE(precision);
+    const std::string whole_run = "whole-" + precision;
+    const std::string parts_run = "parts-" + precision;
+    const std::vector<std::string> short_run{"train.max_tokens=3072", "train.grad_acc_tokens=64",
+                                             "fabric.precision=" + precision};
+    const std::vector<double> whole = train(config(whole_run, short_run), 2);
+    // On another number of threads each time, with and without recomputation.
+    std::vector<double> parts = train(config(parts_run, short_run), 1, 3 * 256);
+    auto recomputing = short_run;
+    recomputing.emplace_back("train.gradient_checkpointing=true");
+    for (const auto& [threads, tokens] : {std::pair{3, 7 * 256}, {2, -1}}) {
+      const std::vector<double> more = train(config(parts_run, recomputing), threads, tokens);
+      parts.insert(parts.end(), more.begin(), more.end());
+    }
+    EXPECT_EQ(parts, whole);
+    EXPECT_EQ(read_file(directory_.path(parts_run + "/model/model.safetensors")),
+              read_file(directory_.path(whole_run + "/model/model.safetensors")));
+    EXPECT_EQ(log(parts_run, "train").size(), log(whole_run, "train").size());
+    EXPECT_EQ(log(parts_run, "train_eval"), log(whole_run, "train_eval"));
   }
-  EXPECT_EQ(parts, whole);
-  EXPECT_EQ(read_file(directory_.path("parts/model/model.safetensors")),
-            read_file(directory_.path("whole/model/model.safetensors")));
-  EXPECT_EQ(log("parts", "train").size(), log("whole", "train").size());
-  EXPECT_EQ(log("parts", "train_eval"), log("whole", "train_eval"));
 }
 
 TEST_F(Training, AccumulatedGradientsAreThoseOfTheBatch) {
