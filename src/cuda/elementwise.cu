@@ -19,6 +19,7 @@ constexpr int kThreads = kElementThreads;
 struct RmsNormParams {
   Elements x, y, gate;
   const float* w;  // or null
+  float* scales;   // [R] or null
   bool has_gate, gate_first;
   Activation activation;
   std::int64_t rows;
@@ -95,6 +96,7 @@ __global__ void __launch_bounds__(kThreads) rms_norm_kernel(const RmsNormParams 
   }
   if (!real) return;
   const float scale = 1 / sqrtf(sum / static_cast<float>(p.width) + p.eps);
+  if (p.scales != nullptr && lane == 0) p.scales[row] = scale;
   const auto finish = [&](const Bits& bits, int i) {
     float x[4];
     float act[4];
@@ -103,6 +105,7 @@ __global__ void __launch_bounds__(kThreads) rms_norm_kernel(const RmsNormParams 
     if (w != nullptr) load_four(factor, w + i, count(i));
 #pragma unroll
     for (int e = 0; e < 4; ++e) {
+      if (p.scales != nullptr) factor[e] = invertible_weight(factor[e]);
       x[e] = x[e] * scale * factor[e];
       if (p.has_gate && !p.gate_first) x[e] *= act[e];
     }
@@ -139,6 +142,10 @@ __global__ void __launch_bounds__(kTeam > 32 ? kTeam : kThreads)
     Eight<float> loaded;
     loaded.load(p.w + own);
     loaded.get(w);
+#pragma unroll
+    for (float& element : w) {
+      if (p.scales != nullptr) element = invertible_weight(element);
+    }
   }
   Eight<X> next = {};
   if (has_own && first < p.rows) next.load(x + first * p.width);
@@ -165,6 +172,7 @@ __global__ void __launch_bounds__(kTeam > 32 ? kTeam : kThreads)
     }
     if (!has_own || row >= p.rows) continue;
     const float scale = 1 / sqrtf(sum / static_cast<float>(p.width) + p.eps);
+    if (p.scales != nullptr && own == 0) p.scales[row] = scale;
 #pragma unroll
     for (int e = 0; e < 8; ++e) v[e] = v[e] * scale * w[e];
     Eight<Y>::store(y + row * p.width, v);
@@ -348,6 +356,7 @@ void rms_norm(Context& ctx, const RmsNormArgs& args) {
       .y = Elements(args.y),
       .gate = Elements(args.gate),
       .w = static_cast<const float*>(args.w.data),
+      .scales = static_cast<float*>(args.scales.data),
       .has_gate = has_gate,
       .gate_first = has_gate && args.gate_first,
       .activation = args.gate_activation,

@@ -101,7 +101,10 @@ bool linear_glu(Context& ctx, const LinearGluArgs& args) {
 
 void linear_backward(Context& ctx, const LinearBackwardArgs& args) {
   const std::int64_t tokens = args.x.shape[0];
-  if (tokens == 0) return;
+  if (tokens == 0) {
+    if (args.dw.begins) ctx.zero(args.dw.data, bytes_of(args.dw.dtype, args.dw.shape));
+    return;
+  }
   ScratchScope scratch(ctx);
   ConstTensorView dy = args.dy;
   if (dy.dtype != args.x.dtype) {
@@ -131,7 +134,7 @@ void linear_backward(Context& ctx, const LinearBackwardArgs& args) {
                     .n = inputs,
                     .k = tokens,
                     .transpose_a = true,
-                    .accumulate = true};
+                    .accumulate = !args.dw.begins};
     const Steps steps{.a = 1, .b = 0, .c = inputs};
     if (!product_in_parts(ctx, p, &Product::m, steps, outputs)) product_plain(ctx, p);
   }

@@ -63,6 +63,7 @@ void linear_backward(Context& ctx, const LinearBackwardArgs& args) {
   if (args.dbias.data != nullptr) check("linear_backward", "dbias", args.dbias, {outputs});
   switch (ctx.device()) {
     case Device::kCpu:
+      if (args.dw.begins) ctx.zero(args.dw.data, bytes_of(args.dw.dtype, args.dw.shape));
       return cpu::linear_backward(ctx, args);
     case Device::kCuda:
       return cuda::linear_backward(ctx, args);

@@ -38,7 +38,17 @@ struct LinearGluArgs {
   TensorView y;       // [T, N]
 };
 
-// dx = dy w, or dx += dy w; dw += dyᵀ x; dbias += Σ_t dy_t
+// A sum that is added to, or that begins.
+struct SumView : TensorView {
+  bool begins = false;  // =: what is there is no part of it
+
+  SumView() = default;
+  // NOLINTNEXTLINE(google-explicit-constructor)
+  SumView(const TensorView& view, bool begins_here = false)
+      : TensorView(view), begins(begins_here) {}
+};
+
+// dx = dy w, or dx += dy w; dw += dyᵀ x, or dw =; dbias += Σ_t dy_t
 //
 // The order of each sum depends on its length alone, as in linear. With w BF16 dy and x are rounded
 // to bfloat16, products and sums are float32. On a GPU dy and dx are F32 or of
@@ -49,7 +59,7 @@ struct LinearBackwardArgs {
   ConstTensorView w;           // [N, K] F32 or BF16
   TensorView dx = {};          // [T, K] or no data
   bool accumulate_dx = false;  // dx += dy w
-  TensorView dw = {};          // [N, K] or no data
+  SumView dw = {};             // [N, K] or no data
   TensorView dbias = {};       // [N] or no data
 };
 

@@ -219,6 +219,53 @@ TEST(Backward, RmsNorm) {
   }
 }
 
+TEST(Backward, RmsNormFromWhatForwardGave) {
+  Random random(70);
+  for (int round = 0; round < 8; ++round) {
+    const std::int64_t groups = random.integer(1, 3);
+    const std::int64_t width = random.integer(2, 70);
+    const bool has_weight = round % 4 != 0;
+    Tensor x = random.normal_tensor({groups * random.integer(1, 40), width});
+    Tensor w = random.normal_tensor({groups * width});
+    w.f32()[0] = 0;
+    const Tensor dy = random.normal_tensor(x.view().shape);
+    const auto w_view = has_weight ? ConstTensorView(w.view()) : ConstTensorView();
+    Tensor y(DType::kF32, x.view().shape);
+    Tensor scales(DType::kF32, {x.view().shape[0]});
+    ThreadPool threads(1);
+    Context ctx(threads);
+    const RmsNormArgs forward{
+        .x = x.view(), .w = w_view, .y = y.view(), .scales = scales.view(), .eps = 1e-3F};
+    ops::rms_norm(ctx, forward);
+    Tensor plain_y = y;
+    Tensor plain_scales = scales;
+    RmsNormArgs plain = forward;
+    plain.y = plain_y.view();
+    plain.scales = plain_scales.view();
+    reference::rms_norm(plain);
+    test::expect_near(y, plain_y, 1e-6F * test::largest(plain_y));
+    test::expect_near(scales, plain_scales, 1e-6F * test::largest(plain_scales));
+    std::vector<test::Input> inputs{{"x", &x, round % 3 == 0}};
+    if (has_weight) inputs.push_back({"w", &w, true});
+    check(
+        random, inputs, ops::rms_norm_backward, reference::rms_norm_backward,
+        [&](auto&& op, std::vector<Tensor>& d) {
+          op(RmsNormBackwardArgs{.y = y.view(),
+                                 .scales = scales.view(),
+                                 .w = w_view,
+                                 .dy = dy.view(),
+                                 .dx = d[0].view(),
+                                 .accumulate_dx = round % 3 == 0,
+                                 .dw = has_weight ? d[1].view() : TensorView{}});
+        },
+        [&] {
+          Tensor again = x;
+          reference::rms_norm({.x = x.view(), .w = w_view, .y = again.view(), .eps = 1e-3F});
+          return dot(dy, again);
+        });
+  }
+}
+
 TEST(Backward, LogSigmoid) {
   Random random(8);
   for (const bool has_x : {true, false}) {

@@ -269,20 +269,17 @@ void AttentionMixer::forward(Context& ctx, const ConstTensorView& x, const Seque
   *saved = kept;
 }
 
-void AttentionMixer::add_again(Context& ctx, const Saved& saved, const ConstTensorView& residual,
-                               const TensorView& hidden) const {
-  add_output(ctx, saved.output, weights_.o_proj, {}, residual, hidden);
-}
-
 void AttentionMixer::output_backward(Context& ctx, const Saved& saved, const TensorView& dy,
                                      const TensorView& d_o, const TensorView& dgate,
                                      Gradients& gradients) const {
-  const Shape flat = saved.output.shape;  // [T, H·D]
+  ScratchScope scratch(ctx);
+  const TensorView gated = output(ctx, scratch, saved);  // [T, H·D]
+  const Shape& flat = gated.shape;
   ops::linear_backward(ctx, {.dy = dy,
-                             .x = saved.output,
+                             .x = gated,
                              .w = weights_.o_proj.value,
                              .dx = d_o.reshaped(flat),
-                             .dw = gradients.of(weights_.o_proj)});
+                             .dw = gradients.sum_of(weights_.o_proj)});
   if (weights_.output_norm) {
     const Shape rows{d_o.shape[0] * d_o.shape[1], d_o.shape[2]};
     ops::rms_norm_backward(ctx,
@@ -373,14 +370,14 @@ void AttentionMixer::shifted_backward(Context& ctx, const ConstTensorView& x,
                                .w = shift_proj->value,
                                .dx = dx,
                                .accumulate_dx = true,
-                               .dw = gradients.of(shift_proj)});
+                               .dw = gradients.sum_of(shift_proj)});
   }
   ops::linear_backward(ctx, {.dy = dprojected.reshaped({x.shape[0], proj.shape[0]}),
                              .x = x,
                              .w = proj.value,
                              .dx = dx,
                              .accumulate_dx = true,
-                             .dw = gradients.of(proj)});
+                             .dw = gradients.sum_of(proj)});
 }
 
 void AttentionMixer::backward(Context& ctx, const ConstTensorView& x, const Sequences& sequences,
@@ -394,7 +391,7 @@ void AttentionMixer::backward(Context& ctx, const ConstTensorView& x, const Sequ
   const TensorView dgates =
       weights_.fgate_bias ? scratch.like(saved.log_gates) : TensorView{};  // [T, H]
   const TensorView dgate =
-      weights_.ogate_proj ? scratch.like(saved.output) : TensorView{};  // [T, H·D]
+      weights_.ogate_proj ? scratch.like(saved.gate) : TensorView{};  // [T, H·D]
   output_backward(ctx, saved, dy, d_o, dgate, gradients);
   attend_backward(ctx, sequences, saved, d_o, dq, dk, dv, dgates, gradients);
   const auto through_projection = [&](const Param& proj, const TensorView& d, bool first = false) {
@@ -403,7 +400,7 @@ void AttentionMixer::backward(Context& ctx, const ConstTensorView& x, const Sequ
                                .w = proj.value,
                                .dx = dx,
                                .accumulate_dx = !first,
-                               .dw = gradients.of(proj)});
+                               .dw = gradients.sum_of(proj)});
   };
   through_projection(weights_.q_proj, dq, true);
   shifted_backward(ctx, x, sequences, weights_.k_proj, weights_.k_shift_proj, saved.k_before, dk,

@@ -99,21 +99,16 @@ void Hgrn2Mixer::forward(Context& ctx, const ConstTensorView& x, const Sequences
   *saved = kept;
 }
 
-void Hgrn2Mixer::add_again(Context& ctx, const Saved& saved, const ConstTensorView& residual,
-                           const TensorView& hidden) const {
-  add_output(ctx, saved.output, weights_.o_proj, {}, residual, hidden);
-}
-
 void Hgrn2Mixer::backward(Context& ctx, const ConstTensorView& x, const Sequences& sequences,
                           const Saved& saved, const TensorView& dy, const TensorView& dx,
                           Gradients& gradients) const {
   ScratchScope scratch(ctx);
   const TensorView d_o = scratch.like(saved.o);  // [T, C]
   ops::linear_backward(ctx, {.dy = dy,
-                             .x = saved.output,
+                             .x = output(ctx, scratch, saved),
                              .w = weights_.o_proj.value,
                              .dx = d_o,
-                             .dw = gradients.of(weights_.o_proj)});
+                             .dw = gradients.sum_of(weights_.o_proj)});
   ops::rms_norm_backward(ctx, {.x = saved.o,
                                .w = value_of(weights_.g_norm),
                                .eps = config_.norm_eps,

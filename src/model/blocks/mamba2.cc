@@ -92,16 +92,11 @@ void Mamba2Mixer::forward(Context& ctx, const ConstTensorView& x, const Sequence
             .states = state_pointers(ctx, state_scratch, sequences, states, &State::ssm,
                                      {config_.num_heads, config_.state_size, config_.head_dim}),
             .y = y});
-  const Saved kept{.z = z, .inputs = inputs, .xbc = xbc, .dt = dt, .y = y, .output = {}};
+  const Saved kept{.z = z, .inputs = inputs, .xbc = xbc, .dt = dt, .y = y};
   ScratchScope output_scratch(ctx);
   add_output(ctx, output(ctx, output_scratch, kept), weights_.out_proj, value_of(weights_.out_bias),
              residual, hidden);
   if (saved != nullptr) *saved = kept;
-}
-
-void Mamba2Mixer::add_again(Context& ctx, const Saved& saved, const ConstTensorView& residual,
-                            const TensorView& hidden) const {
-  add_output(ctx, saved.output, weights_.out_proj, value_of(weights_.out_bias), residual, hidden);
 }
 
 void Mamba2Mixer::backward(Context& ctx, const ConstTensorView& x, const Sequences& sequences,
@@ -109,12 +104,13 @@ void Mamba2Mixer::backward(Context& ctx, const ConstTensorView& x, const Sequenc
                            Gradients& gradients) const {
   const std::int64_t inner = config_.inner();
   ScratchScope scratch(ctx);
-  const TensorView d_y = scratch.like(saved.y);  // [T, H, P]
+  const TensorView d_y = scratch.like(saved.y);           // [T, H, P]
+  const TensorView normed = output(ctx, scratch, saved);  // [T, H·P]
   ops::linear_backward(ctx, {.dy = dy,
-                             .x = saved.output,
+                             .x = normed,
                              .w = weights_.out_proj.value,
-                             .dx = d_y.reshaped(saved.output.shape),
-                             .dw = gradients.of(weights_.out_proj),
+                             .dx = d_y.reshaped(normed.shape),
+                             .dw = gradients.sum_of(weights_.out_proj),
                              .dbias = gradients.of(weights_.out_bias)});
   const Shape groups{x.shape[0] * config_.num_groups, inner / config_.num_groups};
   const TensorView dz = scratch.like(saved.z);  // [T, H·P]
@@ -157,7 +153,7 @@ void Mamba2Mixer::backward(Context& ctx, const ConstTensorView& x, const Sequenc
                           .w = rows_of(weights_.in_proj.value, begin, count),
                           .dx = dx,
                           .accumulate_dx = begin > 0,
-                          .dw = rows_of(gradients.of(weights_.in_proj), begin, count),
+                          .dw = rows_of(gradients.zeroed(ctx, weights_.in_proj), begin, count),
                           .dbias = weights_.in_bias ? rows_of(dbias, begin, count) : TensorView{}});
   };
   through_rows(0, dz);

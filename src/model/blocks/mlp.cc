@@ -106,7 +106,7 @@ void Mlp::backward(Context& ctx, const ConstTensorView& x, const Saved& saved, c
                                .x = input,
                                .w = weights_.up_proj->value,
                                .dx = dinput,
-                               .dw = gradients.of(weights_.up_proj)});
+                               .dw = gradients.sum_of(weights_.up_proj)});
   } else {
     ops::glu_backward(ctx, {.activation = config_.activation,
                             .gate_up = saved.gate,
@@ -117,13 +117,13 @@ void Mlp::backward(Context& ctx, const ConstTensorView& x, const Saved& saved, c
   ops::linear_backward(ctx, {.dy = dy,
                              .x = product,
                              .w = weights_.down_proj.value,
-                             .dw = gradients.of(weights_.down_proj)});
+                             .dw = gradients.sum_of(weights_.down_proj)});
   ops::linear_backward(ctx, {.dy = dgate,
                              .x = input,
                              .w = weights_.gate_proj.value,
                              .dx = dinput,
                              .accumulate_dx = weights_.up_proj.has_value(),
-                             .dw = gradients.of(weights_.gate_proj)});
+                             .dw = gradients.sum_of(weights_.gate_proj)});
   if (!weights_.norm) return;
   ops::rms_norm_backward(ctx, {.x = x,
                                .w = weights_.norm->value,
