@@ -96,7 +96,7 @@ void linear(Context& ctx, const LinearArgs& args) {
 
 bool linear_glu(Context& ctx, const LinearGluArgs& args) {
   return args.activation == Activation::kSilu && args.x.shape[0] >= kLeastGluRows &&
-         glu_product(ctx, args.x, args.w, args.y);
+         glu_product(ctx, args.x, args.w, args.gate_up, args.y);
 }
 
 void linear_backward(Context& ctx, const LinearBackwardArgs& args) {

@@ -26,7 +26,10 @@ Gradients::Gradients(CausalLM& model, Device device) {
     if (!param.trainable) return;
     float*& to = param.is_matrix ? matrices : vectors;
     places_.emplace(&param, entries_.size());
-    entries_.push_back({.name = name, .param = &param, .value = {to, DType::kF32, param.shape}});
+    entries_.push_back({.name = name,
+                        .param = &param,
+                        .value = {to, DType::kF32, param.shape},
+                        .begun = device == Device::kCpu || !param.is_matrix});
     to += padded(param);
   });
 }

@@ -21,8 +21,8 @@ class CausalLM;
 // before all matrices, both in that order, each tensor aligned to 256 bytes. Parameters are found
 // by where they are: the model must outlive this and not be moved.
 //
-// On a GPU zero() leaves matrices as they are: the product that is first to add to one writes it
-// instead. forward_backward leaves none that nothing was added to.
+// On a GPU zero() leaves matrices as they are: the product that is first to add to one, or the
+// first at all, writes it instead. forward_backward leaves none that nothing was added to.
 class Gradients {
  public:
   struct Entry {

@@ -38,11 +38,18 @@ void linear(Context& ctx, const LinearArgs& args) {
 void linear_glu(Context& ctx, const LinearGluArgs& args) {
   const std::int64_t rows = args.x.shape[0];
   check_activation(ctx, "linear_glu", "x", args.x, {rows, args.w.shape[1]});
-  check_activation(ctx, "linear_glu", "y", args.y, {rows, args.w.shape[0] / 2});
+  if (args.gate_up.data != nullptr) {
+    check_activation(ctx, "linear_glu", "gate_up", args.gate_up, {rows, args.w.shape[0]});
+  }
+  if (args.y.data != nullptr) {
+    check_activation(ctx, "linear_glu", "y", args.y, {rows, args.w.shape[0] / 2});
+  }
   if (ctx.device() == Device::kCuda && cuda::linear_glu(ctx, args)) return;
   ScratchScope scratch(ctx);
-  const TensorView gate_up = scratch.activation({rows, args.w.shape[0]});
+  const TensorView gate_up =
+      args.gate_up.data != nullptr ? args.gate_up : scratch.activation({rows, args.w.shape[0]});
   linear(ctx, {.x = args.x, .w = args.w, .y = gate_up});
+  if (args.y.data == nullptr) return;
   glu(ctx, {.activation = args.activation, .gate_up = gate_up, .y = args.y});
 }
 

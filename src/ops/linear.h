@@ -30,12 +30,13 @@ struct LinearArgs {
   ConstTensorView added = {};
 };
 
-// y = act(gate) · up, where [gate | up] = x wᵀ, which is not kept
+// y = act(gate) · up, where [gate | up] = x wᵀ. What is asked for changes no bit of the rest.
 struct LinearGluArgs {
   Activation activation = Activation::kSilu;
-  ConstTensorView x;  // [T, K]
-  ConstTensorView w;  // [2N, K]
-  TensorView y;       // [T, N]
+  ConstTensorView x;        // [T, K]
+  ConstTensorView w;        // [2N, K]
+  TensorView gate_up = {};  // [T, 2N] or no data
+  TensorView y = {};        // [T, N] or no data
 };
 
 // A sum that is added to, or that begins.

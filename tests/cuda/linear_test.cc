@@ -103,6 +103,18 @@ TEST_P(CudaLinear, ManyRowsEqualPlain) {
     expect_close(gpu.download(gpu_sums), sums, tolerance(DType::kF32, c.k));
     // Exponentials to 20 bits; gate and up lie in memory, rounded, where no kernel gates at once.
     expect_close(gpu.download(gpu_gated), gated, 2 * tolerance(gpu.dtype(), c.k) + 0x1p-17);
+
+    // With gate and up kept, with them alone.
+    Tensor kept = device(gpu.dtype(), {c.tokens, 2 * c.outputs});
+    Tensor alone = device(gpu.dtype(), {c.tokens, 2 * c.outputs});
+    Tensor again = device(gpu.dtype(), {c.tokens, c.outputs});
+    ops::linear_glu(
+        gpu.ctx(),
+        {.x = gpu_x.view(), .w = gpu_w.view(), .gate_up = kept.view(), .y = again.view()});
+    ops::linear_glu(gpu.ctx(), {.x = gpu_x.view(), .w = gpu_w.view(), .gate_up = alone.view()});
+    expect_close(gpu.download(kept), y, tolerance(gpu.dtype(), c.k));
+    test::expect_near(gpu.download(alone), gpu.download(kept), 0);
+    test::expect_near(gpu.download(again), gpu.download(gpu_gated), 0);
   }
 }
 
@@ -168,6 +180,7 @@ TEST_P(CudaLinear, BackwardEqualsPlainOnAllShapes) {
     Tensor dw = random.normal_tensor({outputs, k});
     Tensor dbias = random.normal_tensor({outputs});
     const bool accumulate = round % 3 == 0;
+    const bool begins = round % 4 == 0;
     const DType dx_dtype = round % 2 == 0 ? DType::kF32 : gpu.dtype();
     // A float32 gradient that bfloat16 holds exactly is rounded without a trace.
     Tensor gpu_dy = gpu.upload(dy, gpu.dtype());
@@ -182,14 +195,14 @@ TEST_P(CudaLinear, BackwardEqualsPlainOnAllShapes) {
                                 .w = w.view(),
                                 .dx = dx.view(),
                                 .accumulate_dx = accumulate,
-                                .dw = dw.view(),
+                                .dw = {dw.view(), begins},
                                 .dbias = dbias.view()});
     ops::linear_backward(gpu.ctx(), {.dy = gpu_dy.view(),
                                      .x = gpu_x.view(),
                                      .w = gpu_w.view(),
                                      .dx = gpu_dx.view(),
                                      .accumulate_dx = accumulate,
-                                     .dw = gpu_dw.view(),
+                                     .dw = {gpu_dw.view(), begins},
                                      .dbias = gpu_dbias.view()});
     SCOPED_TRACE(testing::Message() << tokens << " x " << outputs << " x " << k);
     expect_close(gpu.download(gpu_dx), dx, tolerance(dx_dtype, outputs));

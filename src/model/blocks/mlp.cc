@@ -39,27 +39,29 @@ void Mlp::forward(Context& ctx, const ConstTensorView& x, const TensorView& hidd
   ScratchScope kept_scratch(ctx, saved != nullptr);
   ScratchScope scratch(ctx);
   const ConstTensorView input = normed(ctx, scratch, x);  // [T, C]
-  if (saved == nullptr && !weights_.up_proj) {
-    const TensorView product = scratch.activation({x.shape[0], config_.intermediate_size});
+  Saved kept;
+  TensorView product;  // [T, F]
+  if (weights_.up_proj) {
+    kept.gate = project(ctx, kept_scratch, input, weights_.gate_proj.value);
+    kept.up = project(ctx, kept_scratch, input, weights_.up_proj->value);
+    if (hidden.data != nullptr) {
+      product = saved != nullptr ? copy_of(ctx, scratch, kept.up) : kept.up;
+      ops::gate(ctx, {.activation = config_.activation, .gate = kept.gate, .x = product});
+    }
+  } else {
+    if (saved != nullptr) {
+      kept.gate = kept_scratch.activation({x.shape[0], 2 * config_.intermediate_size});
+    }
+    if (hidden.data != nullptr) {
+      product = scratch.activation({x.shape[0], config_.intermediate_size});
+    }
     ops::linear_glu(ctx, {.activation = config_.activation,
                           .x = input,
                           .w = weights_.gate_proj.value,
+                          .gate_up = kept.gate,
                           .y = product});
-    return add_output(ctx, product, weights_.down_proj, {}, {}, hidden);
   }
-  Saved kept;
-  kept.gate = project(ctx, kept_scratch, input, weights_.gate_proj.value);
-  if (weights_.up_proj) kept.up = project(ctx, kept_scratch, input, weights_.up_proj->value);
   if (saved != nullptr) *saved = kept;
-  if (hidden.data == nullptr) return;
-  TensorView product;  // [T, F]
-  if (weights_.up_proj) {
-    product = saved != nullptr ? copy_of(ctx, scratch, kept.up) : kept.up;
-    ops::gate(ctx, {.activation = config_.activation, .gate = kept.gate, .x = product});
-  } else {
-    product = scratch.activation({x.shape[0], config_.intermediate_size});
-    ops::glu(ctx, {.activation = config_.activation, .gate_up = kept.gate, .y = product});
-  }
   add_output(ctx, product, weights_.down_proj, {}, {}, hidden);
 }
 
