@@ -69,7 +69,16 @@ __device__ inline void load_matrices_transposed(std::uint32_t (&m)[4], std::uint
                : "memory");
 }
 
-// Stores four 8x8 matrices transposed; lane l names row l%8 of matrix l/8.
+// Stores four 8x8 matrices; lane l names row l%8 of matrix l/8. On sm_90.
+__device__ inline void store_matrices(std::uint32_t address, const std::uint32_t (&m)[4]) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1,%2,%3,%4};" ::"r"(address),
+               "r"(m[0]), "r"(m[1]), "r"(m[2]), "r"(m[3])
+               : "memory");
+#endif
+}
+
+// The same, transposed.
 __device__ inline void store_matrices_transposed(std::uint32_t address,
                                                  const std::uint32_t (&m)[4]) {
 #if __CUDA_ARCH__ >= 900
