@@ -122,14 +122,17 @@ __global__ void __launch_bounds__(kInputThreads)
       loaded.get(window[i]);
     }
   }
-  for (int t = begin; t < end; t += kWidth) {
-    Eight<T> next[kWidth];
+  // Four rows are under way: one is asked for as soon as the registers of the one four before are
+  // free.
+  Eight<T> next[kWidth];
 #pragma unroll
-    for (int r = 0; r < kWidth; ++r) next[r].load(x + min(t + r, end - 1) * stride);
+  for (int r = 0; r < kWidth; ++r) next[r].load(x + min(begin + r, end - 1) * stride);
+  for (int t = begin; t < end; t += kWidth) {
 #pragma unroll
     for (int r = 0; r < kWidth; ++r) {
       if (t + r >= end) break;
       next[r].get(window[r]);
+      if (t + r + kWidth < end) next[r].load(x + (t + r + kWidth) * stride);
       float out[kChannels];
       float squares = 0;
 #pragma unroll

@@ -11,7 +11,7 @@ namespace deltafox {
 Gradients::Gradients(CausalLM& model, Device device) {
   constexpr std::int64_t kAlignment = 64;  // elements
   const auto padded = [](const Param& param) {
-    return (param.shape.size() + kAlignment - 1) / kAlignment * kAlignment;
+    return (param.padded_shape().size() + kAlignment - 1) / kAlignment * kAlignment;
   };
   std::int64_t total = 0;
   model.visit_params([&](const std::string&, const Param& param) {
@@ -70,7 +70,7 @@ SumView Gradients::sum_of(std::initializer_list<const Param*> matrices) {
     Entry& entry = *find(*param);
     assert(entry.begun != sum.begins &&
            entry.value.data == first->value.f32() + rows * sum.shape[1]);
-    rows += param->shape[0];
+    rows += matrices.size() > 1 ? param->padded_rows() : param->shape[0];
     entry.begun = true;
   }
   sum.shape = {rows, sum.shape[1]};

@@ -18,7 +18,8 @@ namespace deltafox {
 class CausalLM;
 
 // One float32 tensor for each trainable parameter, in the model's order. In memory all vectors lie
-// before all matrices, both in that order, each tensor aligned to 256 bytes. Parameters are found
+// before all matrices, both in that order, each tensor aligned to 256 bytes and matrices with
+// padded rows. Parameters are found
 // by where they are: the model must outlive this and not be moved.
 //
 // On a GPU zero() leaves matrices as they are: the product that is first to add to one, or the
@@ -45,7 +46,8 @@ class Gradients {
   // Of a matrix, for a product that adds to all of it.
   SumView sum_of(const Param& param) { return sum_of({&param}); }
   SumView sum_of(const std::optional<Param>& param) { return param ? sum_of(*param) : SumView{}; }
-  // Of matrices one below the other as one; they must follow each other in the model.
+  // Of matrices one below the other as one, padding included; they must follow each other in the
+  // model.
   SumView sum_of(std::initializer_list<const Param*> matrices);
   // Of a matrix, for anything else.
   TensorView zeroed(Context& ctx, const Param& param);

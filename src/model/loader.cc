@@ -135,7 +135,7 @@ std::vector<Tensor> bind_params(CausalLM& model, const io::Checkpoint& checkpoin
 std::vector<Tensor> place_on_gpu(CausalLM& model, ThreadPool& threads) {
   constexpr std::size_t kAlignment = 256;
   const auto padded = [](const Param& param) {
-    const std::size_t bytes = bytes_of(param.value.dtype, param.shape);
+    const std::size_t bytes = bytes_of(param.value.dtype, param.padded_shape());
     return (bytes + kAlignment - 1) / kAlignment * kAlignment;
   };
   std::size_t total = 0;

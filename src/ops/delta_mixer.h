@@ -3,6 +3,7 @@
 // delta_inputs: what the delta rule reads,
 //   [q | k | v] = silu(short_conv(projected)) with W = 4 (ops/short_conv.h), β = σ(β),
 //   then q and k of each head at length one: x · rsqrt(Σx² + 1e-6).
+// delta_inputs_backward: the gradients of all that, given those of q, k, v and β.
 // delta_token: one token of each sequence through all of it: delta_inputs, delta_rule
 //   (ops/delta_rule.h), rms_norm of each head; heads of kDeltaTokenHead.
 // The states of the convolutions, and in delta_token the delta rule's, are updated. What a sequence
@@ -34,6 +35,19 @@ struct DeltaInputsArgs {
   TensorView v;     // [T, H, K]
 };
 
+// Of whole sequences, which begin from a zero state. N is 3·H·K + H or more.
+struct DeltaInputsBackwardArgs {
+  ConstTensorView projected;    // [T, 3·H·K] as delta_inputs read it
+  ConstTensorView beta_logits;  // [T, H] F32, what β was before the sigmoid
+  ConstTensorView q, k, v;      // weights of the convolutions, each [H·K, W]
+  Sequences sequences;
+  ConstTensorView dq, dk, dv;  // [T, H, K]
+  ConstTensorView dbeta;       // [T, H] F32
+  // [T, N], =: of `projected`, then of beta_logits, rounded likewise, then zeros
+  TensorView d_projected;
+  TensorView dq_conv, dk_conv, dv_conv;  // of the weights, +=
+};
+
 struct DeltaTokenArgs {
   ConstTensorView x;          // [B, C], C a multiple of 8
   ConstTensorView b_proj;     // [H, C], of the same dtype: β = σ(x b_projᵀ)
@@ -47,10 +61,12 @@ struct DeltaTokenArgs {
 
 namespace ops {
 void delta_inputs(Context& ctx, const DeltaInputsArgs& args);
+void delta_inputs_backward(Context& ctx, const DeltaInputsBackwardArgs& args);
 void delta_token(Context& ctx, const DeltaTokenArgs& args);
 }  // namespace ops
 namespace cuda {
 void delta_inputs(Context& ctx, const DeltaInputsArgs& args);
+void delta_inputs_backward(Context& ctx, const DeltaInputsBackwardArgs& args);
 void delta_token(Context& ctx, const DeltaTokenArgs& args);
 }  // namespace cuda
 }  // namespace deltafox

@@ -150,6 +150,83 @@ Inputs gpu_inputs(Gpu& gpu, Side& side, const std::vector<std::int64_t>& cu, std
 
 class CudaDeltaMixer : public EachDType {};
 
+// The convolutions as the CPU has them, one by one.
+TEST_P(CudaDeltaMixer, InputsBackwardEqualsItsParts) {
+  Random random(21);
+  Gpu gpu(GetParam());
+  for (const std::int64_t keys : {8, 64, 128, 256}) {
+    SCOPED_TRACE(testing::Message() << "heads of " << keys);
+    const std::int64_t heads = 3;
+    const std::int64_t channels = heads * keys;
+    const std::int64_t columns = 3 * channels + 8;
+    const std::vector<std::int64_t> cu = random.lengths(3, 150);
+    const std::int64_t tokens = cu.back();
+    const Shape values{tokens, heads, keys};
+    Side side = random_side(random, tokens, 0, heads, keys);
+    const Side device = upload(gpu, side);
+    std::array<Tensor, 3> dy;
+    std::array<Tensor, 3> gpu_dy;
+    std::array<Tensor, 3> dw;
+    std::array<Tensor, 3> gpu_dw;
+    for (std::size_t i = 0; i < 3; ++i) {
+      dy[i] = random.normal_tensor(values);
+      gpu_dy[i] = gpu.upload(dy[i], gpu.dtype());
+      dw[i] = random.normal_tensor({channels, 4});
+      gpu_dw[i] = gpu.upload(dw[i]);
+    }
+    Tensor dbeta = random.normal_tensor({tokens, heads});
+    const Tensor gpu_dbeta = gpu.upload(dbeta);
+    Tensor gpu_d(gpu.dtype(), {tokens, columns}, Device::kCuda);
+    ops::delta_inputs_backward(gpu.ctx(), {.projected = device.projected.view(),
+                                           .beta_logits = device.beta.view(),
+                                           .q = device.conv[0].view(),
+                                           .k = device.conv[1].view(),
+                                           .v = device.conv[2].view(),
+                                           .sequences = Sequences(cu),
+                                           .dq = gpu_dy[0].view(),
+                                           .dk = gpu_dy[1].view(),
+                                           .dv = gpu_dy[2].view(),
+                                           .dbeta = gpu_dbeta.view(),
+                                           .d_projected = gpu_d.view(),
+                                           .dq_conv = gpu_dw[0].view(),
+                                           .dk_conv = gpu_dw[1].view(),
+                                           .dv_conv = gpu_dw[2].view()});
+    const Tensor got = gpu.download(gpu_d);
+    const auto columns_of = [&](const Tensor& all, std::int64_t first, std::int64_t count) {
+      const std::int64_t stride = all.view().shape[1];
+      Tensor part(DType::kF32, {tokens, count});
+      for (std::int64_t i = 0; i < tokens * count; ++i) {
+        part.f32()[i] = all.f32()[i / count * stride + first + i % count];
+      }
+      return part;
+    };
+    for (std::size_t i = 0; i < 3; ++i) {
+      const std::int64_t first = static_cast<std::int64_t>(i) * channels;
+      const Tensor x = columns_of(side.projected, first, channels);
+      Tensor dx(DType::kF32, {tokens, channels});
+      ops::short_conv_backward(gpu.cpu(), {.x = x.view(),
+                                           .w = side.conv[i].view(),
+                                           .sequences = Sequences(cu),
+                                           .activation = Activation::kSilu,
+                                           .norm_width = i < 2 ? keys : 0,
+                                           .dy = dy[i].view().reshaped({tokens, channels}),
+                                           .dx = dx.view(),
+                                           .dw = dw[i].view()});
+      // Sums of some hundred terms, with cancellation behind a norm.
+      const double sums = 128 * test::epsilon(DType::kF32);
+      expect_close(columns_of(got, first, channels), dx, tolerance(gpu.dtype()) + sums);
+      expect_close(gpu.download(gpu_dw[i]), dw[i], sums);
+    }
+    for (std::int64_t i = 0; i < dbeta.view().shape.size(); ++i) {
+      const float beta = 1 / (1 + std::exp(-side.beta.f32()[i]));
+      dbeta.f32()[i] *= beta * (1 - beta);
+    }
+    expect_close(columns_of(got, 3 * channels, heads), dbeta, tolerance(gpu.dtype()));
+    const Tensor rest = columns_of(got, 3 * channels + heads, 8 - heads);
+    expect_equal(rest, Tensor(DType::kF32, rest.view().shape));
+  }
+}
+
 TEST_P(CudaDeltaMixer, InputsEqualPlainOnRaggedBatches) {
   Random random(1);
   Gpu gpu(GetParam());

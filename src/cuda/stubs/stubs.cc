@@ -117,6 +117,9 @@ void cross_entropy_backward(Context& /*ctx*/, const CrossEntropyBackwardArgs& /*
 void delta_inputs(Context& /*ctx*/, const DeltaInputsArgs& /*args*/) {
   fail_without_cuda();
 }
+void delta_inputs_backward(Context& /*ctx*/, const DeltaInputsBackwardArgs& /*args*/) {
+  fail_without_cuda();
+}
 void delta_token(Context& /*ctx*/, const DeltaTokenArgs& /*args*/) {
   fail_without_cuda();
 }

@@ -141,6 +141,12 @@ ConstTensorView DeltaNetMixer::joined_projections(const Context& ctx) const {
   return joined({weights_.q_proj.value, weights_.k_proj.value, weights_.v_proj.value});
 }
 
+ConstTensorView DeltaNetMixer::joined_inputs(const Context& ctx) const {
+  ConstTensorView w = joined({joined_projections(ctx), weights_.b_proj->value});
+  w.shape = {w.shape[0] - weights_.b_proj->shape[0] + weights_.b_proj->padded_rows(), w.shape[1]};
+  return w;
+}
+
 TensorView DeltaNetMixer::output(Context& ctx, ScratchScope& scratch, const TensorView& o,
                                  const TensorView& gate, const TensorView& scales) const {
   const Shape rows{o.shape[0] * o.shape[1], o.shape[2]};
@@ -357,10 +363,37 @@ void DeltaNetMixer::inputs_backward(Context& ctx, const ConstTensorView& input,
         ctx,
         {.activation = head_activation(), .norm = config_.qk_norm, .x = before, .dy = d, .dx = d});
   };
-  if (saved.joined.data == nullptr) {
-    through_features(in.q_convolved, dq);
-    through_features(in.k_convolved, dk);
+  if (saved.joined.data != nullptr) {
+    const ConstTensorView w = joined_inputs(ctx);
+    const TensorView d = scratch.activation({sequences.tokens(), w.shape[0]});
+    const auto taps = [](const auto& conv) {
+      return conv.reshaped({conv.shape[0], kDeltaConvWidth});
+    };
+    ops::delta_inputs_backward(ctx, {.projected = saved.joined,
+                                     .beta_logits = saved.beta_logits,
+                                     .q = taps(weights_.q_conv1d->value),
+                                     .k = taps(weights_.k_conv1d->value),
+                                     .v = taps(weights_.v_conv1d->value),
+                                     .sequences = sequences,
+                                     .dq = dq,
+                                     .dk = dk,
+                                     .dv = dv,
+                                     .dbeta = dbeta,
+                                     .d_projected = d,
+                                     .dq_conv = taps(gradients.of(weights_.q_conv1d)),
+                                     .dk_conv = taps(gradients.of(weights_.k_conv1d)),
+                                     .dv_conv = taps(gradients.of(weights_.v_conv1d))});
+    ops::linear_backward(ctx, {.dy = d,
+                               .x = input,
+                               .w = w,
+                               .dx = dinput,
+                               .accumulate_dx = weights_.g_proj.has_value(),
+                               .dw = gradients.sum_of({&weights_.q_proj, &weights_.k_proj,
+                                                       &weights_.v_proj, &*weights_.b_proj})});
+    return;
   }
+  through_features(in.q_convolved, dq);
+  through_features(in.k_convolved, dk);
   projections_backward(ctx, input, sequences, saved, dq, dk, dv, dinput, gradients);
   if (!weights_.b_proj) return;
   ops::activation_backward(
@@ -380,29 +413,6 @@ void DeltaNetMixer::projections_backward(Context& ctx, const ConstTensorView& in
                                          Gradients& gradients) const {
   const std::int64_t tokens = input.shape[0];
   bool accumulate = weights_.g_proj.has_value();
-  if (saved.joined.data != nullptr) {
-    const ConstTensorView w = joined_projections(ctx);
-    ScratchScope scratch(ctx);
-    const TensorView d = scratch.like(saved.joined);  // [T, 3·H·K]
-    const auto through_conv = [&](std::int64_t part, const Param& conv, const TensorView& dy,
-                                  std::int64_t norm_width) {
-      const std::int64_t column = part * config_.key_dim;
-      convolve_backward(ctx, columns_of(saved.joined, column), conv, std::nullopt, sequences,
-                        Activation::kSilu, dy.reshaped({tokens, config_.key_dim}),
-                        columns_of(d, column), gradients, norm_width);
-    };
-    through_conv(0, *weights_.q_conv1d, dq, config_.key_dim / config_.num_heads);
-    through_conv(1, *weights_.k_conv1d, dk, config_.key_dim / config_.num_heads);
-    through_conv(2, *weights_.v_conv1d, dv, 0);
-    ops::linear_backward(
-        ctx, {.dy = d,
-              .x = input,
-              .w = w,
-              .dx = dinput,
-              .accumulate_dx = accumulate,
-              .dw = gradients.sum_of({&weights_.q_proj, &weights_.k_proj, &weights_.v_proj})});
-    return;
-  }
   const auto through_projection = [&](const TensorView& projected, const Param& proj,
                                       const std::optional<Param>& conv, Activation activation,
                                       const TensorView& d) {

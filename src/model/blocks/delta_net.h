@@ -126,6 +126,8 @@ class DeltaNetMixer {
   // q_proj, k_proj and v_proj as one matrix, where they lie so in memory and delta_inputs
   // (ops/delta_mixer.h) takes what they give; else no data.
   ConstTensorView joined_projections(const Context& ctx) const;
+  // And b_proj below them, padded; where there are joined projections.
+  ConstTensorView joined_inputs(const Context& ctx) const;
   // Of the convolution's state: [channels, W].
   static Shape state_shape(const Param& conv) { return {conv.shape[0], conv.shape[2]}; }
 
@@ -166,7 +168,7 @@ class DeltaNetMixer {
   void inputs_backward(Context& ctx, const ConstTensorView& input, const Sequences& sequences,
                        const Saved& saved, const TensorView& d_o, const TensorView& dinput,
                        Gradients& gradients) const;
-  // The same, given the gradients behind the convolutions.
+  // The same, given the gradients behind the convolutions, where projections are not joined.
   void projections_backward(Context& ctx, const ConstTensorView& input, const Sequences& sequences,
                             const Saved& saved, const TensorView& dq, const TensorView& dk,
                             const TensorView& dv, const TensorView& dinput,
