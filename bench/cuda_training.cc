@@ -20,6 +20,7 @@
 #include "ops/activation.h"
 #include "ops/adamw.h"
 #include "ops/cross_entropy.h"
+#include "ops/delta_mixer.h"
 #include "ops/embedding.h"
 #include "ops/gate.h"
 #include "ops/gla.h"
@@ -175,6 +176,19 @@ void norms(Bench& bench) {
                                             .rounded = rounded.view(),
                                             .dw = dw.view()});
              });
+  const Tensor y = bench.normal(DType::kBF16, stream);
+  const Tensor scales = bench.uniform({bench.tokens()}, 0.5F, 1);
+  bench.time("rms_norm of the stream from its output, dx +=, rounded", elements * (2 + 2 + 8 + 2),
+             0, [&](Context& ctx) {
+               ops::rms_norm_backward(ctx, {.y = y.view(),
+                                            .scales = scales.view(),
+                                            .w = w.view(),
+                                            .dy = dy.view(),
+                                            .dx = dx.view(),
+                                            .accumulate_dx = true,
+                                            .rounded = rounded.view(),
+                                            .dw = dw.view()});
+             });
   const Shape wide{bench.tokens() / 2, 2 * kHidden};
   const Tensor wide_w = bench.normal(DType::kF32, {2 * kHidden});
   Tensor wide_dw = bench.zeros(DType::kF32, {2 * kHidden});
@@ -264,6 +278,68 @@ void elementwise(Bench& bench) {
                             .dgate_up = dgate_up.view(),
                             .y = y.view()});
   });
+}
+
+// What an MLP does besides its plain products.
+void gated_products(Bench& bench) {
+  const Shape gate_up_shape{bench.tokens(), 2 * kIntermediate};
+  const double product = 2.0 * static_cast<double>(bench.tokens() * kHidden * kIntermediate);
+  const Tensor x = bench.normal(DType::kBF16, {bench.tokens(), kHidden});
+  const Tensor w = bench.normal(DType::kBF16, {2 * kIntermediate, kHidden});
+  const Tensor down = bench.normal(DType::kBF16, {kHidden, kIntermediate});
+  Tensor gate_up = bench.normal(DType::kBF16, gate_up_shape);
+  Tensor dgate_up = bench.zeros(DType::kBF16, gate_up_shape);
+  Tensor y = bench.zeros(DType::kBF16, {bench.tokens(), kIntermediate});
+  bench.time("linear of gate and up", 0, 2 * product, [&](Context& ctx) {
+    ops::linear(ctx, {.x = x.view(), .w = w.view(), .y = gate_up.view()});
+  });
+  bench.time("linear_glu", 0, 2 * product, [&](Context& ctx) {
+    ops::linear_glu(ctx, {.x = x.view(), .w = w.view(), .y = y.view()});
+  });
+  bench.time("linear_glu, gate and up kept", 0, 2 * product, [&](Context& ctx) {
+    ops::linear_glu(ctx, {.x = x.view(), .w = w.view(), .gate_up = gate_up.view(), .y = y.view()});
+  });
+  bench.time("linear, dx of down", 0, product, [&](Context& ctx) {
+    ops::linear_backward(ctx, {.dy = x.view(), .x = y.view(), .w = down.view(), .dx = y.view()});
+  });
+  bench.time("linear_glu back", 0, product, [&](Context& ctx) {
+    ops::linear_glu_backward(ctx, {.dz = x.view(),
+                                   .w = down.view(),
+                                   .gate_up = gate_up.view(),
+                                   .dgate_up = dgate_up.view(),
+                                   .y = y.view()});
+  });
+}
+
+// Of q, k, v and beta of DeltaNet.
+void delta_inputs(Bench& bench) {
+  const std::vector<std::int64_t> cu{0, bench.tokens()};
+  const std::int64_t channels = kHeads * kHeadDim;
+  const std::int64_t columns = 3 * channels + 16;
+  const Shape heads{bench.tokens(), kHeads, kHeadDim};
+  const Tensor projected = bench.normal(DType::kBF16, {bench.tokens(), 3 * channels});
+  const Tensor logits = bench.normal(DType::kF32, {bench.tokens(), kHeads});
+  const Tensor w = bench.normal(DType::kF32, {channels, 4});
+  const Tensor d = bench.normal(DType::kBF16, heads);
+  Tensor d_projected = bench.zeros(DType::kBF16, {bench.tokens(), columns});
+  Tensor dw = bench.zeros(DType::kF32, {channels, 4});
+  bench.time("delta_inputs", static_cast<double>(bench.tokens()) * (18 * channels + 12 * kHeads), 0,
+             [&](Context& ctx) {
+               ops::delta_inputs_backward(ctx, {.projected = projected.view(),
+                                                .beta_logits = logits.view(),
+                                                .q = w.view(),
+                                                .k = w.view(),
+                                                .v = w.view(),
+                                                .sequences = Sequences(cu),
+                                                .dq = d.view(),
+                                                .dk = d.view(),
+                                                .dv = d.view(),
+                                                .dbeta = logits.view(),
+                                                .d_projected = d_projected.view(),
+                                                .dq_conv = dw.view(),
+                                                .dk_conv = dw.view(),
+                                                .dv_conv = dw.view()});
+             });
 }
 
 void sequence_ops(Bench& bench) {
@@ -601,6 +677,8 @@ int main(int argc, char** argv) {
                         argc > 2 ? argv[2] : "");
   deltafox::norms(bench);
   deltafox::elementwise(bench);
+  deltafox::gated_products(bench);
+  deltafox::delta_inputs(bench);
   deltafox::sequence_ops(bench);
   deltafox::embedding(bench);
   deltafox::loss(bench);

@@ -120,24 +120,13 @@ template <int kSteps>
 __device__ void store_operand(const std::uint32_t (&f)[kSteps][4], bf16* to, int stride, int rows,
                               int columns) {
   const int quarter = read_thread() % 4;
-  const bool odd = quarter % 2 != 0;
-  const bool upper = quarter / 2 != 0;
 #pragma unroll
   for (int k = 0; k < kSteps; k += 2) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       // Lane q of four has columns 2q, 2q + 1 of four 8×8 matrices; it gets all of matrix q's.
       std::uint32_t m[4] = {f[k][half], f[k][half + 2], f[k + 1][half], f[k + 1][half + 2]};
-#pragma unroll
-      for (int i = 0; i < 4; i += 2) {
-        const std::uint32_t other = __shfl_xor_sync(0xffffffffU, odd ? m[i] : m[i + 1], 1);
-        (odd ? m[i] : m[i + 1]) = other;
-      }
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        const std::uint32_t other = __shfl_xor_sync(0xffffffffU, upper ? m[i] : m[i + 2], 2);
-        (upper ? m[i] : m[i + 2]) = other;
-      }
+      transpose_quads(m);
       const int column = 16 * k + 8 * quarter;
       if (8 * half < rows && column < columns) {
         *reinterpret_cast<uint4*>(to + 8 * half * stride + column) =

@@ -69,6 +69,22 @@ __device__ inline void load_matrices_transposed(std::uint32_t (&m)[4], std::uint
                : "memory");
 }
 
+// Transposes the 4x4 words that each four neighbouring lanes hold, a row a lane.
+__device__ inline void transpose_quads(std::uint32_t (&m)[4]) {
+  const bool odd = threadIdx.x % 2 != 0;
+  const bool upper = threadIdx.x / 2 % 2 != 0;
+#pragma unroll
+  for (int i = 0; i < 4; i += 2) {
+    const std::uint32_t other = __shfl_xor_sync(0xffffffffU, odd ? m[i] : m[i + 1], 1);
+    (odd ? m[i] : m[i + 1]) = other;
+  }
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const std::uint32_t other = __shfl_xor_sync(0xffffffffU, upper ? m[i] : m[i + 2], 2);
+    (upper ? m[i] : m[i + 2]) = other;
+  }
+}
+
 // Stores four 8x8 matrices; lane l names row l%8 of matrix l/8. On sm_90.
 __device__ inline void store_matrices(std::uint32_t address, const std::uint32_t (&m)[4]) {
 #if __CUDA_ARCH__ >= 900
