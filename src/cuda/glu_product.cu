@@ -59,6 +59,9 @@ struct GluProductParams {
 
 enum class Pass { kOutput, kGateUp, kBoth, kBackward };
 
+// In a clock's cycles: about as long as the products of 64 columns of x take for a tile.
+constexpr long long kDepthCycles = 1024;
+
 __device__ inline std::uint32_t cluster_rank() {
   std::uint32_t rank;
   asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
@@ -229,6 +232,13 @@ __global__ void __launch_bounds__(kThreads, 1)
   if (threadIdx.x >= kGroups * 128) {
     sm90::shrink_registers<40>();
     if (threadIdx.x == kGroups * 128) {
+      // Blocks that move much besides what they multiply begin in two sets, one later than the
+      // other: while one stores the other multiplies. Together they would wait for memory, and then
+      // for the tensor cores.
+      if (kPass != Pass::kOutput && first_tile % 2 == 1 && tiles > 8 * step) {
+        const long long begin = clock64();
+        while (clock64() - begin < depths * kDepthCycles) __nanosleep(500);
+      }
       for (int index = first_tile; index < tiles; index += step) {
         const Tile<kTileOutputs> tile(p, index, rank);
         for (int d = 0; d < depths; ++d) {

@@ -17,13 +17,14 @@ enum class Swizzle : std::uint32_t { k128 = 1, k64 = 2 };
 // Describes a matrix in shared memory. `stride` is the distance of eight rows. If the rows lie
 // across the product's inner dimension, `leading` is the distance of panels of one swizzle's width.
 // A matrix that begins some bytes further has a `low` that is greater by a sixteenth of them.
+// In a cluster, addresses of shared memory have the block's rank above the 18 bits that count here.
 struct Descriptor {
   std::uint32_t low;
   std::uint32_t high;
 
   __device__ Descriptor(const void* matrix, Swizzle swizzle, std::uint32_t stride,
                         std::uint32_t leading)
-      : low((shared_address(matrix) >> 4) | (leading >> 4 << 16)),
+      : low(((shared_address(matrix) & 0x3FFFF) >> 4) | (leading >> 4 << 16)),
         high((stride >> 4) | (static_cast<std::uint32_t>(swizzle) << 30)) {}
   __device__ std::uint64_t at(int bytes) const {
     return (static_cast<std::uint64_t>(high) << 32) |
