@@ -288,7 +288,6 @@ void gated_products(Bench& bench) {
   const Tensor w = bench.normal(DType::kBF16, {2 * kIntermediate, kHidden});
   const Tensor down = bench.normal(DType::kBF16, {kHidden, kIntermediate});
   Tensor gate_up = bench.normal(DType::kBF16, gate_up_shape);
-  Tensor dgate_up = bench.zeros(DType::kBF16, gate_up_shape);
   Tensor y = bench.zeros(DType::kBF16, {bench.tokens(), kIntermediate});
   bench.time("linear of gate and up", 0, 2 * product, [&](Context& ctx) {
     ops::linear(ctx, {.x = x.view(), .w = w.view(), .y = gate_up.view()});
@@ -301,13 +300,6 @@ void gated_products(Bench& bench) {
   });
   bench.time("linear, dx of down", 0, product, [&](Context& ctx) {
     ops::linear_backward(ctx, {.dy = x.view(), .x = y.view(), .w = down.view(), .dx = y.view()});
-  });
-  bench.time("linear_glu back", 0, product, [&](Context& ctx) {
-    ops::linear_glu_backward(ctx, {.dz = x.view(),
-                                   .w = down.view(),
-                                   .gate_up = gate_up.view(),
-                                   .dgate_up = dgate_up.view(),
-                                   .y = y.view()});
   });
 }
 

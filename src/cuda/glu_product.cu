@@ -1,17 +1,16 @@
-// glu_product and glu_product_backward (glu_product.h): tiles of 128 rows of x by 256 columns of
-// its product with w. Forward they are 128 of p and the same 128 of p'.
+// glu_product (glu_product.h): tiles of 128 rows of x by 128 columns of y, for which 256 rows of w
+// are read.
 //
-// Thread blocks stay and take tiles in turn, in pairs that share the columns: each loads half of
-// what they need of w for both. One warp asks for tiles of 64 columns of x, a few ahead; two warp
-// groups multiply 64 rows of x each, straight from shared memory. Forward they store their part of
-// p, p' and y by way of shared memory, backward they read what they need and store straight from
-// registers, both while the loads of the next tile are under way. Sums run over K in order.
+// Thread blocks stay and take tiles in turn, in pairs that share the rows of w: each loads half of
+// them, those of p or those of p', for both. One warp asks for tiles of 64 columns, a few ahead;
+// two warp groups multiply 64 rows of x each, straight from shared memory, and store their part of
+// p, p' and y by way of shared memory while the loads of the next tile are under way. Sums run over
+// K in order.
 #include <cuda.h>
 
 #include <algorithm>
 #include <initializer_list>
 
-#include "cuda/eight.cuh"
 #include "cuda/glu_product.h"
 #include "cuda/launch.cuh"
 #include "cuda/rows.cuh"
@@ -31,9 +30,8 @@ constexpr int kPanel = 64;  // columns of y that are stored at once: 128 bytes
 constexpr int kPanelBytes = kGroupRows * 128;
 constexpr int kRowPairs = 8;  // pairs of tiles of rows that are passed by before the next rows of x
 
-constexpr int kColumns = 256;            // of the product of a tile
-constexpr int kOutputs = 128;            // columns of y, forward
-constexpr int kBoxBytes = kDepth * 128;  // of 64 columns of w, backward
+constexpr int kColumns = 256;  // rows of w of a tile
+constexpr int kOutputs = 128;  // columns of y
 constexpr int kABytes = kRows * 128;
 constexpr int kBBytes = kColumns * 128;
 constexpr int kStageBytes = kABytes + kBBytes;
@@ -46,21 +44,16 @@ static_assert(kBytes <= 227 * 1024);
 
 struct GluProductParams {
   CUtensorMap x;         // [T, K]
-  CUtensorMap w;         // [2N, K]; backward [K, N]
-  CUtensorMap gate, up;  // of [T, 2N] each a half, forward
-  CUtensorMap y;         // [T, N], forward
-  const bf16* gate_up;   // [T, 2N], backward
-  bf16* dgate_up;        // [T, 2N], backward
-  bf16* product;         // [T, N], backward
+  CUtensorMap w;         // [2N, K]
+  CUtensorMap gate, up;  // of [T, 2N] each a half
+  CUtensorMap y;         // [T, N]
   int rows;              // T
   int outputs;           // N
   int depth;             // K
 };
 
-enum class Pass { kOutput, kGateUp, kBoth, kBackward };
-
-// In a clock's cycles: about as long as the products of 64 columns of x take for a tile.
-constexpr long long kDepthCycles = 1024;
+// What is stored.
+enum class Stored { kOutput, kGateUp, kBoth };
 
 __device__ inline std::uint32_t cluster_rank() {
   std::uint32_t rank;
@@ -114,91 +107,23 @@ __device__ inline float gated(float gate, float up) {
   return __fdividef(gate, 1 + __expf(-gate)) * up;
 }
 
-constexpr int outputs_of(Pass pass) {
-  return pass == Pass::kBackward ? kColumns : kOutputs;
-}
-
 // A pair's tiles: some rows of x by all of w, then the next rows.
-template <int kTileOutputs>
 struct Tile {
   int row;     // of x, the block's first
   int output;  // column of y
 
   __device__ Tile(const GluProductParams& p, int index, int rank) {
     const int pairs = (p.rows + kPair * kRows - 1) / (kPair * kRows);
-    const int across = (p.outputs + kTileOutputs - 1) / kTileOutputs;
+    const int across = (p.outputs + kOutputs - 1) / kOutputs;
     const int first = index / (kRowPairs * across) * kRowPairs;
     const int here = min(kRowPairs, pairs - first);
     const int in_group = index - first * across;
     row = ((first + in_group % here) * kPair + rank) * kRows;
-    output = in_group / here * kTileOutputs;
+    output = in_group / here * kOutputs;
   }
 };
 
-// Of this thread's sums of a tile: gradients of gate and up, and their product, in eights of
-// neighbouring columns.
-struct BackwardEpilogue {
-  static constexpr int kEights = 16;  // of a thread: two rows of every 32 columns
-  static constexpr int kAhead = 4;    // that are under way
-  const GluProductParams& p;
-  int row, column;  // the first
-  Eight<bf16> gate[kAhead], up[kAhead];
-
-  __device__ BackwardEpilogue(const GluProductParams& params, int tile_row, int tile_column)
-      : p(params), row(tile_row), column(tile_column + static_cast<int>(threadIdx.x) % 4 * 8) {
-#pragma unroll
-    for (int n = 0; n < kAhead; ++n) fetch(n);
-  }
-  __device__ bool exists(int n) const {
-    return row + n % 2 * 8 < p.rows && column + n / 2 * 32 < p.outputs;
-  }
-  // Of the n'th in an array of rows of `width`.
-  __device__ std::ptrdiff_t place(int n, int width) const {
-    return static_cast<std::ptrdiff_t>(row + n % 2 * 8) * width + column + n / 2 * 32;
-  }
-  __device__ void fetch(int n) {
-    if (!exists(n)) return;
-    const bf16* from = p.gate_up + place(n, 2 * p.outputs);
-    gate[n % kAhead].load(from);
-    up[n % kAhead].load(from + p.outputs);
-  }
-  __device__ void store(const float (&acc)[kColumns / 2]) {
-#pragma unroll
-    for (int n = 0; n < kEights; ++n) {
-      // Lane q of four has columns 2q, 2q + 1 of four 8×8 matrices; it gets all of matrix q's.
-      std::uint32_t m[4];
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const int at = 4 * (n / 2 * 4 + i) + n % 2 * 2;
-        m[i] = pack(acc[at], acc[at + 1]);
-      }
-      transpose_quads(m);
-      const Eight<bf16> d_bits{make_uint4(m[0], m[1], m[2], m[3])};
-      float g[8];
-      float u[8];
-      float d[8];
-      gate[n % kAhead].get(g);
-      up[n % kAhead].get(u);
-      d_bits.get(d);
-      if (n + kAhead < kEights) fetch(n + kAhead);
-      float y[8];
-#pragma unroll
-      for (int e = 0; e < 8; ++e) {
-        const float2 act = activate_with_slope<true>(Activation::kSilu, g[e]);
-        y[e] = act.x * u[e];
-        g[e] = d[e] * u[e] * act.y;
-        u[e] = d[e] * act.x;
-      }
-      if (!exists(n)) continue;
-      bf16* to = p.dgate_up + place(n, 2 * p.outputs);
-      Eight<bf16>::store(to, g);
-      Eight<bf16>::store(to + p.outputs, u);
-      Eight<bf16>::store(p.product + place(n, p.outputs), y);
-    }
-  }
-};
-
-template <Pass kPass>
+template <Stored kStored>
 __global__ void __launch_bounds__(kThreads, 1)
     glu_product_kernel(const __grid_constant__ GluProductParams p) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)  // elsewhere it is never launched
@@ -218,9 +143,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   wait_for_input();
 
   const int pairs = (p.rows + kPair * kRows - 1) / (kPair * kRows);
-  constexpr bool kBackward = kPass == Pass::kBackward;
-  constexpr int kTileOutputs = outputs_of(kPass);
-  const int tiles = pairs * ((p.outputs + kTileOutputs - 1) / kTileOutputs);
+  const int tiles = pairs * ((p.outputs + kOutputs - 1) / kOutputs);
   const int step = static_cast<int>(gridDim.x) / kPair;
   const int first_tile = static_cast<int>(blockIdx.x) / kPair;
   const int depths = (p.depth + kDepth - 1) / kDepth;
@@ -232,28 +155,15 @@ __global__ void __launch_bounds__(kThreads, 1)
   if (threadIdx.x >= kGroups * 128) {
     sm90::shrink_registers<40>();
     if (threadIdx.x == kGroups * 128) {
-      // Blocks that move much besides what they multiply begin in two sets, one later than the
-      // other: while one stores the other multiplies. Together they would wait for memory, and then
-      // for the tensor cores.
-      if (kPass != Pass::kOutput && first_tile % 2 == 1 && tiles > 8 * step) {
-        const long long begin = clock64();
-        while (clock64() - begin < depths * kDepthCycles) __nanosleep(500);
-      }
       for (int index = first_tile; index < tiles; index += step) {
-        const Tile<kTileOutputs> tile(p, index, rank);
+        const Tile tile(p, index, rank);
         for (int d = 0; d < depths; ++d) {
           if (round > 0) sm90::barrier_wait(empty + stage, (round - 1) & 1);
           unsigned char* a = shared + stage * kStageBytes;
           unsigned char* b = a + kABytes + rank * (kBBytes / 2);  // this block's half
           sm90::barrier_arrive_expect(full + stage, kStageBytes);
           load_tile(a, p.x, d * kDepth, tile.row, full + stage);
-          if constexpr (kBackward) {
-            const int column = tile.output + rank * (kColumns / 2);
-            load_shared_tile(b, p.w, column, d * kDepth, full + stage);
-            load_shared_tile(b + kBoxBytes, p.w, column + 64, d * kDepth, full + stage);
-          } else {
-            load_shared_tile(b, p.w, d * kDepth, tile.output + rank * p.outputs, full + stage);
-          }
+          load_shared_tile(b, p.w, d * kDepth, tile.output + rank * p.outputs, full + stage);
           advance();
         }
       }
@@ -264,15 +174,14 @@ __global__ void __launch_bounds__(kThreads, 1)
     const int warp = static_cast<int>(threadIdx.x) / 32 % 4;
     const int lane = static_cast<int>(threadIdx.x) % 32;
     const sm90::Descriptor a(shared + group * kGroupRows * 128, sm90::Swizzle::k128, 1024, 0);
-    const sm90::Descriptor b(shared + kABytes, sm90::Swizzle::k128, 1024,
-                             kBackward ? kBoxBytes : 0);
+    const sm90::Descriptor b(shared + kABytes, sm90::Swizzle::k128, 1024, 0);
     unsigned char* output = shared + kOutputAt + group * kPanels * kPanelBytes;
     const auto release = [&](int of) {
       if (lane < kPair) arrive_at(empty + of, lane);
     };
     float acc[kColumns / 2];
     for (int index = first_tile; index < tiles; index += step) {
-      const Tile<kTileOutputs> tile(p, index, rank);
+      const Tile tile(p, index, rank);
       int before = 0;
       for (int d = 0; d < depths; ++d) {
         sm90::barrier_wait(full + stage, round & 1);
@@ -280,10 +189,8 @@ __global__ void __launch_bounds__(kThreads, 1)
         sm90::pin(acc);
 #pragma unroll
         for (int k = 0; k < kDepth / 16; ++k) {
-          const int at = stage * kStageBytes;
-          const int b_step = kBackward ? 16 * 128 : 32;
-          sm90::wgmma_rows<kBackward>(acc, a.at(at + 32 * k), b.at(at + b_step * k),
-                                      d > 0 || k > 0 ? 1 : 0);
+          const int at = stage * kStageBytes + 32 * k;
+          sm90::wgmma_rows(acc, a.at(at), b.at(at), d > 0 || k > 0 ? 1 : 0);
         }
         sm90::wgmma_commit();
         if (d > 0) {
@@ -294,14 +201,6 @@ __global__ void __launch_bounds__(kThreads, 1)
         advance();
       }
       const int row = tile.row + group * kGroupRows;
-      if constexpr (kBackward) {
-        BackwardEpilogue epilogue(p, row + warp * 16 + lane / 4, tile.output);
-        sm90::wgmma_wait<0>();
-        sm90::pin(acc);
-        release(before);
-        epilogue.store(acc);
-        continue;
-      }
       sm90::wgmma_wait<0>();
       sm90::pin(acc);
       release(before);
@@ -340,11 +239,11 @@ __global__ void __launch_bounds__(kThreads, 1)
           }
         }
       };
-      if constexpr (kPass != Pass::kOutput) {
+      if constexpr (kStored != Stored::kOutput) {
         store(p.gate, [&](int at) { return acc[at]; });
         store(p.up, [&](int at) { return acc[at + kUp]; });
       }
-      if constexpr (kPass != Pass::kGateUp)
+      if constexpr (kStored != Stored::kGateUp)
         store(p.y, [&](int at) { return gated(acc[at], acc[at + kUp]); });
     }
     if (threadIdx.x % 128 == 0) asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
@@ -397,14 +296,13 @@ bool fits(Context& ctx, std::initializer_list<ConstTensorView> matrices, std::in
   return ctx.stream().major() == 9 && outputs % 8 == 0;
 }
 
-template <Pass kPass>
+template <Stored kStored>
 void launch(Context& ctx, const char* op, const GluProductParams& p) {
-  const auto kernel = glu_product_kernel<kPass>;
+  const auto kernel = glu_product_kernel<kStored>;
   check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes),
         "cudaFuncSetAttribute");
-  constexpr int kTileOutputs = outputs_of(kPass);
   const int pairs = (p.rows + kPair * kRows - 1) / (kPair * kRows);
-  const int tiles = pairs * ((p.outputs + kTileOutputs - 1) / kTileOutputs);
+  const int tiles = pairs * ((p.outputs + kOutputs - 1) / kOutputs);
   const int clusters = std::min(tiles, ctx.stream().multiprocessors() / kPair);
   cudaLaunchAttribute attributes[2]{};
   attributes[0].id = cudaLaunchAttributeClusterDimension;
@@ -435,7 +333,7 @@ bool glu_product(Context& ctx, const ConstTensorView& x, const ConstTensorView& 
   p.depth = static_cast<int>(x.shape[1]);
   if (y.data != nullptr) p.y = map_of(y, outputs, kGroupRows);
   if (gate_up.data == nullptr) {
-    launch<Pass::kOutput>(ctx, "linear_glu", p);
+    launch<Stored::kOutput>(ctx, "linear_glu", p);
     return true;
   }
   ConstTensorView up = gate_up;
@@ -443,28 +341,10 @@ bool glu_product(Context& ctx, const ConstTensorView& x, const ConstTensorView& 
   p.gate = map_of(gate_up, outputs, kGroupRows);
   p.up = map_of(up, outputs, kGroupRows);
   if (y.data == nullptr) {
-    launch<Pass::kGateUp>(ctx, "linear_glu", p);
+    launch<Stored::kGateUp>(ctx, "linear_glu", p);
   } else {
-    launch<Pass::kBoth>(ctx, "linear_glu", p);
+    launch<Stored::kBoth>(ctx, "linear_glu", p);
   }
-  return true;
-}
-
-bool glu_product_backward(Context& ctx, const ConstTensorView& dy, const ConstTensorView& w,
-                          const ConstTensorView& gate_up, const TensorView& dgate_up,
-                          const TensorView& y) {
-  const std::int64_t outputs = w.shape[1];
-  if (!fits(ctx, {dy, w, gate_up, dgate_up, y}, outputs)) return false;
-  GluProductParams p{};
-  p.x = map_of(dy, dy.shape[1], kRows);
-  p.w = map_of(w, outputs, kDepth);
-  p.gate_up = static_cast<const bf16*>(gate_up.data);
-  p.dgate_up = static_cast<bf16*>(dgate_up.data);
-  p.product = static_cast<bf16*>(y.data);
-  p.rows = static_cast<int>(dy.shape[0]);
-  p.outputs = static_cast<int>(outputs);
-  p.depth = static_cast<int>(dy.shape[1]);
-  launch<Pass::kBackward>(ctx, "linear_glu_backward", p);
   return true;
 }
 

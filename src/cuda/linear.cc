@@ -99,11 +99,6 @@ bool linear_glu(Context& ctx, const LinearGluArgs& args) {
          glu_product(ctx, args.x, args.w, args.gate_up, args.y);
 }
 
-bool linear_glu_backward(Context& ctx, const LinearGluBackwardArgs& args) {
-  return args.activation == Activation::kSilu && args.dz.shape[0] >= kLeastGluRows &&
-         glu_product_backward(ctx, args.dz, args.w, args.gate_up, args.dgate_up, args.y);
-}
-
 void linear_backward(Context& ctx, const LinearBackwardArgs& args) {
   const std::int64_t tokens = args.x.shape[0];
   if (tokens == 0) {

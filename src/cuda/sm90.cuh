@@ -17,14 +17,13 @@ enum class Swizzle : std::uint32_t { k128 = 1, k64 = 2 };
 // Describes a matrix in shared memory. `stride` is the distance of eight rows. If the rows lie
 // across the product's inner dimension, `leading` is the distance of panels of one swizzle's width.
 // A matrix that begins some bytes further has a `low` that is greater by a sixteenth of them.
-// In a cluster, addresses of shared memory have the block's rank above the 18 bits that count here.
 struct Descriptor {
   std::uint32_t low;
   std::uint32_t high;
 
   __device__ Descriptor(const void* matrix, Swizzle swizzle, std::uint32_t stride,
                         std::uint32_t leading)
-      : low(((shared_address(matrix) & 0x3FFFF) >> 4) | (leading >> 4 << 16)),
+      : low((shared_address(matrix) >> 4) | (leading >> 4 << 16)),
         high((stride >> 4) | (static_cast<std::uint32_t>(swizzle) << 30)) {}
   __device__ std::uint64_t at(int bytes) const {
     return (static_cast<std::uint64_t>(high) << 32) |
@@ -138,9 +137,8 @@ __device__ inline void wgmma_registers(float (&acc)[64], const std::uint32_t* a,
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
 }
 
-// acc [64, 256] += A [64, 16] · B [16, 256], or = without `add`; both from shared memory, the rows
-// of A along the inner dimension, and those of B too or, with kAcross, across it.
-template <bool kAcross = false>
+// acc [64, 256] += A [64, 16] · B [16, 256], or = without `add`; both from shared memory, their
+// rows along the inner dimension.
 __device__ inline void wgmma_rows(float (&acc)[128], std::uint64_t a, std::uint64_t b, int add) {
   asm volatile(
       "{\n.reg .pred p;\nsetp.ne.s32 p, %130, 0;\n"
@@ -161,7 +159,7 @@ __device__ inline void wgmma_rows(float (&acc)[128], std::uint64_t a, std::uint6
       "%104, %105, %106, %107, %108, %109, %110, %111,"
       "%112, %113, %114, %115, %116, %117, %118, %119,"
       "%120, %121, %122, %123, %124, %125, %126, %127"
-      "}, %128, %129, p, 1, 1, 0, %131;\n"
+      "}, %128, %129, p, 1, 1, 0, 0;\n"
       "}\n"
       : "+f"(acc[0]), "+f"(acc[1]), "+f"(acc[2]), "+f"(acc[3]), "+f"(acc[4]), "+f"(acc[5]),
         "+f"(acc[6]), "+f"(acc[7]), "+f"(acc[8]), "+f"(acc[9]), "+f"(acc[10]), "+f"(acc[11]),
@@ -186,7 +184,7 @@ __device__ inline void wgmma_rows(float (&acc)[128], std::uint64_t a, std::uint6
         "+f"(acc[117]), "+f"(acc[118]), "+f"(acc[119]), "+f"(acc[120]), "+f"(acc[121]),
         "+f"(acc[122]), "+f"(acc[123]), "+f"(acc[124]), "+f"(acc[125]), "+f"(acc[126]),
         "+f"(acc[127])
-      : "l"(a), "l"(b), "r"(add), "n"(kAcross ? 1 : 0));
+      : "l"(a), "l"(b), "r"(add));
 }
 
 __device__ inline void barrier_init(std::uint64_t* barrier, int arrivals) {

@@ -77,26 +77,4 @@ void linear_backward(Context& ctx, const LinearBackwardArgs& args) {
   }
 }
 
-void linear_glu_backward(Context& ctx, const LinearGluBackwardArgs& args) {
-  const std::int64_t rows = args.dz.shape[0];
-  const std::int64_t outputs = args.w.shape[1];
-  check_activation(ctx, "linear_glu_backward", "dz", args.dz, {rows, args.w.shape[0]});
-  check_activation(ctx, "linear_glu_backward", "gate_up", args.gate_up, {rows, 2 * outputs});
-  check("linear_glu_backward", "dgate_up", args.dgate_up, args.gate_up.shape, args.gate_up.dtype);
-  check("linear_glu_backward", "y", args.y, {rows, outputs}, args.gate_up.dtype);
-  {
-    const OpTimer timer("linear_glu_backward");
-    if (ctx.device() == Device::kCuda && cuda::linear_glu_backward(ctx, args)) return;
-  }
-  ScratchScope scratch(ctx);
-  const TensorView d = scratch.like(args.y);
-  // Without dw only the shape of x matters.
-  linear_backward(ctx, {.dy = args.dz, .x = args.y, .w = args.w, .dx = d});
-  glu_backward(ctx, {.activation = args.activation,
-                     .gate_up = args.gate_up,
-                     .dy = d,
-                     .dgate_up = args.dgate_up,
-                     .y = args.y});
-}
-
 }  // namespace deltafox::ops

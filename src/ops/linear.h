@@ -39,17 +39,6 @@ struct LinearGluArgs {
   TensorView y = {};        // [T, N] or no data
 };
 
-// The way back through y = act(gate) · up and z = y wᵀ, but for w: with d = dz w
-//   dgate = d · up · act'(gate), dup = d · act(gate), and y once more
-struct LinearGluBackwardArgs {
-  Activation activation = Activation::kSilu;
-  ConstTensorView dz;       // [T, C]
-  ConstTensorView w;        // [C, N]
-  ConstTensorView gate_up;  // [T, 2N]
-  TensorView dgate_up;      // [T, 2N], =, may be gate_up
-  TensorView y;             // [T, N], =
-};
-
 // A sum that is added to, or that begins.
 struct SumView : TensorView {
   bool begins = false;  // =: what is there is no part of it
@@ -79,7 +68,6 @@ namespace ops {
 void linear(Context& ctx, const LinearArgs& args);
 void linear_glu(Context& ctx, const LinearGluArgs& args);
 void linear_backward(Context& ctx, const LinearBackwardArgs& args);
-void linear_glu_backward(Context& ctx, const LinearGluBackwardArgs& args);
 }  // namespace ops
 namespace cpu {
 // Whether products with BF16 matrices, and their gradients, are faster than with F32.
@@ -92,8 +80,6 @@ void linear(Context& ctx, const LinearArgs& args);
 // False where no kernel computes it in one pass.
 bool linear_glu(Context& ctx, const LinearGluArgs& args);
 void linear_backward(Context& ctx, const LinearBackwardArgs& args);
-// Likewise.
-bool linear_glu_backward(Context& ctx, const LinearGluBackwardArgs& args);
 }  // namespace cuda
 namespace reference {
 void linear(const LinearArgs& args);

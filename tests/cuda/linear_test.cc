@@ -118,39 +118,6 @@ TEST_P(CudaLinear, ManyRowsEqualPlain) {
   }
 }
 
-TEST_P(CudaLinear, TheWayBackThroughAGatedProductEqualsPlain) {
-  Random random(12);
-  Gpu gpu(GetParam());
-  struct Case {
-    std::int64_t tokens, outputs, k;
-  };
-  for (const Case& c : {Case{1100, 392, 768}, {1281, 256, 64}, {300, 1544, 104}, {70, 24, 40}}) {
-    SCOPED_TRACE(testing::Message() << c.tokens << " x " << c.outputs << " x " << c.k);
-    Tensor dz = random.normal_tensor({c.tokens, c.k});
-    Tensor w = random.normal_tensor({c.k, c.outputs}, 1 / std::sqrt(static_cast<float>(c.k)));
-    Tensor gate_up = random.normal_tensor({c.tokens, 2 * c.outputs});
-    const Tensor gpu_dz = gpu.upload(dz, gpu.dtype());
-    const Tensor gpu_w = gpu.upload(w, gpu.dtype());
-    Tensor gpu_gate_up = gpu.upload(gate_up, gpu.dtype());
-    Tensor gpu_y = device(gpu.dtype(), {c.tokens, c.outputs});
-    ops::linear_glu_backward(gpu.ctx(), {.dz = gpu_dz.view(),
-                                         .w = gpu_w.view(),
-                                         .gate_up = gpu_gate_up.view(),
-                                         .dgate_up = gpu_gate_up.view(),
-                                         .y = gpu_y.view()});
-    Tensor d(DType::kF32, {c.tokens, c.outputs});
-    Tensor y(DType::kF32, d.view().shape);
-    Tensor dgate_up(DType::kF32, gate_up.view().shape);
-    reference::linear_backward({.dy = dz.view(), .x = y.view(), .w = w.view(), .dx = d.view()});
-    reference::glu_backward(
-        {.gate_up = gate_up.view(), .dy = d.view(), .dgate_up = dgate_up.view(), .y = y.view()});
-    // d is rounded on the way.
-    const double once = tolerance(gpu.dtype(), c.k) + 0x1p-17;
-    expect_close(gpu.download(gpu_gate_up), dgate_up, 2 * once);
-    expect_close(gpu.download(gpu_y), y, once);
-  }
-}
-
 TEST_P(CudaLinear, ARowOfManyDoesNotDependOnTheOthers) {
   Random random(11);
   Gpu gpu(GetParam());

@@ -160,9 +160,6 @@ void kv_append(Context& /*ctx*/, const KvAppendArgs& /*args*/) {
 void linear(Context& /*ctx*/, const LinearArgs& /*args*/) {
   fail_without_cuda();
 }
-bool linear_glu_backward(Context& /*ctx*/, const LinearGluBackwardArgs& /*args*/) {
-  fail_without_cuda();
-}
 bool linear_glu(Context& /*ctx*/, const LinearGluArgs& /*args*/) {
   fail_without_cuda();
 }

@@ -87,15 +87,15 @@ void Mlp::backward(Context& ctx, const ConstTensorView& x, const Saved& saved, c
                    const TensorView& dx, Gradients& gradients) const {
   ScratchScope scratch(ctx);
   const TensorView product = scratch.activation({x.shape[0], config_.intermediate_size});
+  const TensorView dproduct = scratch.like(product);  // [T, F]
+  // Without dw only the shape of x matters: the product is not there yet.
+  ops::linear_backward(ctx,
+                       {.dy = dy, .x = product, .w = weights_.down_proj.value, .dx = dproduct});
   const ConstTensorView input = normed(ctx, scratch, x);                       // [T, C]
   const TensorView dinput = weights_.norm ? scratch.activation(x.shape) : dx;  // [T, C]
   const TensorView dgate =
       weights_.up_proj ? scratch.like(saved.gate) : saved.gate;  // as saved.gate
   if (weights_.up_proj) {
-    const TensorView dproduct = scratch.like(product);  // [T, F]
-    // Without dw only the shape of x matters: the product is not there yet.
-    ops::linear_backward(ctx,
-                         {.dy = dy, .x = product, .w = weights_.down_proj.value, .dx = dproduct});
     ctx.copy(product.data, saved.up.data, bytes_of(product.dtype, product.shape));
     ops::gate(ctx, {.activation = config_.activation, .gate = saved.gate, .x = product});
     ops::gate_backward(ctx, {.activation = config_.activation,
@@ -110,12 +110,11 @@ void Mlp::backward(Context& ctx, const ConstTensorView& x, const Saved& saved, c
                                .dx = dinput,
                                .dw = gradients.sum_of(weights_.up_proj)});
   } else {
-    ops::linear_glu_backward(ctx, {.activation = config_.activation,
-                                   .dz = dy,
-                                   .w = weights_.down_proj.value,
-                                   .gate_up = saved.gate,
-                                   .dgate_up = dgate,
-                                   .y = product});
+    ops::glu_backward(ctx, {.activation = config_.activation,
+                            .gate_up = saved.gate,
+                            .dy = dproduct,
+                            .dgate_up = dgate,
+                            .y = product});
   }
   ops::linear_backward(ctx, {.dy = dy,
                              .x = product,
