@@ -9,6 +9,8 @@
 #define DELTAFOX_TARGET \
   __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,amx-tile,amx-bf16")))
 
+#include "cpu/transpose_avx512-inl.h"
+
 namespace deltafox::cpu::amx {
 namespace {
 
@@ -66,11 +68,22 @@ DELTAFOX_TARGET void configure(std::int64_t rows) {
 
 }  // namespace
 
+DELTAFOX_TARGET void transpose(const float* from, std::int64_t stride, std::int64_t rows,
+                               std::int64_t columns, float* to, std::int64_t to_stride) {
+  for (std::int64_t r = 0; r < rows; r += kTileSide) {
+    for (std::int64_t c = 0; c < columns; c += kTileSide) {
+      cpu::transpose(from + r * stride + c, stride, to + c * to_stride + r, to_stride);
+    }
+  }
+}
+
 DELTAFOX_TARGET void round_left(const float* from, std::int64_t stride, std::int64_t rows,
-                                std::int64_t columns, std::uint16_t* to) {
+                                std::int64_t columns, float scale, std::uint16_t* to) {
+  const __m512 factor = _mm512_set1_ps(scale);
   const auto columns_at = [&](std::int64_t k) DELTAFOX_TARGET {
     const std::int64_t count = std::clamp<std::int64_t>(columns - k, 0, kTileSide);
-    return _mm512_maskz_loadu_ps(static_cast<__mmask16>((1U << count) - 1U), from + k);
+    const auto inside = static_cast<__mmask16>((1U << count) - 1U);
+    return _mm512_mul_ps(_mm512_maskz_loadu_ps(inside, from + k), factor);
   };
   for (std::int64_t r = 0; r < rows; ++r, from += stride) {
     // Whole lines: tiles cannot be loaded from halves that are still on their way to the cache.

@@ -18,10 +18,15 @@ constexpr std::int64_t padded_depth(std::int64_t n) {
 #if defined(__x86_64__)
 namespace amx {
 
-// The left operand: from [rows, columns], rounded, zeros up to padded_depth(columns), which is the
-// stride of `to`.
+// to [columns, rows] = from [rows, columns]ᵀ; rows, columns and to_stride are multiples of 16, `to`
+// begins a cache line.
+void transpose(const float* from, std::int64_t stride, std::int64_t rows, std::int64_t columns,
+               float* to, std::int64_t to_stride);
+
+// The left operand: from [rows, columns] · scale, rounded, zeros up to padded_depth(columns), which
+// is the stride of `to`.
 void round_left(const float* from, std::int64_t stride, std::int64_t rows, std::int64_t columns,
-                std::uint16_t* to);
+                float scale, std::uint16_t* to);
 
 // The right operand, [columns / 16][padded / 2][16 columns][2 rows]: from [depth, columns],
 // rounded, zeros up to `padded` rows, a multiple of kTileDepth. columns is a multiple of 16.

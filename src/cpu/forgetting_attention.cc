@@ -154,7 +154,7 @@ HWY_INLINE void begin_rows(const ForgettingAttentionArgs& args, const Block& blo
   }
   std::fill(work.o, work.o + block.count * layout.value_stride(), 0.0f);
 #if defined(__x86_64__)
-  if (work.tiles) amx::round_left(work.q, dim, block.count, dim, work.q_bf16);
+  if (work.tiles) amx::round_left(work.q, dim, block.count, dim, 1, work.q_bf16);
 #endif
 }
 
@@ -265,7 +265,7 @@ HWY_INLINE void page_output(const Page& page, const KvLayout& layout, std::int64
   float* o = work.o + row * stride;
 #if defined(__x86_64__)
   if (work.tiles) {
-    amx::round_left(work.scores, kKvPage, rows, kKvPage, work.weights);
+    amx::round_left(work.scores, kKvPage, rows, kKvPage, 1, work.weights);
     amx::multiply({.left = work.weights,
                    .left_stride = kKvPage,
                    .right = work.values,
