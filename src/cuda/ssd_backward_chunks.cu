@@ -5,7 +5,7 @@
 //
 // 1. `chunk_sums`: what a chunk adds to the state, Bᵀ diag(Δ r) X, and to its gradient,
 //    Cᵀ diag(e^λ) dY; kept transposed and in bfloat16, as products read them.
-// 2. `scan`: from these S and dS of every chunk.
+// 2. chunk_states.cuh: from these S and dS of every chunk.
 // 3. `chunk_gradients`: with G = C Bᵀ and E = (dY Uᵀ) ⊙ L (s ≤ t),
 //      dU = (G ⊙ L)ᵀ dY + diag(r) B dS,  dX = Δ dU + d dY,
 //      dC = Σ_heads E B + diag(e^λ) dY Sᵀ,  dB = Σ_heads Eᵀ C + diag(r) U dSᵀ.
@@ -16,10 +16,13 @@
 
 #include "cuda/batches.h"
 #include "cuda/check.h"
+#include "cuda/chunk.cuh"
+#include "cuda/chunk_states.cuh"
 #include "cuda/eight.cuh"
 #include "cuda/ssd_backward.cuh"
 #include "cuda/ssd_decays.cuh"
 #include "cuda/stream.h"
+#include "cuda/warp_tiles.cuh"
 
 namespace deltafox::cuda {
 namespace {
@@ -28,7 +31,6 @@ constexpr const char* kOp = "ssd_backward";
 constexpr int kChunk = kTileRows;
 constexpr int kHeadDim = 64;  // P
 constexpr int kSumThreads = 128;
-constexpr int kScanThreads = 256;
 constexpr int kThreads = 256;
 constexpr int kMostHeadsAtOnce = 6;
 
@@ -53,36 +55,13 @@ struct Block {
   int first_head;
 
   __device__ explicit Block(const ChunkParams& params) {
-    const SequenceBatch& batch = params.batch;
-    const int chunk = static_cast<int>(blockIdx.x);
-    int low = 0;
-    int high = batch.count;
-    while (high - low > 1) {
-      const int middle = (low + high) / 2;
-      (batch.entries[middle].first_block <= chunk ? low : high) = middle;
-    }
-    const BatchEntry& entry = batch.entries[low];
-    const int first = (chunk - entry.first_block) * kChunk;
-    row = entry.begin + first;
-    valid_rows = min(kChunk, entry.length - first);
+    const Chunk chunk(params.batch, static_cast<int>(blockIdx.x), kChunk);
+    row = chunk.begin;
+    valid_rows = chunk.tokens;
     first_head = static_cast<int>(blockIdx.y) * params.heads_at_once;
     group = first_head / (params.p.heads / params.p.groups);
   }
 };
-
-// [64, 8·kPieces] from rows `stride` apart; rows that are not valid become zeros.
-template <int kPieces>
-__device__ void load_tile(std::uint32_t tile, const bf16* rows, std::ptrdiff_t stride,
-                          int valid_rows) {
-  for (int i = static_cast<int>(threadIdx.x); i < kTileRows * kPieces;
-       i += static_cast<int>(blockDim.x)) {
-    const int row = i / kPieces;
-    const int piece = i % kPieces;
-    const bool valid = row < valid_rows;
-    copy_piece_async(tile + piece_offset(row, piece),
-                     valid ? rows + row * stride + piece * 8 : rows, valid);
-  }
-}
 
 template <int kStates>
 __device__ void load_b_and_c(const SsdGradients& p, const Block& block, std::uint32_t b,
@@ -107,70 +86,6 @@ __device__ void load_x_and_dy(const SsdGradients& p, const Block& block, int hea
 __device__ ChunkDecays decays_of(const SsdGradients& p, const Block& block, int head) {
   return find_decays(-expf(p.a_log[head]), block.valid_rows,
                      [&](int t) { return p.step(p.scalar_at(block.row + t, head), head); });
-}
-
-// Left operands of rows 16·warp to 16·warp + 15, columns 16k to 16k + 15, of a tile or its
-// transpose.
-__device__ void load_rows(std::uint32_t (&a)[4], std::uint32_t tile, int warp, int k) {
-  const int lane = threadIdx.x % 32;
-  load_matrices(a, tile + piece_offset(16 * warp + lane % 16, 2 * k + lane / 16));
-}
-__device__ void load_columns(std::uint32_t (&a)[4], std::uint32_t tile, int warp, int k) {
-  const int lane = threadIdx.x % 32;
-  load_matrices_transposed(
-      a, tile + piece_offset(16 * k + 8 * (lane / 16) + lane % 8, 2 * warp + (lane / 8) % 2));
-}
-__device__ void scale_rows(std::uint32_t (&a)[4], float low, float high) {
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    const float factor = i % 2 == 0 ? low : high;
-    a[i] = scale_pair(a[i], make_float2(factor, factor));
-  }
-}
-
-// d += a · rows 16k to 16k + 15 of a tile, from its column 16·first on.
-template <int kTiles>
-__device__ void add_times(float (&d)[kTiles][4], const std::uint32_t (&a)[4], std::uint32_t tile,
-                          int k, int first) {
-  const int lane = threadIdx.x % 32;
-#pragma unroll
-  for (int n = 0; n < kTiles / 2; ++n) {
-    std::uint32_t b[4];
-    load_matrices_transposed(b, tile + piece_offset(16 * k + ((lane / 8) % 2) * 8 + lane % 8,
-                                                    2 * (first + n) + lane / 16));
-    mma_bf16(d[2 * n], a, b[0], b[1]);
-    mma_bf16(d[2 * n + 1], a, b[2], b[3]);
-  }
-}
-// d += a · (columns 16k to 16k + 15 of a tile)ᵀ, from its row 16·first on.
-template <int kTiles>
-__device__ void add_times_transposed(float (&d)[kTiles][4], const std::uint32_t (&a)[4],
-                                     std::uint32_t tile, int k, int first) {
-  const int lane = threadIdx.x % 32;
-#pragma unroll
-  for (int n = 0; n < kTiles / 2; ++n) {
-    std::uint32_t b[4];
-    load_matrices(b, tile + piece_offset(16 * (first + n) + (lane / 16) * 8 + lane % 8,
-                                         2 * k + (lane / 8) % 2));
-    mma_bf16(d[2 * n], a, b[0], b[1]);
-    mma_bf16(d[2 * n + 1], a, b[2], b[3]);
-  }
-}
-
-template <int kTiles>
-__device__ void clear(float (&d)[kTiles][4]) {
-#pragma unroll
-  for (auto& four : d) four[0] = four[1] = four[2] = four[3] = 0;
-}
-
-// The pair of a tile at columns `column` and `column` + 1.
-__device__ float2 pair_at(const unsigned char* tile, int row, int column) {
-  const auto* pair = reinterpret_cast<const __nv_bfloat162*>(tile + piece_offset(row, column / 8) +
-                                                             column % 8 * 2);
-  return __bfloat1622float2(*pair);
-}
-__device__ void store_pair(bf16* to, float low, float high) {
-  *reinterpret_cast<std::uint32_t*>(to) = pack(low, high);
 }
 
 template <int kStates>
@@ -239,41 +154,6 @@ __global__ void __launch_bounds__(kSumThreads)
     };
     add_up(L::kX, L::kB, factors[0], params.states);
     add_up(L::kDy, L::kC, factors[1], params.d_states);
-  }
-}
-
-// Eight elements of a head's state a thread; blockIdx.z: two for a sequence, forwards and
-// backwards.
-__global__ void __launch_bounds__(kScanThreads) scan(const __grid_constant__ ChunkParams params) {
-  constexpr int kAtOnce = 4;
-  const BatchEntry& entry = params.batch.entries[blockIdx.z / 2];
-  const bool forwards = blockIdx.z % 2 == 0;
-  const int head = static_cast<int>(blockIdx.y);
-  const int i = static_cast<int>(blockIdx.x * kScanThreads + threadIdx.x) * 8;
-  if (i >= kHeadDim * params.p.state_size) return;
-  bf16* states = forwards ? params.states : params.d_states;
-  const int last = entry.first_block + entry.segments - 1;
-  const auto chunk_at = [&](int step) { return forwards ? entry.first_block + step : last - step; };
-  float state[8] = {};
-  for (int first = 0; first < entry.segments; first += kAtOnce) {
-    Eight<bf16> sums[kAtOnce];
-    float decays[kAtOnce];
-#pragma unroll
-    for (int n = 0; n < kAtOnce; ++n) {
-      if (first + n >= entry.segments) break;
-      const int chunk = chunk_at(first + n);
-      sums[n].load(states + params.state_at(chunk, head) + i);
-      decays[n] = params.decays[params.p.scalar_at(chunk, head)];
-    }
-#pragma unroll
-    for (int n = 0; n < kAtOnce; ++n) {
-      if (first + n >= entry.segments) break;
-      Eight<bf16>::store(states + params.state_at(chunk_at(first + n), head) + i, state);
-      float sum[8];
-      sums[n].get(sum);
-#pragma unroll
-      for (int e = 0; e < 8; ++e) state[e] = fmaf(decays[n], state[e], sum[e]);
-    }
   }
 }
 
@@ -624,11 +504,15 @@ void launch(const ChunkParams& params, cudaStream_t stream) {
     check_launch(kOp);
   };
   run(chunk_sums<kStates>, kSumThreads, SumLayout<kStates>::kBytes);
-  const dim3 scan_grid((kHeadDim * kStates / 8 + kScanThreads - 1) / kScanThreads,
-                       static_cast<unsigned>(p.heads),
-                       static_cast<unsigned>(2 * params.batch.count));
-  scan<<<scan_grid, kScanThreads, 0, stream>>>(params);
-  check_launch(kOp);
+  launch_chunk_states(kOp,
+                      {.states = params.states,
+                       .d_states = params.d_states,
+                       .decays = params.decays,
+                       .heads = p.heads,
+                       .size = kHeadDim * kStates,
+                       .alike = kHeadDim * kStates,
+                       .batch = params.batch},
+                      stream);
   run(chunk_gradients<kStates>, kThreads, Layout<kStates>::kBytes);
 }
 
