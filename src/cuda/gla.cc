@@ -30,7 +30,7 @@ void gla(Context& ctx, const GlaArgs& args) {
   const bool on_tensor_cores = problem.is_bf16 && gla_bf16_fits(problem.key_dim, problem.value_dim);
   const int chunk = on_tensor_cores ? kGlaBf16Chunk : kDecayedChunk;
   const auto chunks = [&](int length) { return (length + chunk - 1) / chunk; };
-  const auto chunked = [](int length) { return length >= 64; };
+  const auto chunked = [](int length) { return length >= 2 * kDecayedChunk; };
   for_each_batch(
       args.sequences, args.states, [&](int length) { return chunked(length) ? chunks(length) : 0; },
       [&](const SequenceBatch& batch) {
