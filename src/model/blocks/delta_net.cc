@@ -229,7 +229,7 @@ bool DeltaNetMixer::has_step() const {
          config_.conv_size == kStepConvWidth && config_.qk_activation == Activation::kSilu &&
          config_.qk_norm == FeatureNorm::kL2 && config_.key_dim == heads * kStepHeadDim &&
          config_.value_dim == heads * kStepHeadDim && config_.hidden_size % 256 == 0 &&
-         config_.value_dim % 256 == 0 && weights_.q_proj.value.dtype == DType::kBF16;
+         config_.value_dim % 256 == 0 && weights_.q_proj.value.dtype != DType::kF32;
 }
 
 void DeltaNetMixer::step(Context& ctx, const ConstTensorView& norm, float eps,
