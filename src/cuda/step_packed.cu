@@ -126,8 +126,6 @@ using Kernel = void (*)(Params);
 
 template <bool kFourBits, int kHalves>
 Kernel kernel_for(int blocks) {
-  if (blocks % 8 == 0) return packed_step_kernel<kFourBits, 8, kHalves>;
-  if (blocks % 6 == 0) return packed_step_kernel<kFourBits, 6, kHalves>;
   if (blocks % 4 == 0) return packed_step_kernel<kFourBits, 4, kHalves>;
   if (blocks % 3 == 0) return packed_step_kernel<kFourBits, 3, kHalves>;
   if (blocks % 2 == 0) return packed_step_kernel<kFourBits, 2, kHalves>;

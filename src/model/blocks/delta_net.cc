@@ -205,6 +205,7 @@ void DeltaNetMixer::forward(Context& ctx, const ConstTensorView& x, const Sequen
 bool DeltaNetMixer::has_token(const Context& ctx) const {
   return !weights_.g_proj && weights_.b_proj && config_.hidden_size % 8 == 0 &&
          config_.value_dim == config_.num_heads * kDeltaTokenHead &&
+         weights_.b_proj->value.dtype == ctx.activation_dtype() &&
          joined_projections(ctx).data != nullptr;
 }
 
