@@ -26,7 +26,8 @@ struct LoadOptions {
   std::optional<DType> dtype = {};
   int threads = 0;  // 0: one for each core this process may use
   // On a GPU matrices and activations are bfloat16 where they are stored so or `dtype` says so,
-  // else float32; the residual stream, gates, states and statistics are float32.
+  // else float32; with kQ8 and kQ4 activations are bfloat16. The residual stream, gates, states and
+  // statistics are float32.
   Device device = Device::kCpu;
   std::string revision = "main";
 };
@@ -80,8 +81,8 @@ struct AttentionStats {
   std::int64_t skipped_blocks = 0;  // of them, by adaptive computation pruning
 };
 
-// A weight as the model keeps it: row-major, or packed (is_packed(dtype)). The data live as long as
-// a copy of the model does.
+// A weight as the model keeps it: row-major, or packed (is_packed(dtype), on a GPU in an order of
+// its own). The data live as long as a copy of the model does.
 struct Weight {
   std::string name;  // as in the checkpoint
   DType dtype = DType::kF32;

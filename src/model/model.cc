@@ -201,8 +201,8 @@ Model::Impl::Impl(const std::string& directory, const LoadOptions& options)
       device_(options.device) {
   std::optional<DType> dtype = options.dtype;
   if (device_ == Device::kCuda) {
-    activation_dtype_ = gpu_dtype(options);
-    dtype = activation_dtype_;
+    dtype = gpu_dtype(options);
+    activation_dtype_ = *dtype == DType::kF32 ? DType::kF32 : DType::kBF16;
   }
   buffers_ = bind_params(lm_, checkpoint_, dtype, threads_);
   if (device_ == Device::kCuda) {
@@ -212,8 +212,11 @@ Model::Impl::Impl(const std::string& directory, const LoadOptions& options)
 }
 
 DType Model::Impl::gpu_dtype(const LoadOptions& options) const {
-  if (options.dtype == DType::kF32 || options.dtype == DType::kBF16) return *options.dtype;
-  if (options.dtype) fail("dtype: on a GPU weights are kept as float32 or bfloat16");
+  if (options.dtype == DType::kF16) {
+    fail("dtype: on a GPU weights are kept as float32, bfloat16, int8 or int4");
+  }
+  if (options.dtype) return *options.dtype;
+  if (const auto packed = quantization_of(config_)) return *packed;
   const std::string& name = lm_.config().names.embeddings;
   const bool stored_bf16 =
       checkpoint_.contains(name) && checkpoint_.view(name).dtype == DType::kBF16;
@@ -223,7 +226,7 @@ DType Model::Impl::gpu_dtype(const LoadOptions& options) const {
 // Before the model is built: a scheme that is not known explains tensors that are missing.
 io::JsonObject Model::Impl::read_config(const std::string& directory, const std::string& text) {
   io::JsonObject config = io::JsonObject::parse(text, directory + "/config.json");
-  check_quantization(config);
+  quantization_of(config);
   return config;
 }
 
@@ -670,9 +673,10 @@ void Model::loss_and_gradients(const Batch& batch, std::span<const std::int32_t>
   impl_->check(batch);
   impl_->check_labels(batch, labels, loss);
   impl_->lm_.visit_params([&](const std::string& name, const Param& param) {
-    if (impl_->device_ == Device::kCuda || param.value.dtype == DType::kF32) return;
+    const DType kept = param.value.dtype;
+    if (kept == DType::kF32 || (impl_->device_ == Device::kCuda && !is_packed(kept))) return;
     fail("gradients: tensor '{}' is kept as {}; load the model with dtype float32", name,
-         name_of(param.value.dtype));
+         name_of(kept));
   });
   const auto counted = std::count_if(labels.begin(), labels.end(), [](auto id) { return id >= 0; });
   const float scale = counted > 0 ? 1 / static_cast<float>(counted) : 0;
