@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cstring>
 #include <filesystem>
 #include <mutex>
 #include <numeric>
@@ -189,6 +190,7 @@ struct Model::Impl {
   DType gpu_dtype(const LoadOptions& options) const;
   void fill_info(const std::string& directory);
   void populate();
+  void copy_weights();
   bool is_looked_up(const std::string& name) const;
 };
 
@@ -207,6 +209,8 @@ Model::Impl::Impl(const std::string& directory, const LoadOptions& options)
   buffers_ = bind_params(lm_, checkpoint_, dtype, threads_);
   if (device_ == Device::kCuda) {
     buffers_ = place_on_gpu(lm_, threads_);
+  } else if (options.copy_weights) {
+    copy_weights();
   }
   fill_info(directory);
 }
@@ -274,10 +278,51 @@ bool Model::Impl::is_looked_up(const std::string& name) const {
   return name == lm_.config().names.embeddings && !lm_.config().tie_word_embeddings;
 }
 
-// Maps, before the first call, the weights that it will read: threads share the work, and a system
-// call does for many pages what a fault does for a few.
+// Weights are worked through in pieces, so that threads share the work.
+constexpr std::size_t kPiece = std::size_t{8} << 20;
+
+// The weights that a step reads, from the checkpoint's files into one piece of memory, in the order
+// that they are read in.
+void Model::Impl::copy_weights() {
+  constexpr std::size_t kAlignment = 256;
+  std::set<const void*> converted;
+  for (const Tensor& buffer : buffers_) converted.insert(buffer.view().data);
+  std::vector<Param*> params;
+  std::vector<std::size_t> offsets{0};
+  lm_.visit_params([&](const std::string& name, Param& param) {
+    if (is_looked_up(name) || converted.contains(param.value.data)) return;
+    params.push_back(&param);
+    const std::size_t bytes = bytes_of(param.value.dtype, param.shape);
+    offsets.push_back(offsets.back() + (bytes + kAlignment - 1) / kAlignment * kAlignment);
+  });
+  Tensor& copy =
+      buffers_.emplace_back(DType::kU8, Shape{static_cast<std::int64_t>(offsets.back())});
+  auto* const to = static_cast<std::byte*>(copy.view().data);
+  struct Piece {
+    std::byte* to;
+    std::span<const std::byte> from;
+  };
+  std::vector<Piece> pieces;
+  for (std::size_t i = 0; i < params.size(); ++i) {
+    const ConstTensorView& value = params[i]->value;
+    const std::span from(static_cast<const std::byte*>(value.data),
+                         bytes_of(value.dtype, params[i]->shape));
+    for (std::size_t at = 0; at < from.size(); at += kPiece) {
+      pieces.push_back(
+          {to + offsets[i] + at, from.subspan(at, std::min(kPiece, from.size() - at))});
+    }
+    params[i]->value.data = to + offsets[i];
+  }
+  threads_.parallel_for(static_cast<std::int64_t>(pieces.size()), [&](std::int64_t i) {
+    const Piece& piece = pieces[static_cast<std::size_t>(i)];
+    io::populate(piece.from);
+    std::memcpy(piece.to, piece.from.data(), piece.from.size());
+  });
+}
+
+// Maps, before the first call, the weights that it will read: a system call does for many pages
+// what a fault does for a few.
 void Model::Impl::populate() {
-  constexpr std::size_t kPiece = std::size_t{8} << 20;
   std::vector<std::span<const std::byte>> pieces;
   lm_.visit_params([&](const std::string& name, Param& param) {
     if (is_looked_up(name)) return;
