@@ -11,7 +11,7 @@
 #include <set>
 
 #include "deltafox/error.h"
-#include "infer/golden.h"
+#include "infer/generation.h"
 #include "infer/sampler.h"
 
 namespace deltafox {
@@ -20,18 +20,11 @@ namespace {
 
 using testing::ElementsAre;
 using testing::HasSubstr;
-using Ids = std::vector<std::int32_t>;
-using Prompts = std::vector<Ids>;
-
-Model golden_model(const std::string& name, int threads = 1) {
-  LoadOptions options;
-  options.threads = threads;
-  return Model::load(test::golden_path(name), options);
-}
-
-Model tiny_model(int threads = 1) {
-  return golden_model("delta_net-tiny", threads);
-}
+using test::golden_model;
+using test::greedy;
+using test::Ids;
+using test::Prompts;
+using test::tiny_model;
 
 // The golden checkpoints that hold `file` and are of an architecture that can be loaded.
 std::vector<std::string> loadable_checkpoints(const std::string& file) {
@@ -48,13 +41,6 @@ std::vector<std::string> loadable_checkpoints(const std::string& file) {
   }
   std::sort(names.begin(), names.end());
   return names;
-}
-
-GenerationConfig greedy(std::int64_t max_new_tokens) {
-  GenerationConfig config;
-  config.max_new_tokens = max_new_tokens;
-  config.eos_token_id.emplace();
-  return config;
 }
 
 GenerationConfig sampling(std::int64_t max_new_tokens, std::uint64_t seed = 1) {

@@ -13,6 +13,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "core/tensor.h"
 #include "deltafox/error.h"
 
 namespace deltafox::io {
@@ -86,5 +87,10 @@ class FileSizeLimit {
   rlimit before_{};
   void (*handler_)(int);
 };
+
+inline std::string bytes_of(const ConstTensorView& view) {
+  return {static_cast<const char*>(view.data),
+          static_cast<std::size_t>(view.shape.size()) * size_of(view.dtype)};
+}
 
 }  // namespace deltafox::io
