@@ -13,18 +13,19 @@
 #include "deltafox/error.h"
 #include "infer/generation.h"
 #include "infer/sampler.h"
+#include "support/errors.h"
 
 namespace deltafox {
 
 namespace {
 
-using testing::ElementsAre;
-using testing::HasSubstr;
 using test::golden_model;
 using test::greedy;
 using test::Ids;
 using test::Prompts;
 using test::tiny_model;
+using testing::ElementsAre;
+using testing::HasSubstr;
 
 // The golden checkpoints that hold `file` and are of an architecture that can be loaded.
 std::vector<std::string> loadable_checkpoints(const std::string& file) {
@@ -56,12 +57,7 @@ Ids new_ids(const GeneratedSequence& sequence) {
 
 std::string error_of(const Prompts& prompts, const GenerationConfig& config,
                      const GenerateOptions& options = {}) {
-  try {
-    generate(tiny_model(), prompts, config, options);
-  } catch (const Error& error) {
-    return error.what();
-  }
-  return "no error";
+  return test::error_of([&] { generate(tiny_model(), prompts, config, options); });
 }
 
 const Prompts kRagged = {{17, 4, 99, 200, 31}, {5}, {8, 8, 120, 54, 3, 77, 90, 41, 11}};

@@ -1,4 +1,4 @@
-// What the tests of files share: a folder that goes when the test ends, and what an error says.
+// What the tests of files share: a folder that goes when the test ends.
 #pragma once
 
 #include <gtest/gtest.h>
@@ -14,7 +14,7 @@
 #include <string>
 
 #include "core/tensor.h"
-#include "deltafox/error.h"
+#include "support/errors.h"
 
 namespace deltafox::io {
 
@@ -55,18 +55,7 @@ inline std::span<const std::byte> as_bytes(const std::string& text) {
   return std::as_bytes(std::span(text));
 }
 
-// What the Error says that `action` throws; every message is one line.
-template <typename Action>
-std::string error_of(Action&& action) {
-  try {
-    action();
-  } catch (const Error& error) {
-    const std::string what = error.what();
-    EXPECT_EQ(what.find('\n'), std::string::npos) << what;
-    return what;
-  }
-  return "no error";
-}
+using test::error_of;
 
 // No file of this process may grow beyond `bytes` while the object lives: a disk that is full.
 class FileSizeLimit {
