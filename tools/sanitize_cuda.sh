@@ -1,14 +1,19 @@
 #!/bin/bash
-# Runs the GPU tests under compute-sanitizer, a process for each test and tool, several at a time.
+# Runs the GPU tests under compute-sanitizer, in shards at the same time.
 #   tools/sanitize_cuda.sh [GPU_TESTS [RESULTS]]     build/cuda/tests/gpu_tests, build/sanitize
-# TOOLS (memcheck racecheck initcheck), JOBS at a time (8), SECONDS_EACH (600) and FILTER, of names of tests, from
-# the environment. Prints a line for each test and tool, then each place in a kernel that was reported; logs lie in
-# RESULTS. Ends with "N passed, N failed"; what ran out of time failed.
+# From the environment: TOOLS (memcheck racecheck initcheck), SHARDS of each (as many as cores), JOBS at a time (the
+# same), SECONDS_EACH (900) and FILTER of tests. Prints a line for each shard, then the places in kernels that were
+# reported, with how often; logs lie in RESULTS. Ends with "N passed, N failed", in shards: what ran out of time failed.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 
+export tests results sanitizer shards seconds filter
 tests=$(realpath "${1:-build/cuda/tests/gpu_tests}")
 results=${2:-build/sanitize}
+shards=${SHARDS:-$(nproc)}
+seconds=${SECONDS_EACH:-900}
+# Left out is what runs the kernels of other tests for too long.
+filter=${FILTER:-*-*Training*:*FiveSteps*:*OfManyRows*:*LongSequence*}
 sanitizer=$(PATH=$PATH:/usr/local/cuda/bin command -v compute-sanitizer) || {
   echo "error: no compute-sanitizer on PATH or in /usr/local/cuda/bin" >&2
   exit 2
@@ -16,37 +21,35 @@ sanitizer=$(PATH=$PATH:/usr/local/cuda/bin command -v compute-sanitizer) || {
 rm -rf "$results"
 mkdir -p "$results"
 
-# What repeats the kernels of other tests at lengths that take too long here.
-left_out='Training|FiveSteps|OfManyRows|LongSequence'
-
-# one TOOL TEST
+# one TOOL SHARD
 one() {
-  local tool=$1 test=$2 log start=$SECONDS status options=()
-  log=$results/$tool-${test//\//_}.log
-  # Reads and writes of shared memory by libraries' kernels are not ours to judge.
-  [[ $tool != racecheck ]] || options=(--kernel-name kernel_substring=deltafox --racecheck-report all)
-  timeout "$seconds" "$sanitizer" --tool "$tool" --error-exitcode 9 --print-limit 1000 "${options[@]}" \
-    "$tests" --gtest_brief=1 --gtest_filter="$test:$test/*" >"$log" 2>&1
+  local log=$results/$1-$2.log start=$SECONDS status options=()
+  # How kernels of libraries share memory is not ours to judge.
+  [[ $1 != racecheck ]] || options=(--kernel-name kernel_substring=deltafox --racecheck-report analysis)
+  GTEST_TOTAL_SHARDS=$shards GTEST_SHARD_INDEX=$2 timeout --kill-after=5 "$seconds" \
+    "$sanitizer" --tool "$1" --error-exitcode 9 --show-backtrace no "${options[@]}" \
+    "$tests" --gtest_filter="$filter" >"$log" 2>&1
   status=$?
   case $status in
     0) status=passed ;;
-    124) status='out of time' ;;
-    *) status=failed ;;
+    124 | 137) status="out of time in $(grep '^\[ RUN' "$log" | tail -n 1)" ;;
+    *) status="failed ($status)" ;;
   esac
-  printf '%s\t%s\t%s\t%d s\t%s\n' "$status" "$tool" "$test" $((SECONDS - start)) \
-    "$(grep -hoE '(ERROR|RACECHECK) SUMMARY: .*' "$log" | tail -n 1)"
+  echo "$status: $1 of shard $2, $((SECONDS - start)) s. $(grep -oE '[A-Z]+ SUMMARY: .*' "$log" | tail -n 1)"
 }
 export -f one
-export tests results sanitizer seconds=${SECONDS_EACH:-600}
 
-"$tests" --gtest_list_tests |
-  awk '/^[A-Z]/ { suite = $1 } /^  / { sub("/.*", "", $1); print suite $1 }' | uniq |
-  grep -vE "$left_out" | grep -E "${FILTER:-.}" >"$results/tests"
-for tool in ${TOOLS:-memcheck racecheck initcheck}; do sed "s/^/$tool /" "$results/tests"; done |
-  xargs -P "${JOBS:-8}" -L 1 bash -c 'one "$@"' one | tee "$results/summary"
+for tool in ${TOOLS:-memcheck racecheck initcheck}; do
+  for ((shard = 0; shard < shards; ++shard)); do echo "$tool $shard"; done
+done | xargs -P "${JOBS:-$shards}" -L 1 bash -c 'one "$@"' one | tee "$results/summary"
 
 echo
-# Where: the lines of a report that name a place in a kernel, counted.
-grep -hoE 'in [^ ]+\.cuh?:[0-9]+|at .*\+0x[0-9a-f]+ in [^ ]+' "$results"/*.log | sed 's/.* in //' | sort | uniq -c | sort -rn
-echo "$(grep -c '^passed' "$results/summary") passed, $(grep -vc '^passed' "$results/summary") failed"
-! grep -qv '^passed' "$results/summary"
+for tool in ${TOOLS:-memcheck racecheck initcheck}; do
+  grep -hE '^=+ +(Error|.*access at|.*in [^ ]+:[0-9]+)' "$results/$tool"-*.log 2>/dev/null |
+    grep -oE '[A-Za-z0-9_]+\.(cu|cuh|h):[0-9]+' | sort | uniq -c | sort -rn | sed "s/^/$tool/"
+done
+grep -h '^\[  FAILED  \] [^ ]*\.' "$results"/*.log | sort -u
+passed=$(grep -c '^passed' "$results/summary")
+failed=$(grep -vc '^passed' "$results/summary")
+echo "$passed passed, $failed failed"
+((failed == 0 && passed > 0))

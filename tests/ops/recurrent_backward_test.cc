@@ -38,7 +38,7 @@ void normalise_rows(Tensor& x) {
 
 struct DeltaGradients {
   DeltaGradients(Random& random, Lengths lengths, std::int64_t heads, std::int64_t key_dim,
-            std::int64_t value_dim, bool has_beta)
+                 std::int64_t value_dim, bool has_beta)
       : cu(std::move(lengths)),
         q(random.normal_tensor({cu.back(), heads, key_dim})),
         k(random.normal_tensor({cu.back(), heads, key_dim})),
@@ -89,7 +89,7 @@ struct DeltaGradients {
 
 struct GlaGradients {
   GlaGradients(Random& random, Lengths lengths, std::int64_t heads, std::int64_t key_dim,
-          std::int64_t value_dim)
+               std::int64_t value_dim)
       : cu(std::move(lengths)),
         q(random.normal_tensor({cu.back(), heads, key_dim})),
         k(random.normal_tensor({cu.back(), heads, key_dim})),
@@ -135,7 +135,7 @@ struct GlaGradients {
 
 struct SsdGradients {
   SsdGradients(Random& random, Lengths lengths, std::int64_t num_groups, std::int64_t group_heads,
-          std::int64_t dim, std::int64_t state_size, bool clamps)
+               std::int64_t dim, std::int64_t state_size, bool clamps)
       : cu(std::move(lengths)),
         heads(num_groups * group_heads),
         groups(num_groups),
@@ -199,7 +199,8 @@ struct SsdGradients {
 };
 
 struct ScanGradients {
-  ScanGradients(Random& random, Lengths lengths, std::int64_t channels, std::int64_t size, bool has_gate)
+  ScanGradients(Random& random, Lengths lengths, std::int64_t channels, std::int64_t size,
+                bool has_gate)
       : cu(std::move(lengths)),
         x(random.normal_tensor({cu.back(), channels})),
         dt(random.normal_tensor({cu.back(), channels})),
@@ -263,7 +264,7 @@ struct ScanGradients {
 
 struct AttentionGradients {
   AttentionGradients(Random& random, Lengths lengths, std::int64_t kv_heads, std::int64_t group,
-                std::int64_t dim, bool has_gates)
+                     std::int64_t dim, bool has_gates)
       : cu(std::move(lengths)),
         q(random.normal_tensor({cu.back(), kv_heads * group, dim})),
         k(random.normal_tensor({cu.back(), kv_heads, dim})),
@@ -352,7 +353,7 @@ TEST(DeltaRuleBackward, ChunkedEqualsRecurrent) {
   Random random(21);
   for (int round = 0; round < 10; ++round) {
     DeltaGradients c(random, random.lengths(2, 150), random.integer(1, 2), random.integer(1, 40),
-                random.integer(1, 40), round % 3 != 0);
+                     random.integer(1, 40), round % 3 != 0);
     if (round % 5 == 0) c = DeltaGradients(random, {0, 64, 192}, 1, 16, 32, true);
     check(random, c, ops::delta_rule_backward, reference::delta_rule_backward, false);
   }
@@ -370,7 +371,7 @@ TEST(GlaBackward, FastEqualsPlain) {
   Random random(23);
   for (int round = 0; round < 10; ++round) {
     GlaGradients c(random, random.lengths(2, 70), random.integer(1, 3), random.integer(1, 20),
-              random.integer(1, 40));
+                   random.integer(1, 40));
     check(random, c, ops::gla_backward, reference::gla_backward, false);
   }
 }
@@ -385,7 +386,7 @@ TEST(SsdBackward, FastEqualsPlain) {
   Random random(25);
   for (int round = 0; round < 10; ++round) {
     SsdGradients c(random, random.lengths(2, 70), random.integer(1, 2), random.integer(1, 3),
-              random.integer(1, 20), random.integer(1, 20), round % 2 == 0);
+                   random.integer(1, 20), random.integer(1, 20), round % 2 == 0);
     check(random, c, ops::ssd_backward, reference::ssd_backward, false);
   }
 }
@@ -400,7 +401,7 @@ TEST(SelectiveScanBackward, FastEqualsPlain) {
   Random random(27);
   for (int round = 0; round < 10; ++round) {
     ScanGradients c(random, random.lengths(2, 50), random.integer(1, 90), random.integer(1, 20),
-               round % 3 != 0);
+                    round % 3 != 0);
     check(random, c, ops::selective_scan_backward, reference::selective_scan_backward, false);
   }
 }
@@ -417,7 +418,7 @@ TEST(ForgettingAttentionBackward, FastEqualsPlain) {
   Random random(29);
   for (int round = 0; round < 12; ++round) {
     AttentionGradients c(random, random.lengths(2, 200), random.integer(1, 2), random.integer(1, 2),
-                    random.integer(1, 40), round % 3 != 0);
+                         random.integer(1, 40), round % 3 != 0);
     if (round % 4 == 1) c.window = random.integer(1, 150);
     c.use_lse = round % 2 == 0;
     check(random, c, ops::forgetting_attention_backward, reference::forgetting_attention_backward,
