@@ -78,6 +78,20 @@ bool linear_blas(Context& ctx, const LinearArgs& args) {
                           &Product::n, {.a = 0, .b = inputs, .c = 1}, bucket);
 }
 
+// Without the bias.
+void multiply(Context& ctx, const LinearArgs& args) {
+  const bool small = fits_small_linear(args);
+  ScratchScope scratch(ctx);
+  LinearArgs product = args;
+  if (is_packed(args.w.dtype) && !small) product.w = unpacked(ctx, scratch, args.w);
+  if (args.x.shape[0] <= kSmallLinearRows || !linear_blas(ctx, product)) {
+    if (args.added.data != nullptr && args.added.data != args.y.data) {
+      ctx.copy(args.y.data, args.added.data, bytes_of(args.y.dtype, args.y.shape));
+    }
+    small ? small_linear(ctx, product) : linear_plain(ctx, product);
+  }
+}
+
 }  // namespace
 
 void linear(Context& ctx, const LinearArgs& args) {
@@ -87,16 +101,8 @@ void linear(Context& ctx, const LinearArgs& args) {
     fail("linear: x is {} and w {}, on a GPU they must be the same, or x BF16 and w packed",
          name_of(args.x.dtype), name_of(args.w.dtype));
   }
-  const bool small = fits_small_linear(args);
-  ScratchScope scratch(ctx);
-  LinearArgs product = args;
-  if (packed && !small) product.w = unpacked(ctx, scratch, args.w);
-  if (args.x.shape[0] <= kSmallLinearRows || !linear_blas(ctx, product)) {
-    if (args.added.data != nullptr && args.added.data != args.y.data) {
-      ctx.copy(args.y.data, args.added.data, bytes_of(args.y.dtype, args.y.shape));
-    }
-    small ? small_linear(ctx, product) : linear_plain(ctx, product);
-  }
+  const bool few = args.x.shape[0] <= kSmallLinearRows;
+  if (!packed || few || !packed_product(ctx, args)) multiply(ctx, args);
   if (args.bias.data != nullptr) add_bias(ctx, args.y, args.bias);
 }
 

@@ -121,6 +121,26 @@ TEST_P(CudaProduct, ManyRowsEqualPlain) {
   }
 }
 
+// More than a card has thread blocks for at a time.
+TEST_P(CudaProduct, ManyOutputsEqualPlain) {
+  Random random(12);
+  Gpu gpu(activations());
+  constexpr std::int64_t kOutputs = 17030;
+  constexpr std::int64_t kInputs = 520;
+  for (const std::int64_t tokens : {3, 70}) {
+    SCOPED_TRACE(tokens);
+    Tensor x = random.normal_tensor({tokens, kInputs});
+    Tensor w = random.normal_tensor({kOutputs, kInputs});
+    const Tensor gpu_x = gpu.upload(x, gpu.dtype());
+    const Tensor gpu_w = gpu.upload(w, form());
+    Tensor gpu_y = device(DType::kF32, {tokens, kOutputs});
+    ops::linear(gpu.ctx(), {.x = gpu_x.view(), .w = gpu_w.view(), .y = gpu_y.view()});
+    Tensor y(DType::kF32, {tokens, kOutputs});
+    reference::linear({.x = x.view(), .w = w.view(), .y = y.view()});
+    expect_close(gpu.download(gpu_y), y, tolerance(DType::kF32, kInputs, form(), tokens));
+  }
+}
+
 TEST_P(CudaProduct, ARowOfManyDoesNotDependOnTheOthers) {
   Random random(11);
   Gpu gpu(activations());
@@ -359,10 +379,6 @@ TEST_P(CudaStepOfForm, FusedProjectionsEqualTheirParts) {
   }
 }
 
-INSTANTIATE_TEST_SUITE_P(Forms, CudaStepOfForm,
-                         testing::Values(DType::kBF16, DType::kQ8, DType::kQ4),
-                         [](const auto& p) { return std::string(name_of(p.param)); });
-
 TEST(CudaStep, DeltaRuleEqualsPlain) {
   Random random(4);
   Gpu gpu(DType::kBF16);
@@ -410,7 +426,8 @@ TEST(CudaStep, DeltaRuleEqualsPlain) {
 // A layer of a DeltaNet and a head, by steps.
 class Layer {
  public:
-  explicit Layer(Gpu& gpu) : gpu_(gpu) {
+  // With weights of a form, but for those of β.
+  Layer(Gpu& gpu, DType form) : gpu_(gpu), form_(form) {
     for (Tensor& proj : projections_) proj = matrix(kWidth, kWidth);
     for (Tensor& conv : convolutions_) conv = vector({kWidth, kStepConvWidth});
   }
@@ -445,10 +462,11 @@ class Layer {
   static constexpr std::int64_t kVocab = 40001;  // several groups of tiles a thread block
 
  private:
-  Tensor matrix(std::int64_t rows, std::int64_t columns) {
+  Tensor matrix(std::int64_t rows, std::int64_t columns) { return matrix(rows, columns, form_); }
+  Tensor matrix(std::int64_t rows, std::int64_t columns, DType form) {
     Tensor host =
         random_.normal_tensor({rows, columns}, 1 / std::sqrt(static_cast<float>(columns)));
-    return gpu_.upload(host, DType::kBF16);
+    return gpu_.upload(host, form);
   }
   Tensor vector(const Shape& shape) {
     Tensor host = random_.normal_tensor(shape);
@@ -504,10 +522,11 @@ class Layer {
   }
 
   Gpu& gpu_;
+  DType form_;
   Random random_{7};
   std::array<Tensor, 4> projections_;   // q, k, v, o [kWidth, kWidth]
   std::array<Tensor, 3> convolutions_;  // [kWidth, 4]
-  Tensor beta_ = matrix(kHeads, kWidth);
+  Tensor beta_ = matrix(kHeads, kWidth, DType::kBF16);
   Tensor gate_up_ = matrix(2 * kInner, kWidth);
   Tensor down_ = matrix(kWidth, kInner);
   Tensor head_ = matrix(kVocab, kWidth);
@@ -516,10 +535,10 @@ class Layer {
 };
 
 // Inputs of five products are rounded to bfloat16; at worst each rounding falls the other way.
-TEST(CudaStep, AProgramEqualsItsSteps) {
+TEST_P(CudaStepOfForm, AProgramEqualsItsSteps) {
   Random random(8);
   Gpu gpu(DType::kBF16);
-  Layer layer(gpu);
+  Layer layer(gpu, GetParam());
   for (const std::int64_t batch : {1, 3, 8, 11, 16}) {
     SCOPED_TRACE(testing::Message() << batch << " sequences");
     const Tensor inputs = random.normal_tensor({3, batch, Layer::kWidth});
@@ -528,10 +547,10 @@ TEST(CudaStep, AProgramEqualsItsSteps) {
   }
 }
 
-TEST(CudaStep, AProgramDoesNotDependOnTheBatch) {
+TEST_P(CudaStepOfForm, AProgramDoesNotDependOnTheBatch) {
   Random random(9);
   Gpu gpu(DType::kBF16);
-  Layer layer(gpu);
+  Layer layer(gpu, GetParam());
   const Tensor inputs = random.normal_tensor({3, 16, Layer::kWidth});
   const Tensor all = layer.run(inputs, 0, 16, true);
   expect_equal(layer.run(inputs, 0, 16, true), all);
@@ -543,6 +562,10 @@ TEST(CudaStep, AProgramDoesNotDependOnTheBatch) {
     }
   }
 }
+
+INSTANTIATE_TEST_SUITE_P(Forms, CudaStepOfForm,
+                         testing::Values(DType::kBF16, DType::kQ8, DType::kQ4),
+                         [](const auto& p) { return std::string(name_of(p.param)); });
 
 TEST(CudaStep, GreedyTokenIsTheFirstOfTheLargest) {
   Random random(5);
