@@ -252,10 +252,9 @@ void BenchModelCommand::run() const {
                        {"runs", runs},
                        {"cases", cases}});
   }
-  std::string text =
-      fmt::format("{}, {} parameters, {}, {} threads, loaded in {:.3f} s, medians of {} runs\n",
-                  info.directory, format_count(info.num_parameters), dtype, pool.size(),
-                  load_seconds, runs);
+  std::string text = fmt::format(
+      "{}, {} parameters, {}, {} threads, loaded in {:.3f} s, medians of {} runs\n", info.directory,
+      format_count(info.num_parameters), dtype, pool.size(), load_seconds, runs);
   for (const Measured& one : all) text += to_text(one, generated);
   write_stdout(text);
 }

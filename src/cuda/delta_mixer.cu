@@ -69,13 +69,6 @@ __global__ void __launch_bounds__(kInputThreads)
 
   const int blocks_of_part = static_cast<int>(gridDim.x) / 3;
   const int part = static_cast<int>(blockIdx.x) / blocks_of_part;
-  if (blockIdx.x == 0) {
-    float* beta = p.beta + static_cast<std::int64_t>(sequence.begin) * p.heads;
-    for (int i = begin * p.heads + static_cast<int>(threadIdx.x); i < end * p.heads;
-         i += kInputThreads) {
-      beta[i] = sigmoid(beta[i]);
-    }
-  }
   // Lanes behind the last channel repeat it, for the sums over a warp.
   const int wanted = static_cast<int>(blockIdx.x) % blocks_of_part * kPartChannels +
                      static_cast<int>(threadIdx.x) * kChannels;
@@ -93,23 +86,39 @@ __global__ void __launch_bounds__(kInputThreads)
   for (int c = 0; c < kChannels; ++c) {
     load_four(w[c], p.conv[part] + (channel + c) * kWidth, kVector);
   }
+  wait_for_input();
+  if (blockIdx.x == 0) {
+    float* beta = p.beta + static_cast<std::int64_t>(sequence.begin) * p.heads;
+    for (int i = begin * p.heads + static_cast<int>(threadIdx.x); i < end * p.heads;
+         i += kInputThreads) {
+      beta[i] = sigmoid(beta[i]);
+    }
+  }
   if (begin == 0) {
+    // Everything that becomes the state is asked for before any of it is stored.
     float* state = sequence.states[part] + channel * kWidth;
+    float old[kChannels][kWidth];
+    float last[kWidth][kChannels];
+#pragma unroll
+    for (int c = 0; c < kChannels; ++c) load_four(old[c], state + c * kWidth, kVector);
+#pragma unroll
+    for (int i = 0; i < kWidth; ++i) {
+      Eight<T> loaded;
+      loaded.load(x + max(sequence.length - kWidth + i, 0) * stride);
+      loaded.get(last[i]);
+    }
 #pragma unroll
     for (int c = 0; c < kChannels; ++c) {
-      float old[kWidth];
-      load_four(old, state + c * kWidth, kVector);
 #pragma unroll
-      for (int i = 1; i < kWidth; ++i) window[i][c] = old[i];
+      for (int i = 1; i < kWidth; ++i) window[i][c] = old[c][i];
       float now[kWidth];
 #pragma unroll
       for (int i = 0; i < kWidth; ++i) {
+        now[i] = last[i][c];
         const int row = sequence.length - kWidth + i;
-        now[i] = 0;
-        if (row >= 0) now[i] = to_float(x[row * stride + c]);
 #pragma unroll
         for (int j = 0; j < kWidth; ++j) {
-          if (row + kWidth == j && row < 0) now[i] = old[j];
+          if (row < 0 && row + kWidth == j) now[i] = old[c][j];
         }
       }
       if (real) store_four(state + c * kWidth, now, kVector);
@@ -122,14 +131,22 @@ __global__ void __launch_bounds__(kInputThreads)
       loaded.get(window[i]);
     }
   }
-  for (int t = begin; t < end; t += kWidth) {
-    Eight<T> next[kWidth];
+  // Four rows are asked for before the four ahead of them are computed.
+  Eight<T> next[kWidth];
+  const auto load = [&](int t) {
 #pragma unroll
     for (int r = 0; r < kWidth; ++r) next[r].load(x + min(t + r, end - 1) * stride);
+  };
+  load(begin);
+  for (int t = begin; t < end; t += kWidth) {
+    Eight<T> now[kWidth];
+#pragma unroll
+    for (int r = 0; r < kWidth; ++r) now[r] = next[r];
+    if (t + kWidth < end) load(t + kWidth);
 #pragma unroll
     for (int r = 0; r < kWidth; ++r) {
       if (t + r >= end) break;
-      next[r].get(window[r]);
+      now[r].get(window[r]);
       float out[kChannels];
       float squares = 0;
 #pragma unroll
@@ -158,8 +175,7 @@ void launch(Context& ctx, const InputsParams& p) {
   const auto blocks_of_part =
       static_cast<unsigned>((p.channels + kPartChannels - 1) / kPartChannels);
   const dim3 grid(3 * blocks_of_part, static_cast<unsigned>(p.blocks));
-  delta_inputs_kernel<T><<<grid, kInputThreads, 0, stream_of(ctx)>>>(p);
-  check_launch("delta_inputs");
+  launch_dependent(ctx, "delta_inputs", delta_inputs_kernel<T>, grid, kInputThreads, 0, p);
 }
 
 // ---- One token of each sequence ---------------------------------------------------------------

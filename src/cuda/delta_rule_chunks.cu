@@ -52,7 +52,8 @@ struct Layout {
   static constexpr int kInverse = 0;  // 10 blocks
   static constexpr int kBarriers = kInverse + kPreparingGroups<Products, kMaps> * 10 *
                                                   kInverseBlock * 4;  // full, empty of each stage
-  static constexpr int kFixed = kBarriers + 128;
+  static constexpr int kSums = kBarriers + 128;  // [2, 8, 64] float32 of norm_values, in turns
+  static constexpr int kFixed = kSums + (kMaps ? 0 : 2 * 8 * 64 * 4);
 
   static int bytes(int stages) { return 1024 + stages * kStage + kFixed; }
 };
@@ -199,48 +200,21 @@ __device__ void prepare_chunks(const ChunkParams& p, const Segment& segment, int
 
 // ---- The groups that hold the state -------------------------------------------------------------
 
-template <int kTiles>
-__device__ void load_state(float (&s)[kTiles][4], const float* state, int keys, int values,
-                           int column) {
-  const int lane = threadIdx.x % 32;
-#pragma unroll
-  for (int j = 0; j < kTiles; ++j) {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const int key = 8 * j + 2 * (lane % 4) + i % 2;
-      const int value = column + i / 2 * 8;
-      s[j][i] = key < keys && value < values
-                    ? state[static_cast<std::ptrdiff_t>(key) * values + value]
-                    : 0;
-    }
-  }
-}
-
-template <int kTiles>
-__device__ void store_state(const float (&s)[kTiles][4], float* state, int keys, int values,
-                            int column) {
-  const int lane = threadIdx.x % 32;
-#pragma unroll
-  for (int j = 0; j < kTiles; ++j) {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const int key = 8 * j + 2 * (lane % 4) + i % 2;
-      const int value = column + i / 2 * 8;
-      if (key < keys && value < values) {
-        state[static_cast<std::ptrdiff_t>(key) * values + value] = s[j][i];
-      }
-    }
-  }
-}
-
-__device__ void store_outputs(const float (&o)[8][4], std::uint32_t tile, const ChunkParams& p,
-                              const Segment& segment, int head, int first_value, int chunk) {
+// `sums` as norm_values has it.
+__device__ void store_outputs(float (&o)[8][4], std::uint32_t tile, const ChunkParams& p,
+                              const Segment& segment, int head, int first_value, int chunk,
+                              float* sums) {
   const int values = read_again(p.problem.value_dim);
   const int stride = read_again(p.problem.heads) * values;
   bf16* out = static_cast<bf16*>(p.problem.o) +
               static_cast<std::ptrdiff_t>(segment.begin + chunk * kChunk) * stride + head * values +
               first_value;
-  store_columns(o, p.scale, tile, out, stride, segment.rows - chunk * kChunk, values - first_value);
+  float factor = p.scale;
+  if (p.problem.norm != nullptr) {
+    norm_values(o, factor, p.problem.norm, p.problem.norm_eps, values, sums);
+    factor = 1;
+  }
+  store_columns(o, factor, tile, out, stride, segment.rows - chunk * kChunk, values - first_value);
 }
 
 template <class Products, int kKeys>
@@ -299,7 +273,8 @@ __device__ void walk_outputs(const ChunkParams& p, const Segment& segment, int h
     Products::template wait<0>();
     Products::end(s);
     Products::end(o);
-    store_outputs(o, base + L::kV, p, segment, head, first_value, c);
+    store_outputs(o, base + L::kV, p, segment, head, first_value, c,
+                  reinterpret_cast<float*>(fixed + L::kSums) + c % 2 * 8 * 64);
     barrier_arrive(barriers + (2 * stage + 1) * 8);
     if (++stage == p.stages) {
       stage = 0;

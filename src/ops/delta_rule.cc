@@ -1,6 +1,7 @@
 #include "ops/delta_rule.h"
 
 #include "ops/check.h"
+#include "ops/rms_norm.h"
 
 namespace deltafox::ops {
 
@@ -13,9 +14,14 @@ void delta_rule(Context& ctx, const DeltaRuleArgs& args) {
   check_activation(ctx, "delta_rule", "v", args.v, {tokens, heads, args.v.shape[2]});
   check_activation(ctx, "delta_rule", "o", args.o, args.v.shape);
   if (args.beta.data != nullptr) check("delta_rule", "beta", args.beta, {tokens, heads});
+  if (args.norm.data != nullptr) check("delta_rule", "norm", args.norm, {args.v.shape[2]});
   switch (ctx.device()) {
-    case Device::kCpu:
-      return cpu::delta_rule(ctx, args);
+    case Device::kCpu: {
+      cpu::delta_rule(ctx, args);
+      if (args.norm.data == nullptr) return;
+      const TensorView rows = args.o.reshaped({tokens * heads, args.v.shape[2]});
+      return rms_norm(ctx, {.x = rows, .w = args.norm, .y = rows, .eps = args.norm_eps});
+    }
     case Device::kCuda:
       return cuda::delta_rule(ctx, args);
   }

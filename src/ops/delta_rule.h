@@ -26,6 +26,10 @@ struct DeltaRuleArgs {
   Sequences sequences;
   std::span<float* const> states;  // [B], each [H, K, V]; updated
   TensorView o;                    // [T, H, V]
+  // [V] F32: o ← rms_norm(o) · norm of each head, with norm_eps (ops/rms_norm.h); or no data. Not
+  // more precise than if o was written in between, and not less.
+  ConstTensorView norm = {};
+  float norm_eps = 0;
 };
 
 // Of whole sequences, which begin from a zero state. With dS the gradient of the state behind a

@@ -63,9 +63,10 @@ ConstTensorView DeltaNetMixer::normed(Context& ctx, ScratchScope& scratch,
 DeltaNetMixer::Inputs DeltaNetMixer::inputs(Context& ctx, ScratchScope& scratch,
                                             const Sequences& sequences,
                                             std::span<State* const> states, const Saved& saved,
-                                            bool backward) const {
+                                            bool keep, bool backward) const {
   Inputs in;
-  if (weights_.b_proj) in.beta = copy_of(ctx, scratch, saved.beta_logits);
+  if (weights_.b_proj)
+    in.beta = keep ? copy_of(ctx, scratch, saved.beta_logits) : saved.beta_logits;
   if (saved.joined.data != nullptr) {
     in.q = scratch.like(saved.o);
     in.k = scratch.like(saved.o);
@@ -183,9 +184,11 @@ void DeltaNetMixer::forward(Context& ctx, const ConstTensorView& x, const Sequen
   }
   if (weights_.g_proj) kept.gate = projected(*weights_.g_proj);
   kept.o = kept_scratch.activation({tokens, heads, config_.value_dim / heads});
+  // Where nothing else reads o, it is written normed.
+  const bool norm_within = saved == nullptr && !weights_.g_proj;
   {
     ScratchScope input_scratch(ctx);
-    const Inputs in = inputs(ctx, input_scratch, sequences, states, kept, false);
+    const Inputs in = inputs(ctx, input_scratch, sequences, states, kept, saved != nullptr, false);
     const Shape state{heads, config_.key_dim / heads, config_.value_dim / heads};
     ops::delta_rule(ctx, {.q = in.q,
                           .k = in.k,
@@ -194,10 +197,14 @@ void DeltaNetMixer::forward(Context& ctx, const ConstTensorView& x, const Sequen
                           .sequences = sequences,
                           .states = state_pointers(ctx, input_scratch, sequences, states,
                                                    &State::recurrent, state),
-                          .o = kept.o});
+                          .o = kept.o,
+                          .norm = norm_within ? weights_.o_norm.value : ConstTensorView{},
+                          .norm_eps = config_.norm_eps});
   }
   if (hidden.data != nullptr) {
-    add_output(ctx, output(ctx, scratch, kept), weights_.o_proj, {}, residual, hidden);
+    const TensorView o =
+        norm_within ? kept.o.reshaped({tokens, config_.value_dim}) : output(ctx, scratch, kept);
+    add_output(ctx, o, weights_.o_proj, {}, residual, hidden);
   }
   if (saved != nullptr) *saved = kept;
 }
@@ -328,7 +335,7 @@ void DeltaNetMixer::inputs_backward(Context& ctx, const ConstTensorView& input,
                                     const TensorView& d_o, const TensorView& dinput,
                                     Gradients& gradients) const {
   ScratchScope scratch(ctx);
-  const Inputs in = inputs(ctx, scratch, sequences, {}, saved, true);
+  const Inputs in = inputs(ctx, scratch, sequences, {}, saved, true, true);
   const TensorView dq = scratch.like(in.q);  // [T, H, K]
   const TensorView dk = scratch.like(in.k);  // [T, H, K]
   const TensorView dv = scratch.like(in.v);  // [T, H, V]

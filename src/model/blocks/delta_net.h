@@ -154,9 +154,9 @@ class DeltaNetMixer {
                    const Sequences& sequences, std::span<State* const> states) const;
   // x [T, C] through the norm, with norm_first.
   ConstTensorView normed(Context& ctx, ScratchScope& scratch, const ConstTensorView& x) const;
-  // From the projections in `saved`.
+  // From the projections in `saved`, of which the logits of beta stay what they are with `keep`.
   Inputs inputs(Context& ctx, ScratchScope& scratch, const Sequences& sequences,
-                std::span<State* const> states, const Saved& saved, bool backward) const;
+                std::span<State* const> states, const Saved& saved, bool keep, bool backward) const;
   // What o_proj reads [T, H·V], from o.
   TensorView output(Context& ctx, ScratchScope& scratch, const Saved& saved) const;
 
