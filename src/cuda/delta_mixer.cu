@@ -2,7 +2,8 @@
 //
 // delta_inputs: a thread walks some rows of eight channels of q, k or v with the last inputs in
 // registers; the lanes that share a head sum its squares row by row. The block of a sequence's
-// first rows also replaces its state, which only it reads.
+// first rows also replaces its state, which only it reads. Where β is not there yet, a block of
+// each rows computes it on the tensor cores.
 //
 // delta_token: a block owns a head of a sequence. Its state, 64 KB, is in registers, asked for
 // before the block waits for the products of the same step.
@@ -11,6 +12,7 @@
 #include "cuda/eight.cuh"
 #include "cuda/launch.cuh"
 #include "cuda/rows.cuh"
+#include "cuda/tensor_core.cuh"
 #include "ops/delta_mixer.h"
 
 namespace deltafox::cuda {
@@ -45,14 +47,78 @@ struct InputsParams {
   const float* conv[3];
   void* out[3];
   float* beta;
+  const void* x;       // [T, C] and
+  const void* b_proj;  // [H, C], or null: then beta has the logits
+  int width;           // C
   int heads;
-  int head_lanes;  // K / 8
-  int channels;    // H·K
-  int rows;        // of a block, a multiple of kWidth
-  int blocks;      // of rows
+  int head_lanes;      // K / 8
+  int channels;        // H·K
+  int blocks_of_part;  // of channels, of q, k or v
+  int rows;            // of a block, a multiple of kWidth
+  int blocks;          // of rows
   int count;
   InputSequence sequences[kLimit];
 };
+
+constexpr int kMostHeads = static_cast<int>(kDeltaInputsHeads);
+
+// β of 16 rows of a block, from row `first` of x on, `count` of which exist: the two warps have
+// half of the columns each. Which of a lane's eight neighbouring columns counts as which of the
+// tensor cores' makes no difference, as long as it is the same in x and b_proj.
+__device__ void beta_rows(const InputsParams& p, std::int64_t first, int count) {
+  constexpr int kAhead = 6;     // steps whose loads are under way at once
+  constexpr int kColumns = 32;  // of a step
+  __shared__ float parts[2][16][kMostHeads];
+  const int warp = static_cast<int>(threadIdx.x) / 32;
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  const int row = lane / 4;
+  const int steps = (p.width + kColumns - 1) / kColumns;
+  const int end = warp == 0 ? (steps + 1) / 2 : steps;
+  const auto* x = static_cast<const bf16*>(p.x) + first * p.width;
+  const auto* b_proj = static_cast<const bf16*>(p.b_proj);
+  const auto load = [&](const bf16* from, int r, int rows, int step) {
+    const int column = step * kColumns + lane % 4 * 8;
+    if (r >= rows || column >= p.width || step >= end) return make_uint4(0, 0, 0, 0);
+    return *reinterpret_cast<const uint4*>(from + static_cast<std::int64_t>(r) * p.width + column);
+  };
+  float sums[2][4] = {};  // of heads 0 to 7 and 8 to 15
+  for (int step = warp == 0 ? 0 : (steps + 1) / 2; step < end; step += kAhead) {
+    uint4 a[kAhead][2];
+    uint4 b[kAhead][2];
+#pragma unroll
+    for (int i = 0; i < kAhead; ++i) {
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        a[i][h] = load(x, row + 8 * h, count, step + i);
+        b[i][h] = load(b_proj, row + 8 * h, p.heads, step + i);
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < kAhead; ++i) {
+      const std::uint32_t low[4] = {a[i][0].x, a[i][1].x, a[i][0].y, a[i][1].y};
+      const std::uint32_t high[4] = {a[i][0].z, a[i][1].z, a[i][0].w, a[i][1].w};
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        mma_bf16(sums[h], low, b[i][h].x, b[i][h].y);
+        mma_bf16(sums[h], high, b[i][h].z, b[i][h].w);
+      }
+    }
+  }
+  __syncthreads();  // what the rows before left has been read
+#pragma unroll
+  for (int h = 0; h < 2; ++h) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      parts[warp][row + i / 2 * 8][8 * h + 2 * (lane % 4) + i % 2] = sums[h][i];
+    }
+  }
+  __syncthreads();
+  for (int i = static_cast<int>(threadIdx.x); i < count * p.heads; i += kInputThreads) {
+    const int r = i / p.heads;
+    const int head = i % p.heads;
+    p.beta[first * p.heads + i] = sigmoid(parts[0][r][head] + parts[1][r][head]);
+  }
+}
 
 template <typename T>
 __global__ void __launch_bounds__(kInputThreads)
@@ -67,10 +133,16 @@ __global__ void __launch_bounds__(kInputThreads)
   const int begin = (static_cast<int>(blockIdx.y) - sequence.first_block) * p.rows;
   const int end = min(begin + p.rows, sequence.length);
 
-  const int blocks_of_part = static_cast<int>(gridDim.x) / 3;
-  const int part = static_cast<int>(blockIdx.x) / blocks_of_part;
+  const int part = static_cast<int>(blockIdx.x) / p.blocks_of_part;
+  if (part == 3) {
+    wait_for_input();
+    for (int row = begin; row < end; row += 16) {
+      beta_rows(p, sequence.begin + row, min(16, end - row));
+    }
+    return;
+  }
   // Lanes behind the last channel repeat it, for the sums over a warp.
-  const int wanted = static_cast<int>(blockIdx.x) % blocks_of_part * kPartChannels +
+  const int wanted = static_cast<int>(blockIdx.x) % p.blocks_of_part * kPartChannels +
                      static_cast<int>(threadIdx.x) * kChannels;
   const bool real = wanted < p.channels;
   const int channel = real ? wanted : p.channels - kChannels;
@@ -87,7 +159,7 @@ __global__ void __launch_bounds__(kInputThreads)
     load_four(w[c], p.conv[part] + (channel + c) * kWidth, kVector);
   }
   wait_for_input();
-  if (blockIdx.x == 0) {
+  if (blockIdx.x == 0 && p.b_proj == nullptr) {
     float* beta = p.beta + static_cast<std::int64_t>(sequence.begin) * p.heads;
     for (int i = begin * p.heads + static_cast<int>(threadIdx.x); i < end * p.heads;
          i += kInputThreads) {
@@ -172,9 +244,8 @@ __global__ void __launch_bounds__(kInputThreads)
 
 template <typename T>
 void launch(Context& ctx, const InputsParams& p) {
-  const auto blocks_of_part =
-      static_cast<unsigned>((p.channels + kPartChannels - 1) / kPartChannels);
-  const dim3 grid(3 * blocks_of_part, static_cast<unsigned>(p.blocks));
+  const dim3 grid(static_cast<unsigned>(3 * p.blocks_of_part + (p.b_proj != nullptr ? 1 : 0)),
+                  static_cast<unsigned>(p.blocks));
   launch_dependent(ctx, "delta_inputs", delta_inputs_kernel<T>, grid, kInputThreads, 0, p);
 }
 
@@ -335,6 +406,12 @@ void delta_inputs(Context& ctx, const DeltaInputsArgs& args) {
   p.heads = static_cast<int>(args.q.shape[1]);
   p.head_lanes = static_cast<int>(args.q.shape[2]) / kChannels;
   p.channels = p.heads * static_cast<int>(args.q.shape[2]);
+  p.blocks_of_part = (p.channels + kPartChannels - 1) / kPartChannels;
+  if (args.x.data != nullptr) {
+    p.x = args.x.data;
+    p.b_proj = args.b_proj.data;
+    p.width = static_cast<int>(args.x.shape[1]);
+  }
   // Few rows a thread fill the card, many read fewer rows twice.
   p.rows = args.sequences.tokens() <= 2048 ? 8 : 32;
   const auto run = [&] {

@@ -61,6 +61,7 @@ ConstTensorView DeltaNetMixer::normed(Context& ctx, ScratchScope& scratch,
 }
 
 DeltaNetMixer::Inputs DeltaNetMixer::inputs(Context& ctx, ScratchScope& scratch,
+                                            const ConstTensorView& of_beta,
                                             const Sequences& sequences,
                                             std::span<State* const> states, const Saved& saved,
                                             bool keep, bool backward) const {
@@ -74,6 +75,8 @@ DeltaNetMixer::Inputs DeltaNetMixer::inputs(Context& ctx, ScratchScope& scratch,
     ops::delta_inputs(ctx, {.projected = saved.joined,
                             .convolutions = convolutions(ctx, scratch, sequences, states),
                             .sequences = sequences,
+                            .x = of_beta,
+                            .b_proj = weights_.b_proj->value,
                             .beta = in.beta,
                             .q = in.q,
                             .k = in.k,
@@ -179,7 +182,13 @@ void DeltaNetMixer::forward(Context& ctx, const ConstTensorView& x, const Sequen
     kept.k_projected = projected(weights_.k_proj);
     kept.v_projected = projected(weights_.v_proj);
   }
-  if (weights_.b_proj) {
+  // Where nothing needs its logits, beta is computed with what else the rule reads.
+  const bool beta_within = saved == nullptr && kept.joined.data != nullptr &&
+                           input.dtype == DType::kBF16 && input.shape[1] % 8 == 0 &&
+                           heads <= kDeltaInputsHeads;
+  if (beta_within) {
+    kept.beta_logits = scratch.tensor({tokens, heads});
+  } else if (weights_.b_proj) {
     kept.beta_logits = project(ctx, kept_scratch, input, weights_.b_proj->value, {}, DType::kF32);
   }
   if (weights_.g_proj) kept.gate = projected(*weights_.g_proj);
@@ -188,7 +197,8 @@ void DeltaNetMixer::forward(Context& ctx, const ConstTensorView& x, const Sequen
   const bool norm_within = saved == nullptr && !weights_.g_proj;
   {
     ScratchScope input_scratch(ctx);
-    const Inputs in = inputs(ctx, input_scratch, sequences, states, kept, saved != nullptr, false);
+    const Inputs in = inputs(ctx, input_scratch, beta_within ? input : ConstTensorView{}, sequences,
+                             states, kept, saved != nullptr, false);
     const Shape state{heads, config_.key_dim / heads, config_.value_dim / heads};
     ops::delta_rule(ctx, {.q = in.q,
                           .k = in.k,
@@ -335,7 +345,7 @@ void DeltaNetMixer::inputs_backward(Context& ctx, const ConstTensorView& input,
                                     const TensorView& d_o, const TensorView& dinput,
                                     Gradients& gradients) const {
   ScratchScope scratch(ctx);
-  const Inputs in = inputs(ctx, scratch, sequences, {}, saved, true, true);
+  const Inputs in = inputs(ctx, scratch, {}, sequences, {}, saved, true, true);
   const TensorView dq = scratch.like(in.q);  // [T, H, K]
   const TensorView dk = scratch.like(in.k);  // [T, H, K]
   const TensorView dv = scratch.like(in.v);  // [T, H, V]
