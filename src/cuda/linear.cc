@@ -10,6 +10,7 @@
 #include "cuda/glu_product.h"
 #include "cuda/products.h"
 #include "cuda/small_linear.h"
+#include "cuda/sum_product.h"
 
 namespace deltafox::cuda {
 namespace {
@@ -17,6 +18,8 @@ namespace {
 constexpr std::int64_t kMinBucket = 32;
 // From so many rows on one pass is faster than two on cuBLASLt; they begin a bucket.
 constexpr std::int64_t kLeastGluRows = 257;
+
+constexpr std::int64_t kLeastSumBucket = 512;  // at which sum_product is faster
 
 // A matrix from its `elements`th element on, with the same rows.
 template <typename View>
@@ -64,6 +67,11 @@ bool linear_blas(Context& ctx, const LinearArgs& args) {
   const std::int64_t inputs = args.w.shape[1];
   const auto bucket = std::max<std::int64_t>(
       kMinBucket, static_cast<std::int64_t>(std::bit_ceil(static_cast<std::uint64_t>(tokens))));
+  const bool in_place = args.added.data == nullptr || args.added.data == args.y.data;
+  if (args.accumulate && in_place && bucket >= kLeastSumBucket &&
+      sum_product(ctx, args.x, args.w, args.y, bucket, true)) {
+    return true;
+  }
   return product_in_parts(ctx,
                           {.a = args.x,
                            .b = args.w,
