@@ -392,10 +392,12 @@ __device__ inline void norm_values(float (&o)[8][4], float factor, const float* 
   }
   // Each step halves what a lane sums up: rows 2l and 2l + 1 are left for lane l.
 #pragma unroll
-  for (int left = 8; left >= 2; left /= 2) {
+  for (int step = 0; step < 3; ++step) {
+    const int left = 8 >> step;
     const bool upper = (lane & 2 * left) != 0;
 #pragma unroll
-    for (int n = 0; n < left; ++n) {
+    for (int n = 0; n < 8; ++n) {
+      if (n >= left) continue;
       const float give = upper ? squares[n] : squares[n + left];
       const float keep = upper ? squares[n + left] : squares[n];
       squares[n] = keep + __shfl_xor_sync(0xffffffffU, give, 2 * left);
