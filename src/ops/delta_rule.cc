@@ -1,7 +1,6 @@
 #include "ops/delta_rule.h"
 
 #include "ops/check.h"
-#include "ops/rms_norm.h"
 
 namespace deltafox::ops {
 
@@ -16,12 +15,9 @@ void delta_rule(Context& ctx, const DeltaRuleArgs& args) {
   if (args.beta.data != nullptr) check("delta_rule", "beta", args.beta, {tokens, heads});
   if (args.norm.data != nullptr) check("delta_rule", "norm", args.norm, {args.v.shape[2]});
   switch (ctx.device()) {
-    case Device::kCpu: {
-      cpu::delta_rule(ctx, args);
-      if (args.norm.data == nullptr) return;
-      const TensorView rows = args.o.reshaped({tokens * heads, args.v.shape[2]});
-      return rms_norm(ctx, {.x = rows, .w = args.norm, .y = rows, .eps = args.norm_eps});
-    }
+    case Device::kCpu:
+      if (args.norm.data != nullptr) fail("delta_rule: norms outputs on a GPU only");
+      return cpu::delta_rule(ctx, args);
     case Device::kCuda:
       return cuda::delta_rule(ctx, args);
   }
