@@ -9,7 +9,7 @@
 // before the block waits for the products of the same step.
 #include <algorithm>
 
-#include "cuda/eight.cuh"
+#include "cuda/conv_window.cuh"
 #include "cuda/launch.cuh"
 #include "cuda/rows.cuh"
 #include "cuda/tensor_core.cuh"
@@ -167,29 +167,8 @@ __global__ void __launch_bounds__(kInputThreads)
     }
   }
   if (begin == 0) {
-    // Everything that becomes the state is asked for before any of it is stored.
-    auto* state = reinterpret_cast<float4*>(sequence.states[part]) + channel;
-    float4 old[kChannels];
-    Eight<T> last[kWidth];
-#pragma unroll
-    for (int c = 0; c < kChannels; ++c) old[c] = state[c];
-#pragma unroll
-    for (int i = 0; i < kWidth; ++i) {
-      last[i].load(x + max(sequence.length - kWidth + i, 0) * stride);
-    }
-    float inputs[kWidth][kChannels];
-#pragma unroll
-    for (int i = 0; i < kWidth; ++i) last[i].get(inputs[i]);
-#pragma unroll
-    for (int c = 0; c < kChannels; ++c) {
-      window[1][c] = old[c].y, window[2][c] = old[c].z, window[3][c] = old[c].w;
-      float4 now = make_float4(inputs[0][c], inputs[1][c], inputs[2][c], inputs[3][c]);
-      // Of fewer rows than it holds, some of the old ones stay.
-      if (sequence.length == 1) now = make_float4(old[c].y, old[c].z, old[c].w, now.w);
-      if (sequence.length == 2) now = make_float4(old[c].z, old[c].w, now.z, now.w);
-      if (sequence.length == 3) now = make_float4(old[c].w, now.y, now.z, now.w);
-      if (real) state[c] = now;
-    }
+    replace_conv_state(window, sequence.states[part] + channel * kWidth, x, stride, sequence.length,
+                       real);
   } else {
 #pragma unroll
     for (int i = 1; i < kWidth; ++i) {
