@@ -28,6 +28,12 @@ __device__ float silu(float x) {
   return sizeof(T) == 2 ? __fdividef(x, 1 + __expf(-x)) : x / (1 + expf(-x));
 }
 
+// Two roundings off where the result is rounded to bfloat16.
+template <typename T>
+__device__ float inverse_root(float x) {
+  return sizeof(T) == 2 ? rsqrtf(x) : 1 / sqrtf(x);
+}
+
 // ---- Prompts ----------------------------------------------------------------------------------
 
 constexpr int kInputThreads = 64;
@@ -177,7 +183,8 @@ __global__ void __launch_bounds__(kInputThreads)
       loaded.get(window[i]);
     }
   }
-  // Four rows are asked for before the four ahead of them are computed.
+  // Four rows are asked for before the four ahead of them are computed; two are normed at once.
+  constexpr int kAtOnce = 2;
   Eight<T> next[kWidth];
   const auto load = [&](int t) {
 #pragma unroll
@@ -190,28 +197,41 @@ __global__ void __launch_bounds__(kInputThreads)
     for (int r = 0; r < kWidth; ++r) now[r] = next[r];
     if (t + kWidth < end) load(t + kWidth);
 #pragma unroll
-    for (int r = 0; r < kWidth; ++r) {
-      if (t + r >= end) break;
-      now[r].get(window[r]);
-      float out[kChannels];
-      float squares = 0;
+    for (int first = 0; first < kWidth; first += kAtOnce) {
+      float out[kAtOnce][kChannels];
+      float squares[kAtOnce] = {};
 #pragma unroll
-      for (int c = 0; c < kChannels; ++c) {
-        float sum = 0;
+      for (int a = 0; a < kAtOnce; ++a) {
+        const int r = first + a;  // behind the last row it is the last once more
+        now[r].get(window[r]);
 #pragma unroll
-        for (int i = 0; i < kWidth; ++i) sum += w[c][i] * window[(r + 1 + i) % kWidth][c];
-        out[c] = silu<T>(sum);
-        squares = fmaf(out[c], out[c], squares);
+        for (int c = 0; c < kChannels; ++c) {
+          float sum = 0;
+#pragma unroll
+          for (int i = 0; i < kWidth; ++i) sum += w[c][i] * window[(r + 1 + i) % kWidth][c];
+          out[a][c] = silu<T>(sum);
+          squares[a] = fmaf(out[a][c], out[a][c], squares[a]);
+        }
       }
       if (part < 2) {
         for (int offset = p.head_lanes / 2; offset > 0; offset /= 2) {
-          squares += __shfl_xor_sync(0xffffffff, squares, offset);
-        }
-        const float scale = 1 / sqrtf(squares + kNormEps);
 #pragma unroll
-        for (float& element : out) element *= scale;
+          for (float& sum : squares) sum += __shfl_xor_sync(0xffffffff, sum, offset);
+        }
+#pragma unroll
+        for (int a = 0; a < kAtOnce; ++a) {
+          const float scale = inverse_root<T>(squares[a] + kNormEps);
+#pragma unroll
+          for (float& element : out[a]) element *= scale;
+        }
       }
-      if (real) Eight<T>::store(y + static_cast<std::int64_t>(t + r) * p.channels, out);
+#pragma unroll
+      for (int a = 0; a < kAtOnce; ++a) {
+        const int row = t + first + a;
+        if (real && row < end) {
+          Eight<T>::store(y + static_cast<std::int64_t>(row) * p.channels, out[a]);
+        }
+      }
     }
   }
 }

@@ -403,6 +403,9 @@ __device__ inline void norm_values(float (&o)[8][4], float factor, const float* 
       squares[n] = keep + __shfl_xor_sync(0xffffffffU, give, 2 * left);
     }
   }
+  const int value = 16 * warp + lane / 4;
+  const float w_low = value < values ? w[value] : 0;
+  const float w_high = value + 8 < values ? w[value + 8] : 0;
   *reinterpret_cast<float2*>(sums + 64 * warp + 2 * lane) = make_float2(squares[0], squares[1]);
   asm volatile("bar.sync %0, 256;" ::"n"(kNormBarrier) : "memory");
   float2 scale = make_float2(0, 0);
@@ -412,11 +415,9 @@ __device__ inline void norm_values(float (&o)[8][4], float factor, const float* 
     scale = make_float2(scale.x + part.x, scale.y + part.y);
   }
   const auto width = static_cast<float>(values);
-  scale.x = factor / sqrtf(scale.x / width + eps);
-  scale.y = factor / sqrtf(scale.y / width + eps);
-  const int value = 16 * warp + lane / 4;
-  const float w_low = value < values ? w[value] : 0;
-  const float w_high = value + 8 < values ? w[value + 8] : 0;
+  // To two roundings: what comes of it is rounded to bfloat16.
+  scale.x = factor * rsqrtf(scale.x / width + eps);
+  scale.y = factor * rsqrtf(scale.y / width + eps);
 #pragma unroll
   for (int j = 0; j < 8; ++j) {
     const float even = __shfl_sync(0xffffffffU, scale.x, 4 * j + lane % 4);

@@ -127,8 +127,8 @@ TEST_P(CudaLinear, ARowOfManyDoesNotDependOnTheOthers) {
   for (std::int64_t i = 0; i < 1029 * kOutputs; ++i) ASSERT_EQ(some.f32()[i], all.f32()[i]) << i;
 }
 
-// Sums over both halves of K of a pair of blocks, narrow tiles and wide ones; y and its tiles end
-// within a tile.
+// Blocks that share a tile, in four parts of K and in two, and those that have whole ones; y and K
+// end within a tile.
 TEST_P(CudaLinear, SumsOfManyRowsEqualPlainAndDoNotDependOnTheOthers) {
   Random random(12);
   Gpu gpu(GetParam());
@@ -136,9 +136,9 @@ TEST_P(CudaLinear, SumsOfManyRowsEqualPlainAndDoNotDependOnTheOthers) {
     std::int64_t tokens, fewer, outputs, k;
   };
   for (const Case& c : {Case{500, 257, 396, 520},
-                        {512, 300, 96, 72},
-                        {901, 513, 200, 328},
-                        {2100, 2050, 392, 136},
+                        {512, 300, 96, 264},
+                        {901, 513, 1160, 328},
+                        {2100, 2050, 1400, 264},
                         {4100, 4097, 40, 200}}) {
     SCOPED_TRACE(testing::Message() << c.tokens << " x " << c.outputs << " x " << c.k);
     Tensor x = random.normal_tensor({c.tokens, c.k});
