@@ -8,6 +8,7 @@
 
 #include "core/error.h"
 #include "cuda/glu_product.h"
+#include "cuda/packed.h"
 #include "cuda/products.h"
 #include "cuda/small_linear.h"
 #include "cuda/sum_product.h"
@@ -62,14 +63,15 @@ bool product_in_parts(Context& ctx, const Product& p, std::int64_t Product::*siz
   return true;
 }
 
-bool linear_blas(Context& ctx, const LinearArgs& args) {
+// `early` as sum_product has it.
+bool linear_product(Context& ctx, const LinearArgs& args, bool early) {
   const std::int64_t tokens = args.x.shape[0];
   const std::int64_t inputs = args.w.shape[1];
   const auto bucket = std::max<std::int64_t>(
       kMinBucket, static_cast<std::int64_t>(std::bit_ceil(static_cast<std::uint64_t>(tokens))));
   const bool in_place = args.added.data == nullptr || args.added.data == args.y.data;
   if (args.accumulate && in_place && bucket >= kLeastSumBucket &&
-      sum_product(ctx, args.x, args.w, args.y, bucket, true)) {
+      sum_product(ctx, args.x, args.w, args.y, bucket, early)) {
     return true;
   }
   return product_in_parts(ctx,
@@ -89,22 +91,29 @@ bool linear_blas(Context& ctx, const LinearArgs& args) {
 
 void linear(Context& ctx, const LinearArgs& args) {
   if (args.x.shape[0] == 0) return;
-  if (args.w.dtype != args.x.dtype) {
-    fail("linear: x is {} and w {}, on a GPU they must be the same", name_of(args.x.dtype),
-         name_of(args.w.dtype));
+  const bool packed = is_packed(args.w.dtype);
+  if ((packed ? DType::kBF16 : args.w.dtype) != args.x.dtype) {
+    fail("linear: x is {} and w {}, on a GPU they must be the same, or x BF16 and w packed",
+         name_of(args.x.dtype), name_of(args.w.dtype));
   }
-  if (args.x.shape[0] <= kSmallLinearRows || !linear_blas(ctx, args)) {
+  const bool small = fits_small_linear(args);
+  ScratchScope scratch(ctx);
+  LinearArgs product = args;
+  if (packed && !small) product.w = unpacked(ctx, scratch, args.w);
+  if (args.x.shape[0] <= kSmallLinearRows || !linear_product(ctx, product, !packed)) {
     if (args.added.data != nullptr && args.added.data != args.y.data) {
       ctx.copy(args.y.data, args.added.data, bytes_of(args.y.dtype, args.y.shape));
     }
-    fits_small_linear(args) ? small_linear(ctx, args) : linear_plain(ctx, args);
+    small ? small_linear(ctx, product) : linear_plain(ctx, product);
   }
   if (args.bias.data != nullptr) add_bias(ctx, args.y, args.bias);
 }
 
 bool linear_glu(Context& ctx, const LinearGluArgs& args) {
-  return args.activation == Activation::kSilu && args.x.shape[0] >= kLeastGluRows &&
-         glu_product(ctx, args.x, args.w, args.y);
+  if (args.activation != Activation::kSilu || args.x.shape[0] < kLeastGluRows) return false;
+  ScratchScope scratch(ctx);
+  return glu_product(ctx, args.x, is_packed(args.w.dtype) ? unpacked(ctx, scratch, args.w) : args.w,
+                     args.y);
 }
 
 void linear_backward(Context& ctx, const LinearBackwardArgs& args) {
