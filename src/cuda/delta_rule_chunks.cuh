@@ -370,7 +370,12 @@ __device__ inline void store_columns(const float (&o)[8][4], float factor, std::
                  : "=r"(data.x), "=r"(data.y), "=r"(data.z), "=r"(data.w)
                  : "r"(tile + piece_offset(lane / 2, 2 * warp + lane % 2) + i * 16 * 128)
                  : "memory");
-    if (first_row + 16 * i < rows && column < columns) *reinterpret_cast<uint4*>(out) = data;
+    // Said outright: as an assignment it becomes four stores.
+    if (first_row + 16 * i < rows && column < columns) {
+      asm volatile("st.global.v4.b32 [%0], {%1,%2,%3,%4};" ::"l"(out), "r"(data.x), "r"(data.y),
+                   "r"(data.z), "r"(data.w)
+                   : "memory");
+    }
     out += 16 * static_cast<std::ptrdiff_t>(stride);
   }
 }

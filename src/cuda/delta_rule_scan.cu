@@ -10,6 +10,7 @@
 // shared memory does, so that all of it is copied in whole vectors.
 #include <algorithm>
 #include <cmath>
+#include <iterator>
 
 #include "cuda/delta_rule_chunks.cuh"
 #include "cuda/launch.cuh"
@@ -325,25 +326,28 @@ __global__ void __launch_bounds__(kThreads, 2)
     load_tile<16>(tiles + L::kQ, static_cast<const bf16*>(p.problem.q) + at, stride, kDim,
                   chunk.rows, thread);
   }
-  wait_for_input();
-  const uint4* a = p.images + chunk.slot * std::ptrdiff_t{kImageBytes / 16} + kPairBytes / 16;
-  for (int i = thread; i < kTileBlockBytes / 16; i += kThreads) {
-    copy_piece_async(tiles + L::kA + i * 16, a + i, true);
-  }
   commit_copies();
+  wait_for_input();
+  // All by way of registers: a wait for copies to shared memory would come before other loads.
+  const uint4* from = p.images + chunk.slot * std::ptrdiff_t{kImageBytes / 16} + kPairBytes / 16;
+  uint4 a[kTileBlockBytes / 16 / kThreads];
+  for (int i = 0; i < static_cast<int>(std::size(a)); ++i) a[i] = from[i * kThreads + thread];
   const std::ptrdiff_t fragments = chunk.slot * std::ptrdiff_t{kFragments};
   const auto* values =
       reinterpret_cast<const uint4*>(p.values) + fragments + thread / 128 * kHalf + thread % 128;
   std::uint32_t sf[8][4];
   std::uint32_t f[4][4];
-  const auto load = [](std::uint32_t(&to)[4], const uint4& from) {
-    to[0] = from.x, to[1] = from.y, to[2] = from.z, to[3] = from.w;
+  const auto load = [](std::uint32_t(&to)[4], const uint4& v) {
+    to[0] = v.x, to[1] = v.y, to[2] = v.z, to[3] = v.w;
   };
 #pragma unroll
   for (int i = 0; i < 8; ++i) load(sf[i], p.states[fragments + i * kThreads + thread]);
 #pragma unroll
   for (int i = 0; i < 4; ++i) load(f[i], values[i * 128]);
   wait_copies<0>();
+  for (int i = 0; i < static_cast<int>(std::size(a)); ++i) {
+    reinterpret_cast<uint4*>(base + L::kA)[i * kThreads + thread] = a[i];
+  }
   Products::publish();
   __syncthreads();
 
