@@ -21,11 +21,17 @@ namespace {
 constexpr int kWidth = static_cast<int>(kDeltaConvWidth);
 constexpr float kNormEps = 1e-6F;
 
-// To about 20 bits where the result is rounded to bfloat16.
+// To about 20 bits where the result is rounded to bfloat16: __expf and __fdividef would look after
+// denormal numbers, which are zeros here.
 template <typename T>
 __device__ float silu(float x) {
-  // The rough quotient is zero where the denominator exceeds 2^126.
-  return sizeof(T) == 2 ? __fdividef(x, 1 + __expf(-x)) : x / (1 + expf(-x));
+  if constexpr (sizeof(T) == 4) return x / (1 + expf(-x));
+  constexpr float kLog2E = 1.4426950408889634F;
+  float power;
+  float quotient;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(x * -kLog2E));
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(quotient) : "f"(1 + power));
+  return x * quotient;
 }
 
 // Two roundings off where the result is rounded to bfloat16.
