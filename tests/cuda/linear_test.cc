@@ -162,6 +162,46 @@ TEST_P(CudaProduct, ARowOfManyDoesNotDependOnTheOthers) {
   for (std::int64_t i = 0; i < 1029 * kOutputs; ++i) ASSERT_EQ(some.f32()[i], all.f32()[i]) << i;
 }
 
+// Blocks that share a tile, in four parts of K and in two, and those that have whole ones; y and K
+// end within a tile.
+TEST_P(CudaLinear, SumsOfManyRowsEqualPlainAndDoNotDependOnTheOthers) {
+  Random random(12);
+  Gpu gpu(GetParam());
+  struct Case {
+    std::int64_t tokens, fewer, outputs, k;
+  };
+  for (const Case& c : {Case{500, 257, 396, 520},
+                        {512, 300, 96, 264},
+                        {901, 513, 1160, 328},
+                        {2100, 2050, 1400, 264},
+                        {4100, 4097, 40, 200}}) {
+    SCOPED_TRACE(testing::Message() << c.tokens << " x " << c.outputs << " x " << c.k);
+    Tensor x = random.normal_tensor({c.tokens, c.k});
+    Tensor w = random.normal_tensor({c.outputs, c.k}, 1 / std::sqrt(static_cast<float>(c.k)));
+    Tensor sums = random.normal_tensor({c.tokens, c.outputs});
+    const Tensor gpu_x = gpu.upload(x, gpu.dtype());
+    const Tensor gpu_w = gpu.upload(w, gpu.dtype());
+    const auto added = [&](std::int64_t rows) {
+      Tensor y = gpu.upload(sums);
+      const Shape shape{rows, c.outputs};
+      ops::linear(gpu.ctx(), {.x = {gpu_x.view().data, gpu.dtype(), {rows, c.k}},
+                              .w = gpu_w.view(),
+                              .y = {y.view().data, DType::kF32, shape},
+                              .accumulate = true});
+      return gpu.download(y);
+    };
+    const Tensor all = added(c.tokens);
+    const Tensor some = added(c.fewer);
+    const std::int64_t size = c.fewer * c.outputs;
+    for (std::int64_t i = 0; i < size; ++i) ASSERT_EQ(some.f32()[i], all.f32()[i]) << i;
+    for (std::int64_t i = size; i < c.tokens * c.outputs; ++i) {
+      ASSERT_EQ(some.f32()[i], sums.f32()[i]) << i;
+    }
+    reference::linear({.x = x.view(), .w = w.view(), .y = sums.view(), .accumulate = true});
+    expect_close(all, sums, tolerance(DType::kF32, c.k));
+  }
+}
+
 // Rows of a bucket: 1 to 16, 17 to 32, 33 to 64 and so on.
 TEST_P(CudaProduct, ARowDoesNotDependOnTheOthersOfItsBucket) {
   Random random(2);
