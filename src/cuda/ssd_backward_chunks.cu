@@ -98,8 +98,8 @@ struct SumLayout {
   static constexpr int kX = 0;
   static constexpr int kDy = kTileBlockBytes;
   static constexpr int kStage = 2 * kTileBlockBytes;
-  static constexpr int kFactors = kStages + 2 * kStage;  // [2, 64], twice
-  static constexpr int kBytes = 1024 + kFactors + 2 * 2 * kChunk * 4;
+  static constexpr int kFactors = kStages + 2 * kStage;  // [heads, 2, 64]
+  static constexpr int kBytes = 1024 + kFactors + kMostHeadsAtOnce * 2 * kChunk * 4;
 };
 
 __device__ unsigned char* aligned_shared() {
@@ -126,24 +126,26 @@ __global__ void __launch_bounds__(kSumThreads, 2)
     const std::uint32_t stage = at + L::kStages + h % 2 * L::kStage;
     load_x_and_dy(p, block, head, stage + L::kX, stage + L::kDy);
     commit_copies();
-    if (warp != 0) return;
-    const ChunkDecays d = decays_of(p, block, head);
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      factors[h % 2][0][2 * lane + i] = d.step[i] * expf(d.last - d.lambda[i]);
-      factors[h % 2][1][2 * lane + i] = expf(d.lambda[i]);
-    }
-    if (lane == 0) params.decays[p.scalar_at(blockIdx.x, head)] = expf(d.last);
   };
   load_b_and_c<kStates>(p, block, at + L::kB, at + L::kC);
   load_head(0);
+  for (int h = warp; h < params.heads_at_once; h += kSumThreads / 32) {
+    const int head = block.first_head + h;
+    const ChunkDecays d = decays_of(p, block, head);
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      factors[h][0][2 * lane + i] = d.step[i] * expf(d.last - d.lambda[i]);
+      factors[h][1][2 * lane + i] = expf(d.lambda[i]);
+    }
+    if (lane == 0) params.decays[p.scalar_at(blockIdx.x, head)] = expf(d.last);
+  }
   for (int h = 0; h < params.heads_at_once; ++h) {
     const bool last = h + 1 == params.heads_at_once;
     if (!last) load_head(h + 1);
     last ? wait_copies<0>() : wait_copies<1>();
     __syncthreads();
     const std::uint32_t stage = at + L::kStages + h % 2 * L::kStage;
-    const float* factor = factors[h % 2][of_gradient ? 1 : 0];
+    const float* factor = factors[h][of_gradient ? 1 : 0];
     float sum[kStates / 8][4];
     clear(sum);
 #pragma unroll
@@ -157,19 +159,14 @@ __global__ void __launch_bounds__(kSumThreads, 2)
       }
       add_times(sum, a, at + (of_gradient ? L::kC : L::kB), k, 0);
     }
-    bf16* to = (of_gradient ? params.d_states : params.states) +
-               params.state_at(blockIdx.x, block.first_head + h) +
-               (16 * rows + lane / 4) * kStates + 2 * (lane % 4);
-#pragma unroll
-    for (int j = 0; j < kStates / 8; ++j) {
-      store_pair(to + 8 * j, sum[j][0], sum[j][1]);
-      store_pair(to + 8 * kStates + 8 * j, sum[j][2], sum[j][3]);
-    }
+    store_tiles((of_gradient ? params.d_states : params.states) +
+                    params.state_at(blockIdx.x, block.first_head + h) + 16 * rows * kStates,
+                kStates, sum);
     __syncthreads();  // before the stage is filled again
   }
 }
 
-// Of the head at hand, by rows; sums lie in the parts that warps have.
+// Of a head, by rows; sums lie in the parts that warps have.
 struct Scalars {
   float lambda[kChunk];
   float into[kChunk];    // e^λ
@@ -197,7 +194,8 @@ struct Layout {
   static constexpr int kDs = kS + kStateTile;
   static constexpr int kStage = kDs + kStateTile;
   static constexpr int kScalars = kStages + 2 * kStage;
-  static constexpr int kBytes = 1024 + kScalars + static_cast<int>(sizeof(Scalars));
+  static constexpr int kBytes =
+      1024 + kScalars + kMostHeadsAtOnce * static_cast<int>(sizeof(Scalars));
 };
 
 // x summed over the lanes of a row.
@@ -262,7 +260,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   static_assert(kHeadDim == kChunk && kStateTiles % 2 == 0 && kTiles % 2 == 0);
   unsigned char* base = aligned_shared();
   const std::uint32_t at = shared_address(base);
-  Scalars& scalars = *reinterpret_cast<Scalars*>(base + L::kScalars);
+  auto* all_scalars = reinterpret_cast<Scalars*>(base + L::kScalars);  // by head
   const SsdGradients& p = params.p;
   const Block block(params);
   const int lane = threadIdx.x % 32;
@@ -284,6 +282,17 @@ __global__ void __launch_bounds__(kThreads, 1)
   };
   load_b_and_c<kStates>(p, block, at + L::kB, at + L::kC);
   load_head(0);
+  for (int h = warp; h < params.heads_at_once; h += kThreads / 32) {
+    const ChunkDecays d = decays_of(p, block, block.first_head + h);
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int t = 2 * lane + i;
+      all_scalars[h].lambda[t] = d.lambda[i];
+      all_scalars[h].into[t] = expf(d.lambda[i]);
+      all_scalars[h].step[t] = d.step[i];
+      all_scalars[h].behind[t] = expf(d.last - d.lambda[i]);
+    }
+  }
   float g[kTiles][4];  // C Bᵀ
   float dc[kStateTiles][4];
   float db[kStateTiles][4];
@@ -296,20 +305,10 @@ __global__ void __launch_bounds__(kThreads, 1)
     const std::uint32_t stage_at = shared_address(stage);
     const std::uint32_t x = stage_at + L::kX;
     const std::uint32_t dy = stage_at + L::kDy;
+    Scalars& scalars = all_scalars[h];
     wait_copies<0>();
     __syncthreads();
     if (h + 1 < params.heads_at_once) load_head(h + 1);
-    if (warp == 0) {
-      const ChunkDecays d = decays_of(p, block, head);
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        const int t = 2 * lane + i;
-        scalars.lambda[t] = d.lambda[i];
-        scalars.into[t] = expf(d.lambda[i]);
-        scalars.step[t] = d.step[i];
-        scalars.behind[t] = expf(d.last - d.lambda[i]);
-      }
-    }
     if (h == 0) {
 #pragma unroll
       for (int k = 0; k < kStates / 16; ++k) {
@@ -334,8 +333,6 @@ __global__ void __launch_bounds__(kThreads, 1)
       sum = warp_sum(sum);
       if (lane == 0) scalars.s_ds[warp] = sum;
     }
-    __syncthreads();
-
     {  // E, A and the sums of Z
       float w[kTiles][4];
       clear(w);
@@ -404,16 +401,17 @@ __global__ void __launch_bounds__(kThreads, 1)
       for (int k = 0; k < kHeadDim / 16; ++k) {
         std::uint32_t a[4];
         load_rows(a, left, rows, k);
-        scale_rows(a, factor_low, factor_high);
         add_times(outer, a, right, k, kStateTiles / 2 * quarter);
       }
+      scale_rows(outer, factor_low, factor_high);
       float dot_low = 0;
       float dot_high = 0;
+      std::uint32_t with[4];  // two tiles of eight columns
 #pragma unroll
       for (int j = 0; j < kStateTiles; ++j) {
-        const int n = 8 * (kStateTiles * quarter + j) + pair;
-        const float2 with_low = pair_at(base + own, low, n);
-        const float2 with_high = pair_at(base + own, high, n);
+        if (j % 2 == 0) load_rows(with, at + own, rows, kStateTiles / 2 * quarter + j / 2);
+        const float2 with_low = unpack(with[j % 2 * 2]);
+        const float2 with_high = unpack(with[j % 2 * 2 + 1]);
         dot_low += outer[j][0] * with_low.x + outer[j][1] * with_low.y;
         dot_high += outer[j][2] * with_high.x + outer[j][3] * with_high.y;
 #pragma unroll
@@ -440,9 +438,9 @@ __global__ void __launch_bounds__(kThreads, 1)
     for (int k = 0; k < kStates / 16; ++k) {
       std::uint32_t a[4];
       load_rows(a, at + L::kB, rows, k);
-      scale_rows(a, behind_low, behind_high);
       add_times_transposed(du, a, stage_at + L::kDs, k, kTiles / 2 * quarter);
     }
+    scale_rows(du, behind_low, behind_high);
     // E and A are zero above the diagonal.
 #pragma unroll
     for (int k = 0; k < kChunk / 16; ++k) {
@@ -464,15 +462,20 @@ __global__ void __launch_bounds__(kThreads, 1)
       float dy_x[2] = {};
       bf16* to =
           static_cast<bf16*>(p.dxbc.data) + p.x_at(block.row, head, 8 * kTiles * quarter + pair);
+      std::uint32_t own_pairs[4];  // two tiles of eight columns
+      std::uint32_t d_pairs[4];
 #pragma unroll
       for (int j = 0; j < kTiles; ++j) {
-        const int column = 8 * (kTiles * quarter + j) + pair;
+        if (j % 2 == 0) {
+          load_rows(own_pairs, x, rows, kTiles / 2 * quarter + j / 2);
+          load_rows(d_pairs, dy, rows, kTiles / 2 * quarter + j / 2);
+        }
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
           const int row = i == 0 ? low : high;
           const float step = i == 0 ? step_low : step_high;
-          const float2 own = pair_at(stage + L::kX, row, column);
-          const float2 d = pair_at(stage + L::kDy, row, column);
+          const float2 own = unpack(own_pairs[j % 2 * 2 + i]);
+          const float2 d = unpack(d_pairs[j % 2 * 2 + i]);
           const float first = du[j][2 * i];
           const float second = du[j][2 * i + 1];
           du_x[i] += first * own.x + second * own.y;
@@ -494,8 +497,10 @@ __global__ void __launch_bounds__(kThreads, 1)
         }
       }
     }
-    __syncthreads();
-    if (warp == 0) finish_rows(p, block, head, scalars);
+  }
+  __syncthreads();
+  for (int h = warp; h < params.heads_at_once; h += kThreads / 32) {
+    finish_rows(p, block, block.first_head + h, all_scalars[h]);
   }
   const auto store_share = [&](const float(&sum)[kStateTiles][4], float* shares) {
 #pragma unroll
