@@ -192,6 +192,7 @@ void AttentionMixer::attend(Context& ctx, const TensorView& q, const TensorView&
                                   .caches = caches,
                                   .log_pruning_tolerance = config_.log_pruning_tolerance,
                                   .score_bounds = score_bounds(scratch),
+                                  .bf16_products = weights_.q_proj.value.dtype != DType::kF32,
                                   .o = o,
                                   .lse = lse});
   for (KvCache* cache : caches) cache->drop_unseen();
