@@ -34,6 +34,7 @@ constexpr int kSumThreads = 256;
 constexpr int kColumnWarps = 4;  // of 16 rows
 constexpr int kThreads = kColumnWarps * kChunk / 16 * 32;
 constexpr int kMostHeadsAtOnce = 6;
+static_assert(kMostHeadsAtOnce <= kThreads / 32);
 
 struct ChunkParams {
   SsdGradients p;
@@ -99,12 +100,12 @@ struct SumLayout {
   static constexpr int kDy = kTileBlockBytes;
   static constexpr int kStage = 2 * kTileBlockBytes;
   static constexpr int kFactors = kStages + 2 * kStage;  // [heads, 2, 64]
-  static constexpr int kBytes = 1024 + kFactors + kMostHeadsAtOnce * 2 * kChunk * 4;
+  static constexpr int kBytes = kFactors + kMostHeadsAtOnce * 2 * kChunk * 4;
 };
 
-__device__ unsigned char* aligned_shared() {
-  extern __shared__ unsigned char shared[];
-  return shared + (1024 - shared_address(shared) % 1024) % 1024;
+__device__ unsigned char* shared_memory() {
+  extern __shared__ __align__(128) unsigned char shared[];
+  return shared;
 }
 
 // Four warps for the state and four for its gradient; head by head, the next one's rows on the way.
@@ -112,7 +113,7 @@ template <int kStates>
 __global__ void __launch_bounds__(kSumThreads, 2)
     chunk_sums(const __grid_constant__ ChunkParams params) {
   using L = SumLayout<kStates>;
-  unsigned char* base = aligned_shared();
+  unsigned char* base = shared_memory();
   const std::uint32_t at = shared_address(base);
   auto* factors = reinterpret_cast<float(*)[2][kChunk]>(base + L::kFactors);  // Δ r and e^λ
   const SsdGradients& p = params.p;
@@ -166,12 +167,15 @@ __global__ void __launch_bounds__(kSumThreads, 2)
   }
 }
 
-// Of a head, by rows; sums lie in the parts that warps have.
-struct Scalars {
+// Of a head, by rows.
+struct HeadDecays {
   float lambda[kChunk];
   float into[kChunk];    // e^λ
   float step[kChunk];    // Δ
   float behind[kChunk];  // r
+};
+// Of a head, by rows, in the parts that warps have.
+struct HeadSums {
   // Σ_{s<t} Z_ts by t, Σ_{t>s} Z_ts by s
   float z_rows[kColumnWarps][kChunk], z_columns[kChunk / 16][kChunk];
   float c_dc[kColumnWarps][kChunk], b_db[kColumnWarps][kChunk];  // c · dC′, b · dB′
@@ -193,9 +197,9 @@ struct Layout {
   static constexpr int kS = 2 * kTileBlockBytes;
   static constexpr int kDs = kS + kStateTile;
   static constexpr int kStage = kDs + kStateTile;
-  static constexpr int kScalars = kStages + 2 * kStage;
-  static constexpr int kBytes =
-      1024 + kScalars + kMostHeadsAtOnce * static_cast<int>(sizeof(Scalars));
+  static constexpr int kDecays = kStages + 2 * kStage;
+  static constexpr int kSums = kDecays + kMostHeadsAtOnce * static_cast<int>(sizeof(HeadDecays));
+  static constexpr int kBytes = kSums + 2 * static_cast<int>(sizeof(HeadSums));
 };
 
 // x summed over the lanes of a row.
@@ -214,16 +218,16 @@ __device__ float sum_of_parts(const float (&parts)[kCount][kChunk], int row) {
 
 // What a row's tokens leave when all products are done. By one warp, two rows a lane.
 __device__ void finish_rows(const SsdGradients& p, const Block& block, int head,
-                            const Scalars& scalars) {
+                            const HeadDecays& decays, const HeadSums& sums) {
   const int lane = threadIdx.x % 32;
   float forward[2];   // what later rows carry
   float backward[2];  // what this row and those behind it do
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
     const int t = 2 * lane + i;
-    forward[i] = sum_of_parts(scalars.b_db, t) + sum_of_parts(scalars.z_columns, t) -
-                 sum_of_parts(scalars.z_rows, t);
-    backward[i] = sum_of_parts(scalars.c_dc, t);
+    forward[i] =
+        sum_of_parts(sums.b_db, t) + sum_of_parts(sums.z_columns, t) - sum_of_parts(sums.z_rows, t);
+    backward[i] = sum_of_parts(sums.c_dc, t);
   }
   float before = forward[0] + forward[1];
   float behind = backward[0] + backward[1];
@@ -236,16 +240,16 @@ __device__ void finish_rows(const SsdGradients& p, const Block& block, int head,
   }
   float through = 0;
 #pragma unroll
-  for (const float part : scalars.s_ds) through += part;
-  through *= scalars.into[kChunk - 1];
-  const float sums[2] = {before - forward[0] - forward[1] + behind,
-                         before - forward[1] + behind - backward[0]};
+  for (const float part : sums.s_ds) through += part;
+  through *= decays.into[kChunk - 1];
+  const float d_log_a[2] = {before - forward[0] - forward[1] + behind,
+                            before - forward[1] + behind - backward[0]};
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
     const int t = 2 * lane + i;
     if (t >= block.valid_rows) continue;
-    p.finish_token(p.scalar_at(block.row + t, head), head, sum_of_parts(scalars.du_x, t),
-                   sum_of_parts(scalars.dy_x, t), sums[i] + through);
+    p.finish_token(p.scalar_at(block.row + t, head), head, sum_of_parts(sums.du_x, t),
+                   sum_of_parts(sums.dy_x, t), d_log_a[i] + through);
   }
 }
 
@@ -258,9 +262,10 @@ __global__ void __launch_bounds__(kThreads, 1)
   constexpr int kStateTiles = kStates / 8 / kColumnWarps;
   constexpr int kTiles = kHeadDim / 8 / kColumnWarps;
   static_assert(kHeadDim == kChunk && kStateTiles % 2 == 0 && kTiles % 2 == 0);
-  unsigned char* base = aligned_shared();
+  unsigned char* base = shared_memory();
   const std::uint32_t at = shared_address(base);
-  auto* all_scalars = reinterpret_cast<Scalars*>(base + L::kScalars);  // by head
+  auto* all_decays = reinterpret_cast<HeadDecays*>(base + L::kDecays);
+  auto* two_sums = reinterpret_cast<HeadSums*>(base + L::kSums);  // of this head and the one before
   const SsdGradients& p = params.p;
   const Block block(params);
   const int lane = threadIdx.x % 32;
@@ -287,10 +292,10 @@ __global__ void __launch_bounds__(kThreads, 1)
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const int t = 2 * lane + i;
-      all_scalars[h].lambda[t] = d.lambda[i];
-      all_scalars[h].into[t] = expf(d.lambda[i]);
-      all_scalars[h].step[t] = d.step[i];
-      all_scalars[h].behind[t] = expf(d.last - d.lambda[i]);
+      all_decays[h].lambda[t] = d.lambda[i];
+      all_decays[h].into[t] = expf(d.lambda[i]);
+      all_decays[h].step[t] = d.step[i];
+      all_decays[h].behind[t] = expf(d.last - d.lambda[i]);
     }
   }
   float g[kTiles][4];  // C Bᵀ
@@ -305,10 +310,14 @@ __global__ void __launch_bounds__(kThreads, 1)
     const std::uint32_t stage_at = shared_address(stage);
     const std::uint32_t x = stage_at + L::kX;
     const std::uint32_t dy = stage_at + L::kDy;
-    Scalars& scalars = all_scalars[h];
+    const HeadDecays& decays = all_decays[h];
+    HeadSums& sums = two_sums[h % 2];
     wait_copies<0>();
     __syncthreads();
     if (h + 1 < params.heads_at_once) load_head(h + 1);
+    if (warp == h && h > 0) {
+      finish_rows(p, block, head - 1, all_decays[h - 1], two_sums[(h - 1) % 2]);
+    }
     if (h == 0) {
 #pragma unroll
       for (int k = 0; k < kStates / 16; ++k) {
@@ -331,7 +340,7 @@ __global__ void __launch_bounds__(kThreads, 1)
         for (int e = 0; e < 8; ++e) sum = fmaf(s[e], ds[e], sum);
       }
       sum = warp_sum(sum);
-      if (lane == 0) scalars.s_ds[warp] = sum;
+      if (lane == 0) sums.s_ds[warp] = sum;
     }
     {  // E, A and the sums of Z
       float w[kTiles][4];
@@ -342,8 +351,8 @@ __global__ void __launch_bounds__(kThreads, 1)
         load_rows(a, dy, rows, k);
         add_times_transposed(w, a, x, k, kTiles / 2 * quarter);
       }
-      const float lambda_low = scalars.lambda[low];
-      const float lambda_high = scalars.lambda[high];
+      const float lambda_low = decays.lambda[low];
+      const float lambda_high = decays.lambda[high];
       float z_low = 0;
       float z_high = 0;
 #pragma unroll
@@ -358,8 +367,8 @@ __global__ void __launch_bounds__(kThreads, 1)
           const int from = s + i % 2;
           // Behind the diagonal the exponent may overflow: it is never used there.
           const float decay =
-              from <= t ? __expf((i < 2 ? lambda_low : lambda_high) - scalars.lambda[from]) : 0;
-          e[i] = w[j][i] * decay * scalars.step[from];
+              from <= t ? __expf((i < 2 ? lambda_low : lambda_high) - decays.lambda[from]) : 0;
+          e[i] = w[j][i] * decay * decays.step[from];
           scores[i] = g[j][i] * decay;
           z[i] = from < t ? g[j][i] * e[i] : 0;
         }
@@ -380,14 +389,14 @@ __global__ void __launch_bounds__(kThreads, 1)
           for (int offset = 4; offset < 32; offset *= 2) {
             column += __shfl_xor_sync(0xffffffffU, column, offset);
           }
-          if (lane < 4) scalars.z_columns[rows][s + i] = column;
+          if (lane < 4) sums.z_columns[rows][s + i] = column;
         }
       }
       z_low = sum_of_row(z_low);
       z_high = sum_of_row(z_high);
       if (lane % 4 == 0) {
-        scalars.z_rows[quarter][low] = z_low;
-        scalars.z_rows[quarter][high] = z_high;
+        sums.z_rows[quarter][low] = z_low;
+        sums.z_rows[quarter][high] = z_high;
       }
     }
     __syncthreads();
@@ -424,14 +433,14 @@ __global__ void __launch_bounds__(kThreads, 1)
         dots[high] = dot_high;
       }
     };
-    const float step_low = scalars.step[low];
-    const float step_high = scalars.step[high];
-    const float behind_low = scalars.behind[low];
-    const float behind_high = scalars.behind[high];
-    add_outer(dc, dy, stage_at + L::kS, L::kC, scalars.into[low], scalars.into[high],
-              scalars.c_dc[quarter]);
+    const float step_low = decays.step[low];
+    const float step_high = decays.step[high];
+    const float behind_low = decays.behind[low];
+    const float behind_high = decays.behind[high];
+    add_outer(dc, dy, stage_at + L::kS, L::kC, decays.into[low], decays.into[high],
+              sums.c_dc[quarter]);
     add_outer(db, x, stage_at + L::kDs, L::kB, step_low * behind_low, step_high * behind_high,
-              scalars.b_db[quarter]);
+              sums.b_db[quarter]);
     float du[kTiles][4];
     clear(du);
 #pragma unroll
@@ -492,15 +501,16 @@ __global__ void __launch_bounds__(kThreads, 1)
         const float from_state = sum_of_row(du_x[i]);
         const float from_skip = sum_of_row(dy_x[i]);
         if (lane % 4 == 0) {
-          scalars.du_x[quarter][row] = from_state;
-          scalars.dy_x[quarter][row] = from_skip;
+          sums.du_x[quarter][row] = from_state;
+          sums.dy_x[quarter][row] = from_skip;
         }
       }
     }
   }
   __syncthreads();
-  for (int h = warp; h < params.heads_at_once; h += kThreads / 32) {
-    finish_rows(p, block, block.first_head + h, all_scalars[h]);
+  if (warp == 0) {
+    const int last = params.heads_at_once - 1;
+    finish_rows(p, block, block.first_head + last, all_decays[last], two_sums[last % 2]);
   }
   const auto store_share = [&](const float(&sum)[kStateTiles][4], float* shares) {
 #pragma unroll
