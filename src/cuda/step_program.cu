@@ -752,6 +752,7 @@ bool fits(const StepLinearArgs& args) {
   const std::int64_t k = args.x.shape[1];
   if (args.x.shape[0] > kStepLinearRows || k % kBlockColumns != 0 || k > kMaxColumns) return false;
   for (const StepLinearPart& part : args.parts) {
+    if (is_packed(part.w.dtype)) return false;
     if (part.epilogue == StepEpilogue::kGlu && args.parts.size() > 1) return false;
   }
   if (args.norm.data == nullptr) return true;

@@ -35,8 +35,9 @@ constexpr std::int64_t kStepHeadDim = 128;    // K and V of delta_rule_step, gro
 enum class StepEpilogue : std::uint8_t { kStore, kAdd, kSigmoid, kGlu, kConvSilu };
 
 struct StepLinearPart {
-  ConstTensorView w;  // [N, K] BF16; [2·N, K] with kGlu
-  TensorView y;       // [B, N'] F32 or BF16, N' >= N; what lies behind N is not touched
+  // [N, K] BF16, kQ8 or kQ4; [2·N, K] with kGlu, N being whole panels if it is packed
+  ConstTensorView w;
+  TensorView y;  // [B, N'] F32 or BF16, N' >= N; what lies behind N is not touched
   StepEpilogue epilogue = StepEpilogue::kStore;
   ConstTensorView conv = {};                 // [N, W]
   std::span<float* const> conv_states = {};  // [B], each [N, W]

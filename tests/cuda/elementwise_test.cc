@@ -6,6 +6,7 @@
 #include "ops/gate.h"
 #include "ops/log_sigmoid.h"
 #include "ops/rms_norm.h"
+#include "support/activations.h"
 
 namespace deltafox {
 namespace {
@@ -96,8 +97,7 @@ TEST_P(CudaElementwise, GluOfAnyWidth) {
 TEST_P(CudaElementwise, ActivationsAndGatesInPlace) {
   Random random(3);
   Gpu gpu(GetParam());
-  for (const Activation kind : {Activation::kIdentity, Activation::kSilu, Activation::kSigmoid,
-                                Activation::kRelu, Activation::kEluPlusOne}) {
+  for (const Activation kind : test::kActivations) {
     Tensor x = random.normal_tensor({3, 5, 9});
     Tensor gate = random.normal_tensor({3, 5, 9});
     Tensor gpu_x = gpu.upload(x, gpu.dtype());

@@ -13,6 +13,7 @@
 #include "ops/kv_append.h"
 #include "ops/linear.h"
 #include "ops/log_sigmoid.h"
+#include "ops/quantize.h"
 #include "ops/rms_norm.h"
 #include "ops/rope.h"
 #include "ops/selective_scan.h"
@@ -152,6 +153,9 @@ void gla_backward(Context& /*ctx*/, const GlaBackwardArgs& /*args*/) {
   fail_without_cuda();
 }
 void kv_append(Context& /*ctx*/, const KvAppendArgs& /*args*/) {
+  fail_without_cuda();
+}
+void arrange_packed(Context& /*ctx*/, const TensorView& /*packed*/) {
   fail_without_cuda();
 }
 void linear(Context& /*ctx*/, const LinearArgs& /*args*/) {
