@@ -27,8 +27,9 @@ constexpr int kWarps = 8;  // that compute
 constexpr int kWorkers = kWarps * 32;
 constexpr int kThreads = kWorkers + 128;  // registers are dealt out to four warps at a time
 constexpr int kTileRows = 16;
-constexpr int kBlockColumns = 32 * kWarps;        // 32 of each warp
-constexpr int kPieceColumns = 2 * kBlockColumns;  // of a row, in a piece
+constexpr int kBlockColumns = 32 * kWarps;  // 32 of each warp
+constexpr int kPieceBlocks = 6;
+constexpr int kPieceColumns = kPieceBlocks * kBlockColumns;  // of a row, in a piece
 constexpr int kMaxBlocks = 16;
 constexpr int kMaxColumns = kMaxBlocks * kBlockColumns;
 constexpr int kF32Blocks = 8;  // of an x of float32, all of which is in registers at once
@@ -38,7 +39,7 @@ constexpr int kRowBytes = kPieceColumns * 2 + 64;
 constexpr int kPieces = 32;  // in the ring at most
 // Rows that are under way at most: as many as keep the memory busy. More would wait in queues, and
 // what blocks tell each other behind them.
-constexpr int kRowsUnderWay = 48;
+constexpr int kRowsUnderWay = 32;
 constexpr int kDim = static_cast<int>(kStepHeadDim);
 constexpr int kUnitColumns = 16;  // of a head's state
 constexpr int kUnits = 4;         // of a half of the workers, at once
@@ -66,12 +67,14 @@ struct DeltaScratch {
   float dots[kUnits][4][4];
 };
 
+constexpr int kGroupTiles = 4;  // whose sums are taken at once
+constexpr int kPhases = 3;  // in shared memory: that of the slowest warp, the fastest's, the next
+
 // kHalves: of up to eight sequences.
 template <int kHalves>
 struct Shared {
-  static constexpr int kGroupTiles = 4 / kHalves;  // whose sums are taken at once
   // An even number of rows, so that neighbours stay neighbours where the ring ends.
-  static constexpr int kRows = kHalves == 1 ? 180 : 178;
+  static constexpr int kRows = kHalves == 1 ? 62 : 56;
   alignas(128) unsigned char ring[kRows * kRowBytes];
   union {
     float sums[kGroupTiles][kWarps][8 * kHalves][kSumStride];
@@ -80,9 +83,9 @@ struct Shared {
   alignas(16) float norm[kMaxF32Columns];  // its weights; a warp writes what it reads
   float group_squares[kMaxF32Columns / 32][8 * kHalves];
   float warp_squares[kWarps][8 * kHalves];
-  StepPhase phases[2];          // of the workers: this one and the next
-  Slice slices[2][kStepParts];  // of their parts
-  StepPhase coming[2];          // of the warp that asks for weights
+  StepPhase phases[kPhases];          // of the workers
+  Slice slices[kPhases][kStepParts];  // of their parts
+  StepPhase coming[2];                // of the warp that asks for weights
   std::uint64_t full[kPieces];
   std::uint64_t empty[kPieces];
 };
@@ -221,44 +224,61 @@ __device__ inline std::uint32_t pack(float x, float y) {
   return reinterpret_cast<const std::uint32_t&>(both);
 }
 
+// Barriers of a block between the workers and the warp that tells the other blocks what they have
+// finished: it waits for these while the workers prepare the next phase.
+constexpr int kFinished = 4;
+constexpr int kReleased = 5;
+
+__device__ inline void meet_blocks(int count, Counters* counters) {
+  const bool first = threadIdx.x % 32 == 0;
+  for (int index = 1; index <= count; ++index) {
+    asm volatile("bar.sync %0, %1;" ::"n"(kFinished), "n"(kWorkers + 32) : "memory");
+    if (index == count) break;
+    if (first) {
+      asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(&counters->arrived) : "memory");
+      const unsigned all = static_cast<unsigned>(index) * gridDim.x;
+      unsigned arrived;
+      do {
+        asm volatile("ld.acquire.gpu.global.u32 %0, [%1];"
+                     : "=r"(arrived)
+                     : "l"(&counters->arrived)
+                     : "memory");
+      } while (arrived < all);
+    }
+    __syncwarp();
+    asm volatile("bar.arrive %0, %1;" ::"n"(kReleased), "n"(kWorkers + 32) : "memory");
+  }
+  if (first && atomicAdd(&counters->exited, 1) == gridDim.x - 1) {
+    // All blocks have passed the last barrier.
+    counters->arrived = 0;
+    counters->exited = 0;
+  }
+}
+
 template <int kHalves>
 class Worker {
  public:
-  __device__ Worker(const StepPhase* phases, int count, int batch, Counters* counters,
-                    Shared<kHalves>& shared)
-      : phases_(phases), count_(count), batch_(batch), counters_(counters), shared_(shared) {}
+  __device__ Worker(const StepPhase* phases, int count, int batch, Shared<kHalves>& shared)
+      : phases_(phases), count_(count), batch_(batch), shared_(shared) {}
 
   __device__ void run() {
     prefetch_phase(0);
     keep_phase(0);
     sync_workers();
     for (int index = 0; index < count_; ++index) {
-      const StepPhase& phase = shared_.phases[index % 2];
+      const StepPhase& phase = shared_.phases[index % kPhases];
       prefetch_phase(index + 1);
       if (phase.heads > 0) {
         delta(phase, index);
       } else {
-        linear(phase, shared_.slices[index % 2], index);
+        linear(phase, shared_.slices[index % kPhases], index);
       }
-      sync_workers();
-      if (thread_ != 0) continue;
-      if (index + 1 < count_) {
-        asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(&counters_->arrived)
-                     : "memory");
-      } else if (atomicAdd(&counters_->exited, 1) == gridDim.x - 1) {
-        // All blocks have passed the last barrier.
-        counters_->arrived = 0;
-        counters_->exited = 0;
-      }
+      asm volatile("bar.arrive %0, %1;" ::"n"(kFinished), "n"(kWorkers + 32) : "memory");
     }
   }
 
  private:
-  static constexpr int kGroupTiles = Shared<kHalves>::kGroupTiles;
-  static constexpr int kOutputs = 2;  // of a thread, of a group of tiles
-  // Whether a piece of w is read while the one before it is multiplied: with two halves there is
-  // enough to multiply, and no register to spare.
-  static constexpr bool kReadAhead = kHalves == 1;
+  static constexpr int kOutputs = 2 * kHalves;  // of a thread, of a group of tiles
 
   // x of the warp's columns, a block a vector.
   using Operands = uint4[kHalves][kMaxBlocks];
@@ -284,27 +304,20 @@ class Worker {
   __device__ void keep_phase(int index) {
     if (index >= count_) return;
     if (thread_ < kPhaseVectors) {
-      reinterpret_cast<uint4*>(&shared_.phases[index % 2])[thread_] = next_vector_;
+      reinterpret_cast<uint4*>(&shared_.phases[index % kPhases])[thread_] = next_vector_;
     } else if (thread_ >= 32 && thread_ < 32 + kStepParts) {
-      shared_.slices[index % 2][thread_ - 32] = slice_of(next_rows_);
+      shared_.slices[index % kPhases][thread_ - 32] = slice_of(next_rows_);
     }
   }
 
   // For what the phase before left behind.
   __device__ void wait_for_blocks(int index) {
     keep_phase(index + 1);
-    if (index == 0) return;
-    if (thread_ == 0) {
-      const unsigned all = static_cast<unsigned>(index) * gridDim.x;
-      unsigned arrived;
-      do {
-        asm volatile("ld.acquire.gpu.global.u32 %0, [%1];"
-                     : "=r"(arrived)
-                     : "l"(&counters_->arrived)
-                     : "memory");
-      } while (arrived < all);
+    if (index == 0) {
+      sync_workers();
+    } else {
+      asm volatile("bar.sync %0, %1;" ::"n"(kReleased), "n"(kWorkers + 32) : "memory");
     }
-    sync_workers();
   }
 
   // ---- step_linear ----
@@ -536,44 +549,30 @@ class Worker {
         if (row >= kRows) row -= kRows;
         return columns + row * kRowBytes;
       };
-      // Two chains of sums, of alternate blocks.
-      float c[2][kHalves][4] = {};
-      uint4 w[2][2][2];  // by piece, block, low and high rows
-      int slots[2];
-      const auto read_piece = [&](int piece) {
-        const int turn = piece % 2;
-        slots[turn] = place_.slot();
+      float c[2][kHalves][4] = {};  // two chains of sums, of alternate blocks
+#pragma unroll
+      for (int piece = 0; piece * kPieceBlocks < kMaxBlocks; ++piece) {
+        const int first = piece * kPieceBlocks;
+        const int blocks = min(kPieceBlocks, phase.k / kBlockColumns - first);
+        if (blocks <= 0) break;
+        const int slot = place_.slot();
         const unsigned char* low = row_at(low_row);
         const unsigned char* high = row_at(high_row);
-        sm90::barrier_wait(&shared_.full[slots[turn]], place_.parity());
+        sm90::barrier_wait(&shared_.full[slot], place_.parity());
+        constexpr int kLastBlocks = kMaxBlocks % kPieceBlocks;
+        if (blocks == kPieceBlocks) {
+          multiply_blocks<kPieceBlocks>(c, low, high, x, first);
+        } else if (blocks == kLastBlocks) {
+          multiply_blocks<kLastBlocks>(c, low, high, x, first);
+        } else {
 #pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          if (i == 1 && piece * kPieceColumns + kBlockColumns >= phase.k) break;
-          w[turn][i][0] = *reinterpret_cast<const uint4*>(low + i * kBlockColumns * 2);
-          w[turn][i][1] = *reinterpret_cast<const uint4*>(high + i * kBlockColumns * 2);
-        }
-        place_.template advance<kRows>(rows);
-      };
-      if (kReadAhead) read_piece(0);
-#pragma unroll
-      for (int piece = 0; piece < kMaxBlocks / 2; ++piece) {
-        if (piece * kPieceColumns >= phase.k) break;
-        if (!kReadAhead) read_piece(piece);
-        if (kReadAhead && (piece + 1) * kPieceColumns < phase.k) read_piece(piece + 1);
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          if (i == 1 && piece * kPieceColumns + kBlockColumns >= phase.k) break;
-          const uint4& low = w[piece % 2][i][0];
-          const uint4& high = w[piece % 2][i][1];
-#pragma unroll
-          for (int h = 0; h < kHalves; ++h) {
-            const uint4& b = x[h][2 * piece + i];
-            multiply(c[i][h], low.x, high.x, low.y, high.y, b.x, b.y);
-            multiply(c[i][h], low.z, high.z, low.w, high.w, b.z, b.w);
+          for (int i = 0; i < kPieceBlocks; ++i) {
+            if (i < blocks) multiply_block(c[i % 2], low, high, x, first, i);
           }
         }
         __syncwarp();
-        if (lane_ == 0) sm90::barrier_arrive(&shared_.empty[slots[piece % 2]]);
+        if (lane_ == 0) sm90::barrier_arrive(&shared_.empty[slot]);
+        place_.template advance<kRows>(rows);
       }
 #pragma unroll
       for (int h = 0; h < kHalves; ++h) {
@@ -585,6 +584,29 @@ class Worker {
         }
       }
     }
+  }
+
+  // c += w xᵀ of block `i` of a piece whose first is `first`; w in the ring.
+  __device__ static void multiply_block(float (&c)[kHalves][4], const unsigned char* low,
+                                        const unsigned char* high, const Operands& x, int first,
+                                        int i) {
+    if (first + i >= kMaxBlocks) return;
+    const uint4 w_low = *reinterpret_cast<const uint4*>(low + i * kBlockColumns * 2);
+    const uint4 w_high = *reinterpret_cast<const uint4*>(high + i * kBlockColumns * 2);
+#pragma unroll
+    for (int h = 0; h < kHalves; ++h) {
+      const uint4& b = x[h][first + i];
+      multiply(c[h], w_low.x, w_high.x, w_low.y, w_high.y, b.x, b.y);
+      multiply(c[h], w_low.z, w_high.z, w_low.w, w_high.w, b.z, b.w);
+    }
+  }
+
+  // Without a branch in between, w of all blocks is under way at once.
+  template <int kCount>
+  __device__ static void multiply_blocks(float (&c)[2][kHalves][4], const unsigned char* low,
+                                         const unsigned char* high, const Operands& x, int first) {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) multiply_block(c[i % 2], low, high, x, first, i);
   }
 
   __device__ float sum_of(int tile, const Output& out) const {
@@ -785,7 +807,6 @@ class Worker {
   const StepPhase* phases_;
   int count_;
   int batch_;
-  Counters* counters_;
   Shared<kHalves>& shared_;
   int thread_ = static_cast<int>(threadIdx.x);
   int warp_ = static_cast<int>(threadIdx.x) / 32;
@@ -811,10 +832,14 @@ __global__ void __launch_bounds__(kThreads, 1)
   __syncthreads();
   if (threadIdx.x >= kWorkers) {
     sm90::shrink_registers<40>();
-    if (threadIdx.x < kWorkers + 32) stream_weights<kHalves>(phases, count, shared);
+    if (threadIdx.x < kWorkers + 32) {
+      stream_weights<kHalves>(phases, count, shared);
+    } else if (threadIdx.x < kWorkers + 64) {
+      meet_blocks(count, counters);
+    }
   } else {
     sm90::grow_registers<232>();
-    Worker<kHalves>(phases, count, batch, counters, shared).run();
+    Worker<kHalves>(phases, count, batch, shared).run();
   }
 #endif
 }
