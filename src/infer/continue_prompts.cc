@@ -41,7 +41,7 @@ class Continuations {
   ProcessorChain processors_;
   std::vector<Continuation> sequences_;
   std::vector<float> model_logits_;  // [N] a row before the processors, with output_logprobs
-  std::vector<double> weights_;      // scratch of sample()
+  std::vector<std::uint64_t> weights_;  // scratch of sample()
 };
 
 std::int32_t Continuations::choose(const Continuation& sequence, std::span<float> logits) {
