@@ -49,7 +49,7 @@ void ssd(Context& ctx, const SsdArgs& args) {
       });
   for_each_batch(
       args.sequences, args.states, [&](int length) { return chunked(length) ? 0 : 1; },
-      [&](const SequenceBatch& batch) { launch_ssd(problem, batch, stream_of(ctx)); });
+      [&](const SequenceBatch& batch) { launch_ssd(ctx, problem, batch); });
 }
 
 }  // namespace deltafox::cuda

@@ -71,7 +71,7 @@ struct SsdSource {
 };
 
 template <typename T>
-void launch(const SsdProblem& p, const SequenceBatch& batch, cudaStream_t stream) {
+void launch(Context& ctx, const SsdProblem& p, const SequenceBatch& batch) {
   const SsdSource<T> source{
       .xbc = static_cast<const T*>(p.xbc),
       .dt = p.dt,
@@ -87,13 +87,13 @@ void launch(const SsdProblem& p, const SequenceBatch& batch, cudaStream_t stream
       .rows = p.state_size,
       .columns = p.head_dim,
   };
-  launch_decayed_recurrence(source, p.heads, batch, stream);
+  launch_decayed_recurrence(ctx, source, p.heads, batch);
 }
 
 }  // namespace
 
-void launch_ssd(const SsdProblem& problem, const SequenceBatch& batch, cudaStream_t stream) {
-  problem.is_bf16 ? launch<bf16>(problem, batch, stream) : launch<float>(problem, batch, stream);
+void launch_ssd(Context& ctx, const SsdProblem& problem, const SequenceBatch& batch) {
+  problem.is_bf16 ? launch<bf16>(ctx, problem, batch) : launch<float>(ctx, problem, batch);
 }
 
 }  // namespace deltafox::cuda

@@ -21,7 +21,7 @@ constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / 32;
 constexpr int kTileRows = 8;  // of w
 constexpr int kBlock = 32;    // elements of K
-constexpr int kParts = 6;
+constexpr int kParts = static_cast<int>(kStepLinearParts);
 constexpr int kPadding = 8;               // elements behind each row of x in shared memory
 constexpr int kPrefetchBytes = 96 << 10;  // into the L2 cache, by each thread block
 
@@ -29,6 +29,7 @@ struct Part {
   const bf16* w;
   void* y;
   const float4* conv;          // [N]
+  const float* conv_bias;      // [N] or null
   float4* const* conv_states;  // [B] in device memory, each [N]
   int rows;                    // N
   int stride;                  // N'
@@ -40,6 +41,7 @@ struct Part {
 struct Params {
   const void* x;
   const float* norm;
+  const float* gate;  // [B, K] or null
   float norm_eps;
   int norm_width;  // 0: none
   bool x_is_bf16;
@@ -118,6 +120,13 @@ __device__ void stage_input(const Params& p, bf16* staged) {
       load_four(v, static_cast<const float*>(p.x) + at, kVector);
     }
   };
+  const auto apply_gate = [&](float(&v)[4], int b, int i) {
+    if (p.gate == nullptr || b >= p.batch) return;
+    float z[4];
+    load_four(z, p.gate + static_cast<std::int64_t>(b) * p.k + i, kVector);
+#pragma unroll
+    for (int e = 0; e < 4; ++e) v[e] *= z[e] * sigmoid(z[e]);
+  };
   if (p.norm_width == p.k) {  // a warp a row
     for (int b = warp; b < kRows; b += kWarps) {
       float kept[kKept][4];
@@ -132,11 +141,15 @@ __device__ void stage_input(const Params& p, bf16* staged) {
       };
 #pragma unroll
       for (int n = 0; n < kKept; ++n) {
-        if ((n * 32 + lane) * 4 < p.k) add(kept[n]);
+        const int i = (n * 32 + lane) * 4;
+        if (i >= p.k) continue;
+        apply_gate(kept[n], b, i);
+        add(kept[n]);
       }
       for (int i = (kKept * 32 + lane) * 4; i < p.k; i += 128) {
         float v[4];
         load(v, b, i);
+        apply_gate(v, b, i);
         add(v);
       }
       const float scale = 1 / sqrtf(warp_sum(sum) / static_cast<float>(p.k) + p.norm_eps);
@@ -154,6 +167,7 @@ __device__ void stage_input(const Params& p, bf16* staged) {
       for (int i = (kKept * 32 + lane) * 4; i < p.k; i += 128) {
         float v[4];
         load(v, b, i);
+        apply_gate(v, b, i);
         store(v, i);
       }
     }
@@ -219,6 +233,7 @@ __device__ inline void finish(const Params& p, const Tile& tile, int b, int colu
       const float4 w = part.conv[row];
       *state = make_float4(old.y, old.z, old.w, sum);
       sum = fmaf(w.w, sum, fmaf(w.z, old.w, fmaf(w.y, old.z, w.x * old.y)));
+      if (part.conv_bias != nullptr) sum += part.conv_bias[row];
       sum *= sigmoid(sum);
       break;
     }
@@ -456,63 +471,7 @@ __global__ void __launch_bounds__(kStepThreads) delta_rule_step_kernel(const Del
   }
 }
 
-constexpr int kArgmaxThreads = 1024;
-
-// A thread block a row.
-__global__ void __launch_bounds__(kArgmaxThreads)
-    greedy_token_kernel(const float* logits, int stride, int vocab, std::int32_t* ids,
-                        std::int32_t* counts, volatile std::int32_t* history, int capacity) {
-  __shared__ float values[32];
-  __shared__ int indices[32];
-  wait_for_input();
-  const int b = static_cast<int>(blockIdx.x);
-  const float* row = logits + static_cast<std::int64_t>(b) * stride;
-  float best = -INFINITY;
-  int index = vocab;
-  const auto take = [&](float value, int i) {
-    if (value > best || (value == best && i < index)) best = value, index = i;
-  };
-#pragma unroll 4
-  for (int i = static_cast<int>(threadIdx.x) * 4; i < vocab; i += kArgmaxThreads * 4) {
-    float v[4];
-    load_four(v, row + i, stride % 4 == 0 && i + 4 <= vocab ? kVector : min(4, vocab - i));
-#pragma unroll
-    for (int e = 0; e < 4; ++e) {
-      if (i + e < vocab) take(v[e], i + e);
-    }
-  }
-  const auto over_warp = [&] {
-#pragma unroll
-    for (int offset = 16; offset > 0; offset /= 2) {
-      const float value = __shfl_xor_sync(0xffffffff, best, offset);
-      const int i = __shfl_xor_sync(0xffffffff, index, offset);
-      take(value, i);
-    }
-  };
-  over_warp();
-  if (threadIdx.x % 32 == 0) values[threadIdx.x / 32] = best, indices[threadIdx.x / 32] = index;
-  __syncthreads();
-  if (threadIdx.x >= 32) return;
-  best = values[threadIdx.x];
-  index = indices[threadIdx.x];
-  over_warp();
-  if (threadIdx.x != 0) return;
-  ids[b] = min(index, vocab - 1);  // a row of NaN has none
-  const int count = counts[b];
-  counts[b] = count + 1;
-  if (count < capacity) history[count * static_cast<int>(gridDim.x) + b] = index;
-}
-
 }  // namespace
-
-void greedy_token(Context& ctx, const GreedyTokenArgs& args) {
-  launch_dependent(
-      ctx, "greedy_token", greedy_token_kernel, dim3(static_cast<unsigned>(args.logits.shape[0])),
-      kArgmaxThreads, 0, args.logits.f32(), static_cast<int>(args.logits.shape[1]),
-      static_cast<int>(args.classes), static_cast<std::int32_t*>(args.ids.data),
-      static_cast<std::int32_t*>(args.counts.data),
-      static_cast<volatile std::int32_t*>(args.history), static_cast<int>(args.capacity));
-}
 
 void step_linear(Context& ctx, const StepLinearArgs& args) {
   if (add_to_program(ctx, args)) return;
@@ -527,6 +486,7 @@ void step_linear(Context& ctx, const StepLinearArgs& args) {
     p.norm_eps = args.norm_eps;
     p.norm_width = static_cast<int>(args.norm.shape.size());
   }
+  p.gate = static_cast<const float*>(args.gate.data);
   for (std::size_t i = 0; i < args.parts.size(); ++i) {
     const StepLinearPart& part = args.parts[i];
     const int rows = static_cast<int>(outputs_of(part));
@@ -541,6 +501,7 @@ void step_linear(Context& ctx, const StepLinearArgs& args) {
     to.epilogue = part.epilogue;
     if (part.epilogue == StepEpilogue::kConvSilu) {
       to.conv = static_cast<const float4*>(part.conv.data);
+      to.conv_bias = static_cast<const float*>(part.conv_bias.data);
       to.conv_states = reinterpret_cast<float4* const*>(upload(ctx, part.conv_states));
     }
   }

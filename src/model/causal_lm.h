@@ -84,6 +84,8 @@ class CausalLM {
 
   // Whether forward takes a fused way for one token of each of `count` sequences.
   bool has_step(const Context& ctx, std::int64_t count) const;
+  // Whether ops::StepProgram knows all that such a step launches.
+  bool has_step_program(const Context& ctx, std::int64_t count) const;
 
   // y [R, C] = the final norm of x [R, C]
   void final_norm(Context& ctx, const ConstTensorView& x, const TensorView& y) const;
@@ -106,8 +108,12 @@ class CausalLM {
                         std::span<const std::int32_t> labels, float scale, std::span<float> loss,
                         Gradients& gradients, const BackwardOptions& options) const;
 
-  // Whether forward does the same launches for every token: no layer's memory grows.
+  // Whether no layer's memory grows with the tokens read.
   bool replayable() const;
+  // Room for so many more tokens, so that forward allocates none for them.
+  void reserve(SequenceState& state, std::int64_t tokens) const;
+  // A token more was read by running a recorded step.
+  void advance(SequenceState& state) const;
 
   SequenceState new_state(Device device = Device::kCpu, DType activation_dtype = DType::kF32) const;
 

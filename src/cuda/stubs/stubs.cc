@@ -3,6 +3,8 @@
 #include "core/error.h"
 #include "ops/activation.h"
 #include "ops/adamw.h"
+#include "ops/attention_step.h"
+#include "ops/choose_token.h"
 #include "ops/cross_entropy.h"
 #include "ops/delta_mixer.h"
 #include "ops/delta_rule.h"
@@ -108,6 +110,12 @@ void adamw_step(Context& /*ctx*/, const AdamWStepArgs& /*args*/) {
 double sum_of_squares(Context& /*ctx*/, const ConstTensorView& /*x*/) {
   fail_without_cuda();
 }
+void attention_step(Context& /*ctx*/, const AttentionStepArgs& /*args*/) {
+  fail_without_cuda();
+}
+void choose_token(Context& /*ctx*/, const ChooseTokenArgs& /*args*/) {
+  fail_without_cuda();
+}
 void cross_entropy(Context& /*ctx*/, const CrossEntropyArgs& /*args*/) {
   fail_without_cuda();
 }
@@ -146,6 +154,9 @@ void gate_backward(Context& /*ctx*/, const GateBackwardArgs& /*args*/) {
   fail_without_cuda();
 }
 void gla(Context& /*ctx*/, const GlaArgs& /*args*/) {
+  fail_without_cuda();
+}
+void gla_step(Context& /*ctx*/, const GlaStepArgs& /*args*/) {
   fail_without_cuda();
 }
 void gla_backward(Context& /*ctx*/, const GlaBackwardArgs& /*args*/) {
@@ -219,9 +230,6 @@ void run_step_program(Context& /*ctx*/) {
   fail_without_cuda();
 }
 void end_step_program(Context& /*ctx*/) {
-  fail_without_cuda();
-}
-void greedy_token(Context& /*ctx*/, const GreedyTokenArgs& /*args*/) {
   fail_without_cuda();
 }
 
