@@ -1,7 +1,13 @@
-// See ops/forgetting_attention.h for the equations. One task is up to kRows successive queries of
+// See ops/forgetting_attention.h for the equations. One task is a block of successive queries of
 // one head of one sequence. It visits the pages that one of them sees, oldest first; each query
 // masks what it does not see or skips, so that rows do not depend on one another.
+//
+// Products are float32, or of rows rounded to bfloat16 by tiles: then a page is rounded and packed
+// once for all queries of the block.
 #include "ops/forgetting_attention.h"
+
+#include "cpu/bf16_tiles.h"
+#include "cpu/isa.h"
 
 #undef HWY_TARGET_INCLUDE
 #define HWY_TARGET_INCLUDE "cpu/forgetting_attention.cc"
@@ -17,7 +23,7 @@ HWY_BEFORE_NAMESPACE();
 namespace deltafox::cpu::HWY_NAMESPACE {
 namespace {
 
-constexpr std::int64_t kRows = 32;
+constexpr std::int64_t kRows = 32;  // that are worked on at a time
 constexpr float kMinusInfinity = -std::numeric_limits<float>::infinity();
 
 // Queries [row, row + count) of the batch, at positions position... of sequence b.
@@ -28,27 +34,50 @@ struct Block {
   std::int64_t count;
 };
 
-// Memory of a task.
+// Memory of a task: of kRows rows, or with _of_block of all rows of the block. kKvPage is written
+// P.
 struct Work {
-  float* q;             // [kRows, D], scaled by 1 / √D
-  float* scores;        // [kRows, kKvPage], then the weights
-  float* o;             // [kRows, value_stride]
-  float* max;           // [kRows] the running maximum of a row's scores
-  double* sum;          // [kRows] the running sum of its weights
-  std::int64_t* begin;  // [kRows] the first position that it reads
+  bool tiles;           // the operands of products are bfloat16
+  float* q;             // of_block [rows, D], scaled by 1 / √D
+  float* scores;        // [kRows, P], then the weights
+  float* o;             // of_block [rows, value_stride]
+  float* max;           // of_block [rows] the running maximum of a row's scores
+  double* sum;          // of_block [rows] the running sum of its weights
+  std::int64_t* begin;  // of_block [rows] the first position that it reads
+  // With tiles, D' being D rounded up to 32:
+  std::uint16_t* q_bf16;   // of_block [rows, D']
+  std::uint16_t* weights;  // [kRows, P]
+  std::uint16_t* keys;     // [D', P] packed
+  std::uint16_t* values;   // [P, value_stride] packed
 
-  static std::int64_t floats(const KvLayout& layout) {
-    return kRows * (layout.head_dim + kKvPage + layout.value_stride() + 1 + 2 + 2);
+  static std::int64_t floats(const KvLayout& layout, std::int64_t rows, bool tiles) {
+    return Work(nullptr, layout, rows, tiles).floats_;
   }
-  Work(float* memory, const KvLayout& layout) {
-    const auto take = [&](std::int64_t n) { return std::exchange(memory, memory + kRows * n); };
-    sum = reinterpret_cast<double*>(take(2));
-    begin = reinterpret_cast<std::int64_t*>(take(2));
-    scores = take(kKvPage);
-    o = take(layout.value_stride());
-    q = take(layout.head_dim);
-    max = take(1);
+  // Without memory, for its size.
+  Work(float* memory, const KvLayout& layout, std::int64_t rows, bool with_tiles)
+      : tiles(with_tiles) {
+    const auto take = [&](std::int64_t n) {
+      const std::int64_t at = std::exchange(floats_, floats_ + (n + 15) / 16 * 16);
+      return memory != nullptr ? memory + at : nullptr;
+    };
+    const auto take_bf16 = [&](std::int64_t n) {
+      return reinterpret_cast<std::uint16_t*>(take(tiles ? n / 2 : 0));
+    };
+    const std::int64_t dim = padded_depth(layout.head_dim);
+    sum = reinterpret_cast<double*>(take(2 * rows));
+    begin = reinterpret_cast<std::int64_t*>(take(2 * rows));
+    max = take(rows);
+    scores = take(kRows * kKvPage);
+    o = take(rows * layout.value_stride());
+    q = take(rows * layout.head_dim);
+    q_bf16 = take_bf16(rows * dim);
+    weights = take_bf16(kRows * kKvPage);
+    keys = take_bf16(dim * kKvPage);
+    values = take_bf16(kKvPage * layout.value_stride());
   }
+
+ private:
+  std::int64_t floats_ = 0;  // in whole cache lines
 };
 
 // One head's log gates of a page: sums up to each token, in two parts.
@@ -67,6 +96,10 @@ struct Gates {
     return (of_query.high[query] - high[key]) + (of_query.low[query] - low[key]);
   }
 };
+
+constexpr std::int64_t round_up_to_lanes(std::int64_t n) {
+  return (n + 15) / 16 * 16;
+}
 
 // The first page that the query at `position` reads: those before decay below the threshold.
 HWY_INLINE std::int64_t first_kept_page(const KvCache& cache, std::int64_t head,
@@ -112,26 +145,26 @@ HWY_INLINE void begin_rows(const ForgettingAttentionArgs& args, const Block& blo
     } else {
       bound = args.score_bounds[static_cast<std::size_t>(head)];
     }
+    // Rounding both q and k to bfloat16 adds 2^-8 to a product at most.
+    if (work.tiles) bound *= 1 + 1.0F / 128;
     const float threshold =
         *args.log_pruning_tolerance - 2 * bound - std::log(static_cast<float>(position + 1));
     const std::int64_t page = first_kept_page(cache, head, position, threshold);
     work.begin[r] = std::max(work.begin[r], page * kKvPage);
   }
   std::fill(work.o, work.o + block.count * layout.value_stride(), 0.0f);
+#if defined(__x86_64__)
+  if (work.tiles) amx::round_left(work.q, dim, block.count, dim, 1, work.q_bf16);
+#endif
 }
 
-// scores[0, kKvPage) become weights relative to the row's maximum so far; those outside
-// [begin, end) become 0.
-HWY_INLINE void softmax_row(float* scores, std::int64_t begin, std::int64_t end, const Gates& keys,
-                            const Gates& queries, std::int64_t query, const Work& work,
-                            std::int64_t row, std::int64_t stride) {
-  if (begin >= end) {
-    std::fill(scores, scores + kKvPage, 0.0f);
-    return;
-  }
-  std::fill(scores, scores + begin, kMinusInfinity);
-  std::fill(scores + end, scores + kKvPage, kMinusInfinity);
-  VF32 maxima = hn::Set(kF32, work.max[row]);
+// Masks a row of scores outside [begin, end), adds what the gates between query and keys say, and
+// returns the greatest, or kMinusInfinity.
+HWY_INLINE float finish_scores(float* scores, std::int64_t begin, std::int64_t end,
+                               const Gates& keys, const Gates& queries, std::int64_t query) {
+  std::fill(scores, scores + std::min(begin, kKvPage), kMinusInfinity);
+  std::fill(scores + std::max<std::int64_t>(end, 0), scores + kKvPage, kMinusInfinity);
+  VF32 maxima = hn::Set(kF32, kMinusInfinity);
   const float high = queries.high != nullptr ? queries.high[query] : 0;
   const float low = queries.high != nullptr ? queries.low[query] : 0;
   for (std::int64_t j = 0; j < kKvPage; j += lanes()) {
@@ -144,50 +177,140 @@ HWY_INLINE void softmax_row(float* scores, std::int64_t begin, std::int64_t end,
     }
     maxima = hn::Max(maxima, s);
   }
-  const float max = hn::GetLane(hn::MaxOfLanes(kF32, maxima));
-  if (max > work.max[row]) {
-    const float factor = std::exp(work.max[row] - max);
-    float* o = work.o + row * stride;
-    for (std::int64_t i = 0; i < stride; ++i) o[i] *= factor;
-    work.sum[row] *= factor;
-    work.max[row] = max;
+  return hn::GetLane(hn::MaxOfLanes(kF32, maxima));
+}
+
+// Scores of rows [row, row + rows) of the block, of the page from position `first` on, become
+// weights relative to each row's maximum so far; what a row does not read becomes 0.
+HWY_INLINE void softmax_rows(const KvCache& cache, const Block& block, std::int64_t head,
+                             std::int64_t first, std::int64_t row, std::int64_t rows,
+                             const Work& work) {
+  const Gates keys(cache, first / kKvPage, head);
+  const std::int64_t stride = cache.layout().value_stride();
+  HWY_ALIGN float maxima[kRows];
+  HWY_ALIGN float factors[kRows];  // from the maxima before to these
+  for (std::int64_t r = 0; r < rows; ++r) {
+    const std::int64_t position = block.position + row + r;
+    const float max = finish_scores(work.scores + r * kKvPage,
+                                    std::max<std::int64_t>(0, work.begin[row + r] - first),
+                                    std::min(kKvPage, position + 1 - first), keys,
+                                    Gates(cache, position / kKvPage, head), position % kKvPage);
+    // Finite for what has read nothing yet, so that no difference is NaN.
+    maxima[r] = std::max({max, work.max[row + r], -std::numeric_limits<float>::max()});
   }
-  VF32 sums = hn::Zero(kF32);
-  for (std::int64_t j = 0; j < kKvPage; j += lanes()) {
-    const VF32 weight = hn::Exp(kF32, hn::Sub(load(scores + j), hn::Set(kF32, max)));
-    store(weight, scores + j);
-    sums = hn::Add(sums, weight);
+  std::fill(maxima + rows, maxima + kRows, 0.0f);
+  for (std::int64_t r = 0; r < rows; r += lanes()) {
+    const VF32 max = load(maxima + r);
+    store(hn::Exp(kF32, hn::Sub(load(work.max + row + r), max)), factors + r);
+    store(max, work.max + row + r);
   }
-  work.sum[row] += sum_of(sums);
+  for (std::int64_t r = 0; r < rows; ++r) {
+    float* scores = work.scores + r * kKvPage;
+    const VF32 max = hn::Set(kF32, maxima[r]);
+    VF32 sums = hn::Zero(kF32);
+    for (std::int64_t j = 0; j < kKvPage; j += lanes()) {
+      const VF32 weight = hn::Exp(kF32, hn::Sub(load(scores + j), max));
+      store(weight, scores + j);
+      sums = hn::Add(sums, weight);
+    }
+    work.sum[row + r] = work.sum[row + r] * factors[r] + sum_of(sums);
+    if (factors[r] == 1) continue;
+    float* o = work.o + (row + r) * stride;
+    const VF32 factor = hn::Set(kF32, factors[r]);
+    for (std::int64_t i = 0; i < stride; i += lanes()) store(hn::Mul(load(o + i), factor), o + i);
+  }
+}
+
+// The first position that one of these rows reads.
+HWY_INLINE std::int64_t first_read(const Work& work, std::int64_t row, std::int64_t rows) {
+  return *std::min_element(work.begin + row, work.begin + row + rows);
+}
+
+// A page's keys and values of one head.
+struct Page {
+  const float* keys;    // [D, kKvPage]
+  const float* values;  // [kKvPage, value_stride]
+  std::int64_t seen;    // of the keys, by a row of the block
+};
+
+// scores = q kᵀ for rows [row, row + rows) of the block
+HWY_INLINE void page_scores(const Page& page, const KvLayout& layout, std::int64_t row,
+                            std::int64_t rows, const Work& work) {
+#if defined(__x86_64__)
+  if (work.tiles) {
+    const std::int64_t dim = padded_depth(layout.head_dim);
+    amx::multiply({.left = work.q_bf16 + row * dim,
+                   .left_stride = dim,
+                   .right = work.keys,
+                   .right_depth = dim,
+                   .rows = rows,
+                   .columns = round_up_to_lanes(page.seen),
+                   .depth = dim,
+                   .y = work.scores,
+                   .y_stride = kKvPage,
+                   .accumulate = false});
+    return;
+  }
+#endif
+  const std::int64_t dim = layout.head_dim;
+  std::fill(work.scores, work.scores + rows * kKvPage, 0.0f);
+  small_gemm(rows, round_up_to_lanes(page.seen), dim, {work.q + row * dim, dim, 1}, page.keys,
+             kKvPage, work.scores, kKvPage);
+}
+
+// o += weights v for these rows
+HWY_INLINE void page_output(const Page& page, const KvLayout& layout, std::int64_t row,
+                            std::int64_t rows, const Work& work) {
+  const std::int64_t stride = layout.value_stride();
+  float* o = work.o + row * stride;
+#if defined(__x86_64__)
+  if (work.tiles) {
+    amx::round_left(work.scores, kKvPage, rows, kKvPage, 1, work.weights);
+    amx::multiply({.left = work.weights,
+                   .left_stride = kKvPage,
+                   .right = work.values,
+                   .right_depth = kKvPage,
+                   .rows = rows,
+                   .columns = stride,
+                   .depth = kKvPage,
+                   .y = o,
+                   .y_stride = stride,
+                   .accumulate = true});
+    return;
+  }
+#endif
+  small_gemm(rows, stride, page.seen, {work.scores, kKvPage, 1}, page.values, stride, o, stride);
 }
 
 HWY_INLINE void visit_page(const ForgettingAttentionArgs& args, const Block& block,
                            std::int64_t head, std::int64_t p, const Work& work) {
   const KvCache& cache = *args.caches[static_cast<std::size_t>(block.sequence)];
   const KvLayout& layout = cache.layout();
-  const std::int64_t dim = layout.head_dim;
   const std::int64_t stride = layout.value_stride();
   const std::int64_t g = head / (args.q.shape[1] / layout.kv_heads);
-  const KvPage& page = cache.page(p);
-  const float* keys = page.keys.f32() + g * dim * kKvPage;
-  const float* values = page.values.f32() + g * kKvPage * stride;
   const std::int64_t first = p * kKvPage;
-  // Keys that the last row sees.
-  const std::int64_t seen = std::min(kKvPage, block.position + block.count - first);
-
-  std::fill(work.scores, work.scores + block.count * kKvPage, 0.0f);
-  small_gemm(block.count, (seen + 15) / 16 * 16, dim, {work.q, dim, 1}, keys, kKvPage, work.scores,
-             kKvPage);
-  const Gates key_gates(cache, p, head);
-  for (std::int64_t r = 0; r < block.count; ++r) {
-    const std::int64_t position = block.position + r;
-    softmax_row(work.scores + r * kKvPage, std::max<std::int64_t>(0, work.begin[r] - first),
-                std::min(kKvPage, position + 1 - first), key_gates,
-                Gates(cache, position / kKvPage, head), position % kKvPage, work, r, stride);
+  const Page page{.keys = cache.page(p).keys.f32() + g * layout.head_dim * kKvPage,
+                  .values = cache.page(p).values.f32() + g * kKvPage * stride,
+                  .seen = std::min(kKvPage, block.position + block.count - first)};
+#if defined(__x86_64__)
+  if (work.tiles) {
+    const std::int64_t dim = layout.head_dim;
+    amx::pack_right(page.keys, kKvPage, dim, padded_depth(dim), kKvPage, work.keys);
+    amx::pack_right(page.values, stride, page.seen, kKvPage, stride, work.values);
   }
-  small_gemm(block.count, stride, seen, {work.scores, kKvPage, 1}, values, stride, work.o, stride);
+#endif
+  // Rows before the page see nothing of it.
+  const std::int64_t before = std::max<std::int64_t>(0, first - block.position);
+  for (std::int64_t row = before / kRows * kRows; row < block.count; row += kRows) {
+    const std::int64_t rows = std::min(kRows, block.count - row);
+    if (first_read(work, row, rows) >= first + kKvPage) continue;
+    page_scores(page, layout, row, rows, work);
+    softmax_rows(cache, block, head, first, row, rows, work);
+    page_output(page, layout, row, rows, work);
+  }
 }
 
+// For every kRows queries.
 struct PageCounts {
   std::int64_t seen;
   std::int64_t skipped;
@@ -200,8 +323,7 @@ HWY_INLINE PageCounts attend(const ForgettingAttentionArgs& args, const Block& b
   const std::int64_t dim = args.q.shape[2];
   const std::int64_t stride = cache.layout().value_stride();
   begin_rows(args, block, head, work);
-  const std::int64_t first_seen = cache.first_visible(block.position) / kKvPage;
-  const std::int64_t first = *std::min_element(work.begin, work.begin + block.count) / kKvPage;
+  const std::int64_t first = first_read(work, 0, block.count) / kKvPage;
   const std::int64_t last = (block.position + block.count - 1) / kKvPage;
   for (std::int64_t p = first; p <= last; ++p) visit_page(args, block, head, p, work);
   for (std::int64_t r = 0; r < block.count; ++r) {
@@ -213,24 +335,42 @@ HWY_INLINE PageCounts attend(const ForgettingAttentionArgs& args, const Block& b
           static_cast<float>(work.max[r] + std::log(work.sum[r]));
     }
   }
-  return {last - first_seen + 1, first - first_seen};
+  PageCounts pages{};
+  for (std::int64_t row = 0; row < block.count; row += kRows) {
+    const std::int64_t rows = std::min(kRows, block.count - row);
+    const std::int64_t first_seen = cache.first_visible(block.position + row) / kKvPage;
+    pages.seen += (block.position + row + rows - 1) / kKvPage + 1 - first_seen;
+    pages.skipped += first_read(work, row, rows) / kKvPage - first_seen;
+  }
+  return pages;
 }
 
-std::span<Block> blocks_of(const ForgettingAttentionArgs& args, ScratchScope& scratch) {
+std::span<Block> blocks_of(const ForgettingAttentionArgs& args, std::int64_t rows,
+                           ScratchScope& scratch) {
   std::int64_t count = 0;
   for (std::int64_t b = 0; b < args.sequences.count(); ++b) {
-    count += (args.sequences.length(b) + kRows - 1) / kRows;
+    count += (args.sequences.length(b) + rows - 1) / rows;
   }
   const std::span<Block> blocks = scratch.array<Block>(count);
   std::size_t at = 0;
   for (std::int64_t b = 0; b < args.sequences.count(); ++b) {
     const std::int64_t length = args.sequences.length(b);
     const std::int64_t before = args.caches[static_cast<std::size_t>(b)]->length() - length;
-    for (std::int64_t t = 0; t < length; t += kRows) {
-      blocks[at++] = {b, args.sequences.begin(b) + t, before + t, std::min(kRows, length - t)};
+    for (std::int64_t t = 0; t < length; t += rows) {
+      blocks[at++] = {b, args.sequences.begin(b) + t, before + t, std::min(rows, length - t)};
     }
   }
   return blocks;
+}
+
+// Rows of a block: with tiles as many as leave each thread some blocks, since a page is packed for
+// each block.
+std::int64_t rows_of_block(const ForgettingAttentionArgs& args, bool tiles, int threads) {
+  if (!tiles) return kRows;
+  constexpr std::int64_t kMostRows = 8 * kRows;
+  constexpr std::int64_t kBlocksOfThread = 6;
+  const std::int64_t rows = args.q.shape[0] * args.q.shape[1] / (threads * kBlocksOfThread);
+  return std::clamp(rows / kRows * kRows, kRows, kMostRows);
 }
 
 }  // namespace
@@ -238,11 +378,12 @@ std::span<Block> blocks_of(const ForgettingAttentionArgs& args, ScratchScope& sc
 void forgetting_attention_target(Context& ctx, const ForgettingAttentionArgs& args) {
   const std::int64_t heads = args.q.shape[1];
   const KvLayout& layout = args.caches[0]->layout();
+  const bool tiles = args.bf16_products && isa().amx_bf16;
+  const std::int64_t rows = rows_of_block(args, tiles, ctx.threads().size());
   ScratchScope scratch(ctx);
-  const std::span<const Block> blocks = blocks_of(args, scratch);
+  const std::span<const Block> blocks = blocks_of(args, rows, scratch);
   const auto count = static_cast<std::int64_t>(blocks.size());
-  // Rounded up to a cache line.
-  const std::int64_t slot_floats = (Work::floats(layout) + 15) / 16 * 16;
+  const std::int64_t slot_floats = Work::floats(layout, rows, tiles);
   float* slots = scratch.tensor({ctx.threads().size(), slot_floats}).f32();
   std::atomic<std::int64_t> seen{0};
   std::atomic<std::int64_t> skipped{0};
@@ -250,7 +391,7 @@ void forgetting_attention_target(Context& ctx, const ForgettingAttentionArgs& ar
     // Blocks of a head follow one another, so that its keys and values stay in the caches. The last
     // ones of a sequence have the most keys: they go first.
     const Block& block = blocks[static_cast<std::size_t>(count - 1 - task % count)];
-    const Work work(slots + slot * slot_floats, layout);
+    const Work work(slots + slot * slot_floats, layout, rows, tiles);
     const PageCounts pages = attend(args, block, task / count, work);
     seen.fetch_add(pages.seen, std::memory_order_relaxed);
     skipped.fetch_add(pages.skipped, std::memory_order_relaxed);

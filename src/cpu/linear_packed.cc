@@ -29,25 +29,25 @@ HWY_INLINE void quantize_block(const float* x, std::int64_t size, std::int8_t* q
   const VF32 inverse = hn::Set(kF32, max > 1e-30F ? 127 / max : 0.0F);
   const hn::Rebind<std::int32_t, F32> wide;
   const hn::Rebind<std::int8_t, F32> narrow;
-  const auto rounded = [&](VF32 v) HWY_ATTR {
-    return hn::DemoteTo(narrow, hn::ConvertTo(wide, hn::Round(hn::Mul(v, inverse))));
-  };
-  for_row(
-      size, [&](std::int64_t i) HWY_ATTR { hn::StoreU(rounded(load(x + i)), narrow, q + i); },
-      [&](std::int64_t i, std::int64_t n) HWY_ATTR {
-        HWY_ALIGN std::int8_t last[16];
-        hn::StoreU(rounded(load_first(x + i, n)), narrow, last);
-        std::copy_n(last, n, q + i);
-      });
   int sum = 0;
   for (std::int64_t g = 0; g < kGroupsOfBlock; ++g) {
     const std::int64_t begin = g * kQuantGroup;
-    int group = 0;
-    if (begin + kQuantGroup <= size) {
-      for (std::int64_t i = 0; i < kQuantGroup; ++i) group += q[begin + i];
-    } else {
-      for (std::int64_t i = begin; i < size; ++i) group += q[i];
-    }
+    auto sums = hn::Zero(wide);
+    const auto rounded = [&](VF32 v) HWY_ATTR {
+      const auto integers = hn::NearestInt(hn::Mul(v, inverse));
+      sums = hn::Add(sums, integers);
+      return hn::DemoteTo(narrow, integers);
+    };
+    for_row(
+        std::clamp<std::int64_t>(size - begin, 0, kQuantGroup),
+        [&](std::int64_t i)
+            HWY_ATTR { hn::StoreU(rounded(load(x + begin + i)), narrow, q + begin + i); },
+        [&](std::int64_t i, std::int64_t n) HWY_ATTR {
+          HWY_ALIGN std::int8_t last[16];
+          hn::StoreU(rounded(load_first(x + begin + i, n)), narrow, last);
+          std::copy_n(last, n, q + begin + i);
+        });
+    const int group = hn::GetLane(hn::SumOfLanes(wide, sums));
     group_sums[g] = static_cast<std::int16_t>(group);
     sum += group;
   }

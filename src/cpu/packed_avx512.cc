@@ -34,15 +34,6 @@ DELTAFOX_TARGET inline __m512i bytes_at(const std::byte* p) {
   return _mm512_loadu_si512(p);
 }
 
-// Row t of a block's tokens, from its first column on.
-inline const std::int8_t* token_at(const PackedBlock& block, std::int64_t t) {
-  return block.x->q + (block.token + t) * block.x->stride + block.block * kQuantBlock;
-}
-// Where what belongs to token t and the block lies among the [T, blocks] of QuantizedRows.
-inline std::int64_t index_of(const PackedBlock& block, std::int64_t t) {
-  return (block.token + t) * block.x->blocks + block.block;
-}
-
 // sums += products · (scale of x · scale of w), for a token and a panel
 DELTAFOX_TARGET inline void add_products(const PackedBlock& block, std::int64_t t, int panel,
                                          Integers products) {

@@ -37,6 +37,15 @@ struct PackedBlock {
   float* sums;  // [tokens, kTileColumns]
 };
 
+// Row t of a block's tokens, from its first column on.
+inline const std::int8_t* token_at(const PackedBlock& block, std::int64_t t) {
+  return block.x->q + (block.token + t) * block.x->stride + block.block * kQuantBlock;
+}
+// Where what belongs to token t and the block lies among the [T, blocks] of QuantizedRows.
+inline std::int64_t index_of(const PackedBlock& block, std::int64_t t) {
+  return (block.token + t) * block.x->blocks + block.block;
+}
+
 // Of a processor. Every kernel of a kind gives the same bits.
 struct PackedKernels {
   // For the values of kQ8, or of kQ4 once expanded.

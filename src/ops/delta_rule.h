@@ -25,7 +25,10 @@ struct DeltaRuleArgs {
   ConstTensorView beta = {};  // [T, H], or no data for β = 1
   Sequences sequences;
   std::span<float* const> states;  // [B], each [H, K, V]; updated
-  TensorView o;                    // [T, H, V]
+  // The CPU may round the operands of a chunk's products to bfloat16, a copy of S among them, where
+  // it has tiles for such products; sums, S and the solution within 32 tokens stay float32.
+  bool bf16_products = false;
+  TensorView o;  // [T, H, V]
 };
 
 // Of whole sequences, which begin from a zero state. With dS the gradient of the state behind a

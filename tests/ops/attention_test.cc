@@ -4,6 +4,7 @@
 
 #include <cmath>
 
+#include "core/float_convert.h"
 #include "ops/forgetting_attention.h"
 #include "ops/gate.h"
 #include "ops/kv_append.h"
@@ -175,6 +176,7 @@ struct AttentionCase {
                                .sequences = Sequences(sequences),
                                .caches = of_sequences,
                                .log_pruning_tolerance = tolerance,
+                               .bf16_products = bf16_products,
                                .o = {const_cast<void*>(out.data), DType::kF32, out.shape}});
     for (KvCache* cache : of_sequences) cache->drop_unseen();
   }
@@ -189,6 +191,7 @@ struct AttentionCase {
   Tensor q, k, v, log_gates, o;
   std::vector<KvCache> caches;
   std::optional<float> tolerance;
+  bool bf16_products = false;
 };
 
 TEST_F(AttentionOps, AttentionEqualsPlain) {
@@ -209,11 +212,39 @@ TEST_F(AttentionOps, AttentionEqualsPlain) {
   }
 }
 
+// With q, k and v that are bfloat16 already, and still are when scaled by 1 / √D, what products of
+// bfloat16 round is the weights, by 2^-9 at most: outputs then are off by 2^-9 max|v|.
+TEST_F(AttentionOps, AttentionByProductsOfBf16EqualsPlain) {
+  for (int round = 0; round < 24; ++round) {
+    const std::int64_t kv_heads = random_.integer(1, 2);
+    const std::int64_t heads = kv_heads * random_.integer(1, 3);
+    KvLayout layout{.kv_heads = kv_heads, .head_dim = round % 2 == 0 ? 16 : 64};
+    if (round % 3 != 0) layout.gate_heads = heads;
+    if (round % 4 == 1) layout.window = random_.integer(1, 100);
+    AttentionCase c(random_, random_.lengths(3, 400), heads, layout);
+    float greatest = 0;
+    for (Tensor* tensor : {&c.q, &c.k, &c.v}) {
+      for (std::int64_t i = 0; i < tensor->view().shape.size(); ++i) {
+        tensor->f32()[i] = bf16_to_f32(f32_to_bf16(tensor->f32()[i]));
+        greatest = std::max(greatest, std::abs(tensor->f32()[i]));
+      }
+    }
+    AttentionCase plain = c;
+    c.bf16_products = true;
+    c.run_all(ctx_,
+              [&](const ForgettingAttentionArgs& args) { ops::forgetting_attention(ctx_, args); });
+    plain.run_all(
+        ctx_, [](const ForgettingAttentionArgs& args) { reference::forgetting_attention(args); });
+    expect_near(c.o, plain.o, greatest / 512 + 2e-5F);
+  }
+}
+
 TEST_F(AttentionOps, AnySplitGivesTheSameBits) {
-  for (const bool windowed : {false, true}) {
+  for (int kind = 0; kind < 4; ++kind) {
     KvLayout layout{.kv_heads = 1, .head_dim = 24, .gate_heads = 2};
-    if (windowed) layout.window = 70;
-    const AttentionCase fresh(random_, {0, 300}, 2, layout);
+    if (kind % 2 == 1) layout.window = 70;
+    AttentionCase fresh(random_, {0, 300}, 2, layout);
+    fresh.bf16_products = kind >= 2;
     AttentionCase whole = fresh;
     const auto attention = [&](const ForgettingAttentionArgs& args) {
       ops::forgetting_attention(ctx_, args);
@@ -234,18 +265,24 @@ TEST_F(AttentionOps, AnySplitGivesTheSameBits) {
 
 TEST_F(AttentionOps, ASequenceDoesNotDependOnItsBatchNorOnThreads) {
   const KvLayout layout{.kv_heads = 2, .head_dim = 32, .gate_heads = 2};
-  AttentionCase batch(random_, {0, 70, 200, 201}, 2, layout);
-  AttentionCase alone = batch;
-  batch.run_all(
-      ctx_, [&](const ForgettingAttentionArgs& args) { ops::forgetting_attention(ctx_, args); });
-  ThreadPool one(1);
-  Context one_ctx(one);
-  const std::int64_t sequence[] = {0, 130};
-  KvCache* const cache = &alone.caches[1];
-  alone.run(one_ctx,
-            [&](const ForgettingAttentionArgs& args) { ops::forgetting_attention(one_ctx, args); },
-            70, 200, sequence, {&cache, 1});
-  for (std::int64_t i = 70 * 64; i < 200 * 64; ++i) ASSERT_EQ(alone.o.f32()[i], batch.o.f32()[i]);
+  for (const bool bf16_products : {false, true}) {
+    AttentionCase batch(random_, {0, 70, 600, 601}, 2, layout);
+    batch.bf16_products = bf16_products;
+    AttentionCase alone = batch;
+    batch.run_all(
+        ctx_, [&](const ForgettingAttentionArgs& args) { ops::forgetting_attention(ctx_, args); });
+    ThreadPool one(1);
+    Context one_ctx(one);
+    const std::int64_t sequence[] = {0, 530};
+    KvCache* const cache = &alone.caches[1];
+    const auto attention = [&](const ForgettingAttentionArgs& args) {
+      ops::forgetting_attention(one_ctx, args);
+    };
+    alone.run(one_ctx, attention, 70, 600, sequence, {&cache, 1});
+    for (std::int64_t i = 70 * 64; i < 600 * 64; ++i) {
+      ASSERT_EQ(alone.o.f32()[i], batch.o.f32()[i]);
+    }
+  }
 }
 
 // Sums of a hundred thousand log gates: a float32 sum would be wrong by some hundredths there.

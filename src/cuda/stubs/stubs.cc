@@ -195,6 +195,9 @@ void rope_backward(Context& /*ctx*/, const RopeBackwardArgs& /*args*/) {
 void selective_scan(Context& /*ctx*/, const SelectiveScanArgs& /*args*/) {
   fail_without_cuda();
 }
+void selective_scan_backward(Context& /*ctx*/, const SelectiveScanBackwardArgs& /*args*/) {
+  fail_without_cuda();
+}
 void short_conv(Context& /*ctx*/, const ShortConvArgs& /*args*/) {
   fail_without_cuda();
 }

@@ -207,6 +207,7 @@ void AttentionMixer::attend(Context& ctx, const TensorView& q, const TensorView&
                                   .caches = caches,
                                   .log_pruning_tolerance = config_.log_pruning_tolerance,
                                   .score_bounds = score_bounds(scratch),
+                                  .bf16_products = weights_.q_proj.value.dtype != DType::kF32,
                                   .o = o,
                                   .lse = lse});
   drop_unseen(ctx, caches);

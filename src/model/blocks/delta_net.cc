@@ -194,6 +194,7 @@ void DeltaNetMixer::forward(Context& ctx, const ConstTensorView& x, const Sequen
                           .sequences = sequences,
                           .states = state_pointers(ctx, input_scratch, sequences, states,
                                                    &State::recurrent, state),
+                          .bf16_products = weights_.q_proj.value.dtype != DType::kF32,
                           .o = kept.o});
   }
   if (hidden.data != nullptr) {
