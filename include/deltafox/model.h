@@ -24,12 +24,18 @@ struct TokenOptions;  // ops/choose_token.h
 
 struct LoadOptions {
   // How the weight matrices are kept: as stored when empty; kF32 is the exact mode, kQ8 and kQ4 are
-  // int8 and int4 (docs/quantization.md). Vectors (norms, convolutions, biases) and all arithmetic
-  // but the products with matrices of fewer bits are float32.
+  // int8 and int4 (docs/quantization.md). Vectors (norms, convolutions, biases) are float32, and so
+  // is all arithmetic but the products with matrices of fewer bits, and with them, on a CPU with
+  // AMX, those within attention and the delta rule (docs/numerics.md).
   std::optional<DType> dtype = {};
   int threads = 0;  // 0: one for each core this process may use
+  // On a CPU, weights that are kept as stored are read where their files are mapped: loading takes
+  // no time, and processes share them. Copied, they lie on huge pages where the system has them,
+  // which steps read faster: worth it for more than some fifty tokens. The same bits either way.
+  bool copy_weights = false;
   // On a GPU matrices and activations are bfloat16 where they are stored so or `dtype` says so,
-  // else float32; the residual stream, gates, states and statistics are float32.
+  // else float32; with kQ8 and kQ4 activations are bfloat16. The residual stream, gates, states and
+  // statistics are float32.
   Device device = Device::kCpu;
   std::string revision = "main";
 };
@@ -83,8 +89,8 @@ struct AttentionStats {
   std::int64_t skipped_blocks = 0;  // of them, by adaptive computation pruning
 };
 
-// A weight as the model keeps it: row-major, or packed (is_packed(dtype)). The data live as long as
-// a copy of the model does.
+// A weight as the model keeps it: row-major, or packed (is_packed(dtype), on a GPU in an order of
+// its own). The data live as long as a copy of the model does.
 struct Weight {
   std::string name;  // as in the checkpoint
   DType dtype = DType::kF32;

@@ -116,6 +116,16 @@ DELTAFOX_TARGET void square(const Square& s) {
   for (std::int64_t k = 0; k < whole; ++k) {
     step<kRows2, kColumns2>(s.left + k * kStep, of.left_stride * 2, s.right + k * kTileElements,
                             right_tile);
+    if constexpr (!kColumns2) {
+      // A single tile of columns waits for memory: the rows below are under way when these end.
+      constexpr std::int64_t kAhead = 8;
+      if (k + kAhead < whole) continue;
+      const std::uint16_t* below = s.left + s.rows * of.left_stride + (k + kAhead - whole) * kStep;
+#pragma GCC unroll 16
+      for (std::int64_t r = 0; r < (kRows2 ? 2 : 1) * kSide; ++r) {
+        _mm_prefetch(reinterpret_cast<const char*>(below + r * of.left_stride), _MM_HINT_T0);
+      }
+    }
   }
   if (const std::int64_t left = of.depth - whole * kStep; left > 0) {
     // The ends of rows, with zeros beyond.

@@ -88,14 +88,14 @@ namespace {
 PackedKernels kernels() {
 #if defined(__x86_64__)
   if (isa().amx_int8) {
-    return {amx::eight_bits, avx512::eight_bits, avx512::expand, avx512::four_bits};
+    return {amx::eight_bits, avx512::expand, avx512::few_eight_bits, avx512::few_four_bits};
   }
   if (isa().avx512_vnni) {
-    return {avx512::eight_bits, avx512::eight_bits, avx512::expand, avx512::four_bits};
+    return {avx512::eight_bits, avx512::expand, avx512::few_eight_bits, avx512::few_four_bits};
   }
-  if (isa().avx2) return {avx2::eight_bits, avx2::eight_bits, avx2::expand, nullptr};
+  if (isa().avx2) return {avx2::eight_bits, avx2::expand, nullptr, nullptr};
 #endif
-  return {plain::eight_bits, plain::eight_bits, plain::expand, nullptr};
+  return {plain::eight_bits, plain::expand, nullptr, nullptr};
 }
 
 constexpr std::int64_t kBlockTokens = 256;  // their sums and integers stay in the caches
@@ -125,18 +125,47 @@ QuantizedRows quantized(Context& ctx, ScratchScope& scratch, const ConstTensorVi
   return {q, stride, scales, offsets, group_sums, blocks};
 }
 
-}  // namespace
-
-void linear_packed(Context& ctx, const LinearArgs& args) {
-  const std::int64_t tokens = args.x.shape[0];
+// y[t, n] = sums [+ y] for the columns n of a few panels.
+void store_panels(const LinearArgs& args, const float* sums, std::int64_t token,
+                  std::int64_t tokens, std::int64_t panel, std::int64_t panels) {
   const std::int64_t columns = args.w.shape[0];
+  const std::int64_t column = panel * kPanelRows;
+  HWY_DYNAMIC_DISPATCH(store_sums_target)
+  (sums, tokens, std::min(panels * kPanelRows, columns - column),
+   args.y.f32() + token * columns + column, columns, args.accumulate);
+}
+
+// Up to kFewTokens tokens: each panel is read once, in order, beside the others of its task.
+void few_tokens(Context& ctx, const LinearArgs& args, const PackedLayout& layout,
+                const QuantizedRows& x, void (*kernel)(const PackedPanels&)) {
+  // So small that threads end at about the same time.
+  constexpr std::int64_t kTaskBytes = std::int64_t{160} * 1024;
+  constexpr std::int64_t kTasksOfThread = 8;
+  const std::int64_t task_panels =
+      std::clamp<std::int64_t>(std::min(kTaskBytes / layout.panel_bytes(),
+                                        layout.panels() / (kTasksOfThread * ctx.threads().size())),
+                               1, kMaxPanels);
+  const std::int64_t tokens = args.x.shape[0];
+  const auto* matrix = static_cast<const std::byte*>(args.w.data);
+  const std::int64_t tasks = (layout.panels() + task_panels - 1) / task_panels;
+  ctx.threads().parallel_for(tasks, [&](std::int64_t task) {
+    alignas(64) float sums[kFewTokens * kTileColumns];
+    const std::int64_t panel = task * task_panels;
+    const std::int64_t panels = std::min(task_panels, layout.panels() - panel);
+    kernel({.x = &x,
+            .tokens = tokens,
+            .layout = &layout,
+            .first = matrix + panel * layout.panel_bytes(),
+            .panels = static_cast<int>(panels),
+            .sums = sums});
+    store_panels(args, sums, 0, tokens, panel, panels);
+  });
+}
+
+void many_tokens(Context& ctx, const LinearArgs& args, const PackedLayout& layout,
+                 const QuantizedRows& x, ScratchScope& scratch, const PackedKernels& run) {
+  const std::int64_t tokens = args.x.shape[0];
   const bool four_bits = args.w.dtype == DType::kQ4;
-  const PackedKernels run = kernels();
-  const bool direct = four_bits && run.four_bits != nullptr && tokens <= kFewTokensOfFourBits;
-  const auto eight_bits = tokens <= kFewTokensOfEightBits ? run.eight_bits_few : run.eight_bits;
-  const PackedLayout layout(args.w.dtype, columns, args.w.shape[1]);
-  ScratchScope scratch(ctx);
-  const QuantizedRows x = quantized(ctx, scratch, args.x, layout);
   const std::int64_t token_blocks = (tokens + kBlockTokens - 1) / kBlockTokens;
   const std::int64_t tiles = (layout.panels() + kMaxPanels - 1) / kMaxPanels;
   const std::int64_t sum_bytes = std::min(tokens, kBlockTokens) * kTileColumns * 4;
@@ -144,7 +173,7 @@ void linear_packed(Context& ctx, const LinearArgs& args) {
   const std::int64_t slot_bytes = sum_bytes + expanded_bytes;
   std::byte* slots = scratch.array<std::byte>(ctx.threads().size() * slot_bytes).data();
   ctx.threads().parallel_for(tiles * token_blocks, [&](std::int64_t task, int slot) {
-    const std::int64_t first_panel = task / token_blocks * kMaxPanels;
+    const std::int64_t panel = task / token_blocks * kMaxPanels;
     const std::int64_t token = task % token_blocks * kBlockTokens;
     auto* sums = reinterpret_cast<float*>(slots + slot * slot_bytes);
     std::byte* expanded = slots + slot * slot_bytes + sum_bytes;
@@ -155,45 +184,44 @@ void linear_packed(Context& ctx, const LinearArgs& args) {
         .tokens = std::min(kBlockTokens, tokens - token),
         .block = 0,
         .columns = 0,
-        .panels = 0,
+        .panels = static_cast<int>(std::min<std::int64_t>(kMaxPanels, layout.panels() - panel)),
         .head = nullptr,
         .head_stride = layout.panel_bytes(),
         .values = nullptr,
-        .value_stride = layout.panel_bytes(),
+        .value_stride = four_bits ? kPanelRows * kQuantBlock : layout.panel_bytes(),
         .sums = sums,
     };
     std::fill(sums, sums + block.tokens * kTileColumns, 0.0F);
-    const std::int64_t end = std::min(layout.panels(), first_panel + kMaxPanels);
-    // One or two tokens only read: panel after panel, so that memory is read in order.
-    const std::int64_t at_a_time = tokens <= 2 ? 1 : kMaxPanels;
-    for (std::int64_t panel = first_panel; panel < end; panel += at_a_time) {
-      block.panels = static_cast<int>(std::min(at_a_time, end - panel));
-      block.sums = sums + (panel - first_panel) * kPanelRows;
-      for (block.block = 0; block.block < layout.blocks(); ++block.block) {
-        block.columns = layout.block_columns(block.block);
-        block.head = matrix + panel * layout.panel_bytes() + layout.block_offset(block.block);
-        block.values = block.head + layout.head_bytes();
-        block.value_stride = layout.panel_bytes();
-        if (direct) {
-          run.four_bits(block);
-          continue;
+    for (block.block = 0; block.block < layout.blocks(); ++block.block) {
+      block.columns = layout.block_columns(block.block);
+      block.head = matrix + panel * layout.panel_bytes() + layout.block_offset(block.block);
+      block.values = block.head + layout.head_bytes();
+      if (four_bits) {
+        for (int p = 0; p < block.panels; ++p) {
+          run.expand(block.head + p * block.head_stride, block.values + p * block.head_stride,
+                     block.columns, expanded + p * block.value_stride);
         }
-        if (four_bits) {
-          for (int p = 0; p < block.panels; ++p) {
-            run.expand(block.head + p * block.head_stride, block.values + p * block.value_stride,
-                       block.columns, expanded + p * kPanelRows * kQuantBlock);
-          }
-          block.values = expanded;
-          block.value_stride = kPanelRows * kQuantBlock;
-        }
-        eight_bits(block);
+        block.values = expanded;
       }
+      run.eight_bits(block);
     }
-    const std::int64_t column = first_panel * kPanelRows;
-    HWY_DYNAMIC_DISPATCH(store_sums_target)
-    (sums, block.tokens, std::min(kTileColumns, columns - column),
-     args.y.f32() + token * columns + column, columns, args.accumulate);
+    store_panels(args, sums, token, block.tokens, panel, block.panels);
   });
+}
+
+}  // namespace
+
+void linear_packed(Context& ctx, const LinearArgs& args) {
+  const PackedKernels run = kernels();
+  const PackedLayout layout(args.w.dtype, args.w.shape[0], args.w.shape[1]);
+  ScratchScope scratch(ctx);
+  const QuantizedRows x = quantized(ctx, scratch, args.x, layout);
+  const auto few = args.w.dtype == DType::kQ4 ? run.few_four_bits : run.few_eight_bits;
+  if (args.x.shape[0] <= kFewTokens && few != nullptr) {
+    few_tokens(ctx, args, layout, x, few);
+  } else {
+    many_tokens(ctx, args, layout, x, scratch, run);
+  }
 }
 
 }  // namespace deltafox::cpu

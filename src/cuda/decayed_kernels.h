@@ -6,6 +6,7 @@
 
 #include "core/context.h"
 #include "cuda/sequence_batch.h"
+#include "ops/gla.h"
 
 namespace deltafox::cuda {
 
@@ -41,6 +42,13 @@ void launch_gla_step(Context& ctx, const GlaStepProblem& problem, const Sequence
 // Chunks of kDecayedChunk rows, all of a sequence's at once; they are its segments in the batch.
 constexpr int kDecayedChunk = 32;
 void launch_gla_chunks(Context& ctx, const GlaProblem& problem, const SequenceBatch& batch);
+void launch_gla_backward_f32(Context& ctx, const GlaBackwardArgs& args);
+
+// Chunks of kGlaBf16Chunk rows on the tensor cores, for activations in bfloat16.
+constexpr int kGlaBf16Chunk = 64;
+bool gla_bf16_fits(int key_dim, int value_dim);
+void launch_gla_bf16(Context& ctx, const GlaProblem& problem, const SequenceBatch& batch);
+void launch_gla_backward_bf16(Context& ctx, const GlaBackwardArgs& args);
 
 struct SsdProblem {
   const void* xbc;       // [T, H·P + 2·G·N]
@@ -54,8 +62,9 @@ struct SsdProblem {
   bool is_bf16;
   int heads;
   int groups;
-  int state_size;  // N
-  int head_dim;    // P
+  int state_size;            // N
+  int head_dim;              // P
+  const float* z = nullptr;  // [T, H, P]: y · silu(z) takes the place of y, row by row only
 };
 
 // Row by row.

@@ -5,6 +5,7 @@
 
 #include "cuda/each_four.cuh"
 #include "cuda/eight.cuh"
+#include "cuda/packed.h"
 #include "ops/activation.h"
 #include "ops/embedding.h"
 #include "ops/gate.h"
@@ -385,6 +386,7 @@ void rms_norm(Context& ctx, const RmsNormArgs& args) {
 }
 
 void embedding(Context& ctx, const EmbeddingArgs& args) {
+  if (is_packed(args.table.dtype)) return packed_embedding(ctx, args);
   const std::int32_t* ids = args.ids.data();
   const Elements table(args.table);
   float* y = args.y.f32();

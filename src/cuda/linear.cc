@@ -8,6 +8,7 @@
 
 #include "core/error.h"
 #include "cuda/glu_product.h"
+#include "cuda/packed.h"
 #include "cuda/products.h"
 #include "cuda/small_linear.h"
 
@@ -81,22 +82,29 @@ bool linear_blas(Context& ctx, const LinearArgs& args) {
 
 void linear(Context& ctx, const LinearArgs& args) {
   if (args.x.shape[0] == 0) return;
-  if (args.w.dtype != args.x.dtype) {
-    fail("linear: x is {} and w {}, on a GPU they must be the same", name_of(args.x.dtype),
-         name_of(args.w.dtype));
+  const bool packed = is_packed(args.w.dtype);
+  if ((packed ? DType::kBF16 : args.w.dtype) != args.x.dtype) {
+    fail("linear: x is {} and w {}, on a GPU they must be the same, or x BF16 and w packed",
+         name_of(args.x.dtype), name_of(args.w.dtype));
   }
-  if (args.x.shape[0] <= kSmallLinearRows || !linear_blas(ctx, args)) {
+  const bool small = fits_small_linear(args);
+  ScratchScope scratch(ctx);
+  LinearArgs product = args;
+  if (packed && !small) product.w = unpacked(ctx, scratch, args.w);
+  if (args.x.shape[0] <= kSmallLinearRows || !linear_blas(ctx, product)) {
     if (args.added.data != nullptr && args.added.data != args.y.data) {
       ctx.copy(args.y.data, args.added.data, bytes_of(args.y.dtype, args.y.shape));
     }
-    fits_small_linear(args) ? small_linear(ctx, args) : linear_plain(ctx, args);
+    small ? small_linear(ctx, product) : linear_plain(ctx, product);
   }
   if (args.bias.data != nullptr) add_bias(ctx, args.y, args.bias);
 }
 
 bool linear_glu(Context& ctx, const LinearGluArgs& args) {
-  return args.activation == Activation::kSilu && args.x.shape[0] >= kLeastGluRows &&
-         glu_product(ctx, args.x, args.w, args.y);
+  if (args.activation != Activation::kSilu || args.x.shape[0] < kLeastGluRows) return false;
+  ScratchScope scratch(ctx);
+  return glu_product(ctx, args.x, is_packed(args.w.dtype) ? unpacked(ctx, scratch, args.w) : args.w,
+                     args.y);
 }
 
 void linear_backward(Context& ctx, const LinearBackwardArgs& args) {

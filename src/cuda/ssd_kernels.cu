@@ -1,6 +1,7 @@
 // Mamba-2's state space (ops/ssd.h), row by row in float32.
 #include "cuda/decayed_kernels.h"
 #include "cuda/decayed_recurrence.cuh"
+#include "cuda/rows.cuh"
 
 namespace deltafox::cuda {
 namespace {
@@ -12,6 +13,7 @@ struct SsdSource {
   const float* dt_bias;  // [H]
   const float* a_log;    // [H]
   const float* d;        // [H]
+  const float* z;        // [T, H, P] or null
   T* y;                  // [T, H, P]
   float dt_min;
   float dt_max;
@@ -66,7 +68,10 @@ struct SsdSource {
 
   __device__ void finish(std::ptrdiff_t token, int head, int column, float sum) const {
     const float x = to_float(token_row(token)[head * columns + column]);
-    from_float(y[(token * heads + head) * columns + column], sum + d[head] * x);
+    const std::ptrdiff_t at = (token * heads + head) * columns + column;
+    sum += d[head] * x;
+    if (z != nullptr) sum *= z[at] * sigmoid(z[at]);
+    from_float(y[at], sum);
   }
 };
 
@@ -78,6 +83,7 @@ void launch(Context& ctx, const SsdProblem& p, const SequenceBatch& batch) {
       .dt_bias = p.dt_bias,
       .a_log = p.a_log,
       .d = p.d,
+      .z = p.z,
       .y = static_cast<T*>(p.y),
       .dt_min = p.dt_min,
       .dt_max = p.dt_max,

@@ -545,6 +545,7 @@ class Worker {
       case StepEpilogue::kConvSilu:
         part.conv_states[out.b][out.row] = make_float4(old.y, old.z, old.w, sum);
         sum = fmaf(taps.w, sum, fmaf(taps.z, old.w, fmaf(taps.y, old.z, taps.x * old.y)));
+        if (part.conv_bias != nullptr) sum += __ldg(part.conv_bias + out.row);
         sum *= sigmoid(sum);
         break;
     }
@@ -752,6 +753,7 @@ bool fits(const StepLinearArgs& args) {
   const std::int64_t k = args.x.shape[1];
   if (args.x.shape[0] > kStepLinearRows || k % kBlockColumns != 0 || k > kMaxColumns) return false;
   for (const StepLinearPart& part : args.parts) {
+    if (is_packed(part.w.dtype)) return false;
     if (part.epilogue == StepEpilogue::kGlu && args.parts.size() > 1) return false;
   }
   if (args.norm.data == nullptr) return true;
@@ -809,6 +811,7 @@ bool add_to_program(Context& ctx, const StepLinearArgs& args) {
     part.epilogue = from.epilogue;
     if (from.epilogue == StepEpilogue::kConvSilu) {
       part.conv = static_cast<const float4*>(from.conv.data);
+      part.conv_bias = static_cast<const float*>(from.conv_bias.data);
       part.conv_states = reinterpret_cast<float4* const*>(upload(ctx, from.conv_states));
     }
   }

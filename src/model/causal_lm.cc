@@ -89,13 +89,6 @@ bool CausalLM::has_step(const Context& ctx, std::int64_t count) const {
   });
 }
 
-bool CausalLM::has_step_program(const Context& ctx, std::int64_t count) const {
-  return has_step(ctx, count) &&
-         std::all_of(layers_.begin(), layers_.end(), [](const Layer& layer) {
-           return !std::holds_alternative<Mamba2Mixer>(layer.mixer);
-         });
-}
-
 bool CausalLM::replayable() const {
   return std::none_of(layers_.begin(), layers_.end(), [](const Layer& layer) {
     return std::holds_alternative<AttentionMixer>(layer.mixer);
@@ -120,7 +113,7 @@ void CausalLM::advance(SequenceState& state) const {
 void CausalLM::step(Context& ctx, std::span<SequenceState* const> states,
                     const TensorView& hidden) const {
   ScratchScope scratch(ctx);
-  ops::StepProgram program(ctx, has_step_program(ctx, std::ssize(states)));
+  ops::StepProgram program(ctx);
   for (std::size_t l = 0; l < layers_.size(); ++l) {
     const Layer& layer = layers_[l];
     std::visit(

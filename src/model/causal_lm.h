@@ -84,8 +84,6 @@ class CausalLM {
 
   // Whether forward takes a fused way for one token of each of `count` sequences.
   bool has_step(const Context& ctx, std::int64_t count) const;
-  // Whether ops::StepProgram knows all that such a step launches.
-  bool has_step_program(const Context& ctx, std::int64_t count) const;
 
   // y [R, C] = the final norm of x [R, C]
   void final_norm(Context& ctx, const ConstTensorView& x, const TensorView& y) const;

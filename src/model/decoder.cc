@@ -118,7 +118,7 @@ void Decoder::step() {
   const std::span<const std::int32_t> ids(static_cast<const std::int32_t*>(ids_.view().data),
                                           states_.size());
   {
-    ops::StepProgram program(ctx, lm_.has_step_program(ctx, count()));
+    ops::StepProgram program(ctx, lm_.has_step(ctx, count()));
     lm_.forward(ctx, ids, Sequences(cu_seqlens_), states_, hidden);
     lm_.norm_and_head(ctx, hidden, logits);
     program.run();

@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cstring>
 #include <filesystem>
 #include <mutex>
 #include <numeric>
@@ -183,6 +184,7 @@ struct Model::Impl {
   DType gpu_dtype(const LoadOptions& options) const;
   void fill_info(const std::string& directory);
   void populate();
+  void copy_weights();
   bool is_looked_up(const std::string& name) const;
 };
 
@@ -195,19 +197,24 @@ Model::Impl::Impl(const std::string& directory, const LoadOptions& options)
       device_(options.device) {
   std::optional<DType> dtype = options.dtype;
   if (device_ == Device::kCuda) {
-    activation_dtype_ = gpu_dtype(options);
-    dtype = activation_dtype_;
+    dtype = gpu_dtype(options);
+    activation_dtype_ = *dtype == DType::kF32 ? DType::kF32 : DType::kBF16;
   }
   buffers_ = bind_params(lm_, checkpoint_, dtype, threads_);
   if (device_ == Device::kCuda) {
     buffers_ = place_on_gpu(lm_, threads_);
+  } else if (options.copy_weights) {
+    copy_weights();
   }
   fill_info(directory);
 }
 
 DType Model::Impl::gpu_dtype(const LoadOptions& options) const {
-  if (options.dtype == DType::kF32 || options.dtype == DType::kBF16) return *options.dtype;
-  if (options.dtype) fail("dtype: on a GPU weights are kept as float32 or bfloat16");
+  if (options.dtype == DType::kF16) {
+    fail("dtype: on a GPU weights are kept as float32, bfloat16, int8 or int4");
+  }
+  if (options.dtype) return *options.dtype;
+  if (const auto packed = quantization_of(config_)) return *packed;
   const std::string& name = lm_.config().names.embeddings;
   const bool stored_bf16 =
       checkpoint_.contains(name) && checkpoint_.view(name).dtype == DType::kBF16;
@@ -217,7 +224,7 @@ DType Model::Impl::gpu_dtype(const LoadOptions& options) const {
 // Before the model is built: a scheme that is not known explains tensors that are missing.
 io::JsonObject Model::Impl::read_config(const std::string& directory, const std::string& text) {
   io::JsonObject config = io::JsonObject::parse(text, directory + "/config.json");
-  check_quantization(config);
+  quantization_of(config);
   return config;
 }
 
@@ -265,10 +272,51 @@ bool Model::Impl::is_looked_up(const std::string& name) const {
   return name == lm_.config().names.embeddings && !lm_.config().tie_word_embeddings;
 }
 
-// Maps, before the first call, the weights that it will read: threads share the work, and a system
-// call does for many pages what a fault does for a few.
+// Weights are worked through in pieces, so that threads share the work.
+constexpr std::size_t kPiece = std::size_t{8} << 20;
+
+// The weights that a step reads, from the checkpoint's files into one piece of memory, in the order
+// that they are read in.
+void Model::Impl::copy_weights() {
+  constexpr std::size_t kAlignment = 256;
+  std::set<const void*> converted;
+  for (const Tensor& buffer : buffers_) converted.insert(buffer.view().data);
+  std::vector<Param*> params;
+  std::vector<std::size_t> offsets{0};
+  lm_.visit_params([&](const std::string& name, Param& param) {
+    if (is_looked_up(name) || converted.contains(param.value.data)) return;
+    params.push_back(&param);
+    const std::size_t bytes = bytes_of(param.value.dtype, param.shape);
+    offsets.push_back(offsets.back() + (bytes + kAlignment - 1) / kAlignment * kAlignment);
+  });
+  Tensor& copy =
+      buffers_.emplace_back(DType::kU8, Shape{static_cast<std::int64_t>(offsets.back())});
+  auto* const to = static_cast<std::byte*>(copy.view().data);
+  struct Piece {
+    std::byte* to;
+    std::span<const std::byte> from;
+  };
+  std::vector<Piece> pieces;
+  for (std::size_t i = 0; i < params.size(); ++i) {
+    const ConstTensorView& value = params[i]->value;
+    const std::span from(static_cast<const std::byte*>(value.data),
+                         bytes_of(value.dtype, params[i]->shape));
+    for (std::size_t at = 0; at < from.size(); at += kPiece) {
+      pieces.push_back(
+          {to + offsets[i] + at, from.subspan(at, std::min(kPiece, from.size() - at))});
+    }
+    params[i]->value.data = to + offsets[i];
+  }
+  threads_.parallel_for(static_cast<std::int64_t>(pieces.size()), [&](std::int64_t i) {
+    const Piece& piece = pieces[static_cast<std::size_t>(i)];
+    io::populate(piece.from);
+    std::memcpy(piece.to, piece.from.data(), piece.from.size());
+  });
+}
+
+// Maps, before the first call, the weights that it will read: a system call does for many pages
+// what a fault does for a few.
 void Model::Impl::populate() {
-  constexpr std::size_t kPiece = std::size_t{8} << 20;
   std::vector<std::span<const std::byte>> pieces;
   lm_.visit_params([&](const std::string& name, Param& param) {
     if (is_looked_up(name)) return;
@@ -639,9 +687,10 @@ void Model::loss_and_gradients(const Batch& batch, std::span<const std::int32_t>
   impl_->check(batch);
   impl_->check_labels(batch, labels, loss);
   impl_->lm_.visit_params([&](const std::string& name, const Param& param) {
-    if (impl_->device_ == Device::kCuda || param.value.dtype == DType::kF32) return;
+    const DType kept = param.value.dtype;
+    if (kept == DType::kF32 || (impl_->device_ == Device::kCuda && !is_packed(kept))) return;
     fail("gradients: tensor '{}' is kept as {}; load the model with dtype float32", name,
-         name_of(param.value.dtype));
+         name_of(kept));
   });
   const auto counted = std::count_if(labels.begin(), labels.end(), [](auto id) { return id >= 0; });
   const float scale = counted > 0 ? 1 / static_cast<float>(counted) : 0;

@@ -87,16 +87,17 @@ std::string packed_name(const std::string& name, DType dtype) {
   return name + (dtype == DType::kQ8 ? ".q8" : ".q4");
 }
 
-void check_quantization(const io::JsonObject& config) {
+std::optional<DType> quantization_of(const io::JsonObject& config) {
   const auto scheme = config.object("quantization_config");
-  if (!scheme) return;
+  if (!scheme) return std::nullopt;
   scheme->choice("quant_method", "", {kMethod});
-  scheme->choice("weights", "", {"int8", "int4"});
+  const std::string weights = scheme->choice("weights", "", {"int8", "int4"});
   const std::int64_t version = scheme->integer("version", 0, 0, 1 << 20);
   if (version != kVersion) {
     fail("{}: key 'quantization_config.version': {} is not known, only {}", config.file(), version,
          kVersion);
   }
+  return weights == "int8" ? DType::kQ8 : DType::kQ4;
 }
 
 void write_quantized(const std::string& from, const std::string& to,

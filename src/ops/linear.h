@@ -10,7 +10,9 @@
 // alone: not on T, N, the position in the matrix or the number of threads. So a token's result does
 // not depend on the tokens beside it.
 //
-// On a GPU w and x are both F32 or both BF16, y is F32 or of the Context's activation dtype. There
+// On a GPU w and x are both F32 or both BF16, or w is packed and x BF16: weights are then integers
+// times a scale up to 16 rows of x, and rounded to bfloat16 above. y is F32 or of the Context's
+// activation dtype. There
 // rows of y (and of dy) may be longer than N: what lies behind is not touched. Rows that start
 // aligned make products with an odd N, such as a vocabulary's, several times as fast.
 #pragma once

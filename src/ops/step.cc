@@ -2,6 +2,7 @@
 
 #include <algorithm>
 
+#include "core/quantized.h"
 #include "ops/check.h"
 
 namespace deltafox::ops {
@@ -20,14 +21,14 @@ void step_linear(Context& ctx, const StepLinearArgs& args) {
   if (rows > kStepLinearRows || k % 256 != 0 || args.parts.size() > kStepLinearParts) {
     fail("step_linear: {} rows of {} and {} parts do not fit", rows, k, args.parts.size());
   }
-  if (args.gate.data != nullptr) {
-    check("step_linear", "gate", args.gate, {rows, k});
-    check("step_linear", "norm", args.norm, {k});
-  }
   for (const StepLinearPart& part : args.parts) {
     const std::int64_t n = outputs_of(part);
     const bool glu = part.epilogue == StepEpilogue::kGlu;
-    check("step_linear", "w", part.w, {glu ? 2 * n : n, k}, DType::kBF16);
+    check("step_linear", "w", part.w, {glu ? 2 * n : n, k},
+          is_packed(part.w.dtype) ? part.w.dtype : DType::kBF16);
+    if (glu && is_packed(part.w.dtype) && n % kPanelRows != 0) {
+      fail("step_linear: {} rows of a gate do not end a panel", n);
+    }
     check_activation(ctx, "step_linear", "y", part.y, {rows, std::max(n, part.y.shape[1])});
     if (part.epilogue == StepEpilogue::kConvSilu) {
       check("step_linear", "conv", part.conv, {n, kStepConvWidth});

@@ -7,15 +7,14 @@
 //   kSigmoid  y = σ(p)
 //   kGlu      y = silu(p) · p', with w the rows of p and then those of p'
 //   kConvSilu y = silu(short_conv(p)) with W = 4; see ops/short_conv.h
-// and norm(x) is x, or rms_norm(x) in groups as wide as the weight of the norm; with a gate z, of
-// x · silu(z).
+// and norm(x) is x, or rms_norm(x) in groups as wide as the weight of the norm.
 //
 // delta_rule_step: delta_rule (ops/delta_rule.h) of one token a sequence, with
 // q and k of length one first: q · rsqrt(Σq² + 1e-6).
 //
 // StepProgram: while one lives, step_linear and delta_rule_step of its Context are gathered where
-// the card can run them in one launch; run() launches, and so do attention_step and gla_step what
-// comes before them. Nothing else may be launched between them that they depend on or that depends
+// the card can run them in one launch; run() launches, and so do attention_step, gla_step and ssd_step
+// what comes before them. Nothing else may be launched between them that they depend on or that depends
 // on them.
 //
 // Sums do not depend on B.
@@ -35,8 +34,9 @@ constexpr std::int64_t kStepHeadDim = 128;  // K and V of delta_rule_step, group
 enum class StepEpilogue : std::uint8_t { kStore, kAdd, kSigmoid, kGlu, kConvSilu };
 
 struct StepLinearPart {
-  ConstTensorView w;  // [N, K] BF16; [2·N, K] with kGlu
-  TensorView y;       // [B, N'] F32 or BF16, N' >= N; what lies behind N is not touched
+  // [N, K] BF16, kQ8 or kQ4; [2·N, K] with kGlu, N being whole panels if it is packed
+  ConstTensorView w;
+  TensorView y;  // [B, N'] F32 or BF16, N' >= N; what lies behind N is not touched
   StepEpilogue epilogue = StepEpilogue::kStore;
   ConstTensorView conv = {};                 // [N, W]
   ConstTensorView conv_bias = {};            // [N]; no data for none

@@ -35,6 +35,13 @@ double chunk_tolerance(DType dtype) {
   return dtype == DType::kBF16 ? 2 * std::sqrt(6.0) * test::epsilon(dtype) : kSums;
 }
 
+// There GLA rounds queries and keys once when they are decayed within a part of a chunk and queries
+// again across parts; further what a chunk adds to the state, the state, scores and outputs: √7
+// epsilons, and twice that as above.
+double gla_chunk_tolerance() {
+  return 2 * std::sqrt(7.0) * test::epsilon(DType::kBF16);
+}
+
 std::vector<Tensor> upload(Gpu& gpu, std::vector<Tensor>& host) {
   std::vector<Tensor> device;
   for (Tensor& tensor : host) device.push_back(gpu.upload(tensor));
@@ -217,7 +224,10 @@ TEST_P(CudaGla, EqualsPlainOnRaggedBatches) {
     Tensor q = random.normal_tensor(keys);
     Tensor k = random.normal_tensor(keys);
     Tensor g(DType::kF32, keys);
-    for (std::int64_t i = 0; i < keys.size(); ++i) g.f32()[i] = random.uniform(0.5F, 1);
+    // Some forget everything, some next to nothing.
+    for (std::int64_t i = 0; i < keys.size(); ++i) {
+      g.f32()[i] = random.integer(0, 19) == 0 ? 0 : 1 - std::pow(random.uniform(0, 0.9F), 3.0F);
+    }
     Tensor v = random.normal_tensor(values);
     std::vector<Tensor> states;
     for (int b = 0; b < 3; ++b) states.push_back(random.normal_tensor({2, size[0], size[1]}));
@@ -241,8 +251,10 @@ TEST_P(CudaGla, EqualsPlainOnRaggedBatches) {
     ops::gla(gpu.ctx(),
              args(device_q, device_k, device_g, device_v, pointers(device_states), device_o));
     reference::gla(args(q, k, g, v, pointers(states), expected));
-    expect_close(gpu.download(device_o), expected, output_tolerance(gpu.dtype()));
-    expect_close(gpu, device_states, states, kSums);
+    const bool on_tensor_cores = gpu.dtype() == DType::kBF16 && size[0] == 128;
+    expect_close(gpu.download(device_o), expected,
+                 on_tensor_cores ? gla_chunk_tolerance() : output_tolerance(gpu.dtype()));
+    expect_close(gpu, device_states, states, on_tensor_cores ? gla_chunk_tolerance() : kSums);
   }
 }
 

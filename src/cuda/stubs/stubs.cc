@@ -15,6 +15,7 @@
 #include "ops/kv_append.h"
 #include "ops/linear.h"
 #include "ops/log_sigmoid.h"
+#include "ops/quantize.h"
 #include "ops/rms_norm.h"
 #include "ops/rope.h"
 #include "ops/selective_scan.h"
@@ -165,6 +166,9 @@ void gla_backward(Context& /*ctx*/, const GlaBackwardArgs& /*args*/) {
 void kv_append(Context& /*ctx*/, const KvAppendArgs& /*args*/) {
   fail_without_cuda();
 }
+void arrange_packed(Context& /*ctx*/, const TensorView& /*packed*/) {
+  fail_without_cuda();
+}
 void linear(Context& /*ctx*/, const LinearArgs& /*args*/) {
   fail_without_cuda();
 }
@@ -208,6 +212,9 @@ bool short_conv_backward_has_norm(const ShortConvBackwardArgs& /*args*/) {
   fail_without_cuda();
 }
 void ssd(Context& /*ctx*/, const SsdArgs& /*args*/) {
+  fail_without_cuda();
+}
+void ssd_step(Context& /*ctx*/, const SsdStepArgs& /*args*/) {
   fail_without_cuda();
 }
 void ssd_backward(Context& /*ctx*/, const SsdBackwardArgs& /*args*/) {

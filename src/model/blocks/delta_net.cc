@@ -206,6 +206,7 @@ void DeltaNetMixer::forward(Context& ctx, const ConstTensorView& x, const Sequen
 bool DeltaNetMixer::has_token(const Context& ctx) const {
   return !weights_.g_proj && weights_.b_proj && config_.hidden_size % 8 == 0 &&
          config_.value_dim == config_.num_heads * kDeltaTokenHead &&
+         weights_.b_proj->value.dtype == ctx.activation_dtype() &&
          joined_projections(ctx).data != nullptr;
 }
 
@@ -230,7 +231,7 @@ bool DeltaNetMixer::has_step() const {
          config_.conv_size == kStepConvWidth && config_.qk_activation == Activation::kSilu &&
          config_.qk_norm == FeatureNorm::kL2 && config_.key_dim == heads * kStepHeadDim &&
          config_.value_dim == heads * kStepHeadDim && config_.hidden_size % 256 == 0 &&
-         config_.value_dim % 256 == 0 && weights_.q_proj.value.dtype == DType::kBF16;
+         config_.value_dim % 256 == 0 && weights_.q_proj.value.dtype != DType::kF32;
 }
 
 void DeltaNetMixer::step(Context& ctx, const ConstTensorView& norm, float eps,

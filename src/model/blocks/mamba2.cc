@@ -1,7 +1,6 @@
 #include "model/blocks/mamba2.h"
 
 #include <array>
-#include <numeric>
 
 #include "core/quantized.h"
 #include "model/blocks/projection.h"
@@ -131,25 +130,22 @@ void Mamba2Mixer::step(Context& ctx, const ConstTensorView& norm, float eps,
                      .conv_states = state_pointers(scratch, states, &State::conv)},
       StepLinearPart{.w = rows_of(w, inner + channels, config_.num_heads), .y = dt}};
   ops::step_linear(ctx, {.x = hidden, .norm = norm, .norm_eps = eps, .parts = parts});
-  const std::span<std::int64_t> cu_seqlens = scratch.array<std::int64_t>(batch + 1);
-  std::iota(cu_seqlens.begin(), cu_seqlens.end(), 0);
-  ops::ssd(ctx, {.xbc = xbc,
-                 .dt = dt,
-                 .dt_bias = weights_.dt_bias.value,
-                 .a_log = weights_.a_log.value,
-                 .d = weights_.d.value,
-                 .dt_min = config_.dt_min,
-                 .dt_max = config_.dt_max,
-                 .num_groups = config_.num_groups,
-                 .sequences = Sequences(cu_seqlens),
-                 .states = state_pointers(scratch, states, &State::ssm),
-                 .y = y});
+  ops::ssd_step(ctx, {.xbc = xbc,
+                      .dt = dt,
+                      .dt_bias = weights_.dt_bias.value,
+                      .a_log = weights_.a_log.value,
+                      .d = weights_.d.value,
+                      .dt_min = config_.dt_min,
+                      .dt_max = config_.dt_max,
+                      .num_groups = config_.num_groups,
+                      .states = state_pointers(scratch, states, &State::ssm),
+                      .z = z.reshaped(y.shape),
+                      .y = y});
   const StepLinearPart output{
       .w = weights_.out_proj.value, .y = hidden, .epilogue = StepEpilogue::kAdd};
   ops::step_linear(ctx, {.x = y.reshaped({batch, inner}),
                          .norm = weights_.norm.value,
                          .norm_eps = config_.norm_eps,
-                         .gate = z,
                          .parts = {&output, 1}});
 }
 
