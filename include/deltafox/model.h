@@ -19,6 +19,9 @@
 
 namespace deltafox {
 
+class Decoder;        // model/decoder.h
+struct TokenOptions;  // ops/choose_token.h
+
 struct LoadOptions {
   // How the weight matrices are kept: as stored when empty; kF32 is the exact mode, kQ8 and kQ4 are
   // int8 and int4 (docs/quantization.md). Vectors (norms, convolutions, biases) are float32, and so
@@ -165,6 +168,10 @@ class Model {
   void greedy(std::span<const std::int32_t> input_ids, std::span<State* const> states,
               std::int64_t steps, const IdsSink& on_ids) const;
 
+  // For generate(): what decodes and chooses tokens on a GPU; null on the CPU.
+  std::unique_ptr<Decoder> decoder(const TokenOptions& options,
+                                   std::span<const std::int32_t> eos_token_ids) const;
+
   // As forward, with the logits of every token handed to `sink` in pieces, so that no [T,N] buffer
   // is needed.
   void logits(const Batch& batch, std::span<State* const> states, const LogitsSink& sink,
@@ -185,6 +192,8 @@ class Model {
 
  private:
   struct Impl;
+  void greedy_on_gpu(std::span<const std::int32_t> input_ids, std::span<State* const> states,
+                     std::int64_t steps, const IdsSink& on_ids) const;
   explicit Model(std::shared_ptr<Impl> impl);
   std::shared_ptr<Impl> impl_;
 };

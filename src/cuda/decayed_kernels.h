@@ -25,7 +25,19 @@ struct GlaProblem {
 };
 
 // Row by row.
-void launch_gla(const GlaProblem& problem, const SequenceBatch& batch, cudaStream_t stream);
+void launch_gla(Context& ctx, const GlaProblem& problem, const SequenceBatch& batch);
+
+// One row of each sequence, from what the projections give; see GlaStepArgs.
+struct GlaStepProblem {
+  const float* q;  // [B, H, K]
+  const float* f;  // [B, H, K]
+  const float* v;  // [B, H, V]
+  float* o;        // [B, H, V]
+  int heads;
+  int key_dim;
+  int value_dim;
+};
+void launch_gla_step(Context& ctx, const GlaStepProblem& problem, const SequenceBatch& batch);
 
 // Chunks of kDecayedChunk rows, all of a sequence's at once; they are its segments in the batch.
 constexpr int kDecayedChunk = 32;
@@ -50,12 +62,13 @@ struct SsdProblem {
   bool is_bf16;
   int heads;
   int groups;
-  int state_size;  // N
-  int head_dim;    // P
+  int state_size;            // N
+  int head_dim;              // P
+  const float* z = nullptr;  // [T, H, P]: y · silu(z) takes the place of y, row by row only
 };
 
 // Row by row.
-void launch_ssd(const SsdProblem& problem, const SequenceBatch& batch, cudaStream_t stream);
+void launch_ssd(Context& ctx, const SsdProblem& problem, const SequenceBatch& batch);
 
 // Chunks of 64 rows on the tensor cores: bfloat16, P a multiple of 64, N one of 8 up to 128.
 bool ssd_chunks_fit(const SsdProblem& problem);

@@ -6,6 +6,7 @@
 #include "cuda/batches.h"
 #include "cuda/decayed_kernels.h"
 #include "cuda/stream.h"
+#include "ops/step.h"
 
 namespace deltafox::cuda {
 
@@ -39,7 +40,28 @@ void gla(Context& ctx, const GlaArgs& args) {
       });
   for_each_batch(
       args.sequences, args.states, [&](int length) { return chunked(length) ? 0 : 1; },
-      [&](const SequenceBatch& batch) { launch_gla(problem, batch, stream_of(ctx)); });
+      [&](const SequenceBatch& batch) { launch_gla(ctx, problem, batch); });
+}
+
+void gla_step(Context& ctx, const GlaStepArgs& args) {
+  if (args.q.shape[2] > kLargestStateRows) {
+    fail("gla_step: CUDA keeps at most {} keys a head, not {}", kLargestStateRows, args.q.shape[2]);
+  }
+  run_step_program(ctx);  // what comes before
+  const GlaStepProblem problem{
+      .q = args.q.f32(),
+      .f = args.f.f32(),
+      .v = args.v.f32(),
+      .o = args.o.f32(),
+      .heads = static_cast<int>(args.q.shape[1]),
+      .key_dim = static_cast<int>(args.q.shape[2]),
+      .value_dim = static_cast<int>(args.v.shape[2]),
+  };
+  SequenceBatch batch;
+  for (std::size_t b = 0; b < args.states.size(); ++b) {
+    batch.add(args.states[b], static_cast<int>(b), 1, 1);
+  }
+  launch_gla_step(ctx, problem, batch);
 }
 
 void gla_backward(Context& ctx, const GlaBackwardArgs& args) {

@@ -643,6 +643,7 @@ class Worker {
       case StepEpilogue::kConvSilu:
         *out.conv_state = make_float4(old.y, old.z, old.w, sum);
         sum = fmaf(taps.w, sum, fmaf(taps.z, old.w, fmaf(taps.y, old.z, taps.x * old.y)));
+        if (part.conv_bias != nullptr) sum += __ldg(part.conv_bias + out.row);
         sum *= sigmoid(sum);
         break;
     }
@@ -921,6 +922,7 @@ bool add_to_program(Context& ctx, const StepLinearArgs& args) {
     part.epilogue = from.epilogue;
     if (from.epilogue == StepEpilogue::kConvSilu) {
       part.conv = static_cast<const float4*>(from.conv.data);
+      part.conv_bias = static_cast<const float*>(from.conv_bias.data);
       part.conv_states = reinterpret_cast<float4* const*>(upload(ctx, from.conv_states));
     }
   }

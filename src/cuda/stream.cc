@@ -198,6 +198,7 @@ Stream::Stream() {
   major_ = attribute(cudaDevAttrComputeCapabilityMajor);
   if (major_ < 8) fail("CUDA: the GPU has compute capability {}, 8.0 is needed", major_);
   check(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking), "cudaStreamCreate");
+  check(cudaStreamCreateWithFlags(&uploads_stream_, cudaStreamNonBlocking), "cudaStreamCreate");
   if (cublasLtCreate(&blas_) != CUBLAS_STATUS_SUCCESS) fail("CUDA: cuBLASLt cannot be initialised");
   Memory::instance().add(this, stream_);
 }
@@ -210,6 +211,7 @@ Stream::~Stream() {
     cudaFreeHost(uploads_host_);
   }
   cublasLtDestroy(blas_);
+  cudaStreamDestroy(uploads_stream_);
   cudaStreamDestroy(stream_);
 }
 
@@ -226,6 +228,10 @@ void Stream::synchronize() {
 }
 
 void Stream::begin_capture() {
+  if (uploads_used_ > kUploadBytes / 2) {
+    synchronize();
+    forget_uploads();
+  }
   handle();
   const std::scoped_lock lock(Memory::instance().mutex());
   check(cudaStreamBeginCapture(stream_, cudaStreamCaptureModeThreadLocal),
@@ -238,6 +244,7 @@ cudaGraph_t Stream::end_capture() {
   cudaGraph_t graph = nullptr;
   capturing_ = false;
   check(cudaStreamEndCapture(stream_, &graph), "cudaStreamEndCapture");
+  check(cudaStreamSynchronize(uploads_stream_), "cudaMemcpyAsync");
   return graph;
 }
 
@@ -261,7 +268,6 @@ const void* Stream::upload(std::span<const std::byte> bytes) {
   const auto found = uploads_.find(key);
   if (found != uploads_.end()) return found->second;
   const std::size_t size = rounded(std::max<std::size_t>(bytes.size(), 1));
-  if (capturing_) fail("CUDA: an upload of {} bytes while a graph is captured", bytes.size());
   if (size > kUploadBytes) fail("CUDA: an upload of {} bytes exceeds {}", size, kUploadBytes);
   if (uploads_device_ == nullptr) {
     void* memory = nullptr;
@@ -271,17 +277,26 @@ const void* Stream::upload(std::span<const std::byte> bytes) {
     uploads_host_ = static_cast<std::byte*>(memory);
   }
   if (uploads_used_ + size > kUploadBytes) {
+    if (capturing_) fail("CUDA: uploads of a recorded step exceed {} bytes", kUploadBytes / 2);
     synchronize();
     forget_uploads();
   }
   std::memcpy(uploads_host_ + uploads_used_, bytes.data(), bytes.size());
   std::byte* device = uploads_device_ + uploads_used_;
   check(cudaMemcpyAsync(device, uploads_host_ + uploads_used_, bytes.size(), cudaMemcpyHostToDevice,
-                        handle()),
+                        capturing_ ? uploads_stream_ : handle()),
         "cudaMemcpyAsync");
   uploads_used_ += size;
   uploads_.emplace(std::move(key), device);
   return device;
+}
+
+std::int32_t* Stream::zeros(std::int64_t count) {
+  if (zeros_.view().shape.size() < count || zeros_.bytes() == 0) {
+    if (capturing_) fail("CUDA: {} counters are not there while a step is recorded", count);
+    zeros_ = Tensor(DType::kI32, {count}, Device::kCuda);
+  }
+  return static_cast<std::int32_t*>(zeros_.view().data);
 }
 
 void Stream::forget_uploads() {

@@ -607,32 +607,5 @@ INSTANTIATE_TEST_SUITE_P(Forms, CudaStepOfForm,
                          testing::Values(DType::kBF16, DType::kQ8, DType::kQ4),
                          [](const auto& p) { return std::string(name_of(p.param)); });
 
-TEST(CudaStep, GreedyTokenIsTheFirstOfTheLargest) {
-  Random random(5);
-  Gpu gpu(DType::kF32);
-  constexpr std::int64_t kStride = 5004;  // what lies behind the classes does not count
-  Tensor logits = random.normal_tensor({3, kStride});
-  for (const int i : {40, 4999, 4100, 5001}) logits.f32()[i] = 9;
-  logits.f32()[kStride] = 9;
-  logits.f32()[2 * kStride + 4999] = 9;
-  logits.f32()[2 * kStride + 5000] = 10;
-  const Tensor gpu_logits = gpu.upload(logits);
-  Tensor ids = device(DType::kI32, {3});
-  Tensor counts = device(DType::kI32, {3});
-  const auto memory = cuda::allocate_shared(2 * 3 * 4);
-  auto* history = static_cast<std::int32_t*>(memory.get());
-  for (int call = 0; call < 3; ++call) {  // the last one finds no room
-    ops::greedy_token(gpu.ctx(), {.logits = gpu_logits.view(),
-                                  .classes = 5000,
-                                  .ids = ids.view(),
-                                  .counts = counts.view(),
-                                  .history = history,
-                                  .capacity = 2});
-  }
-  gpu.ctx().synchronize();
-  const std::int32_t expected[] = {40, 0, 4999, 40, 0, 4999};
-  EXPECT_EQ(std::memcmp(history, expected, sizeof expected), 0);
-}
-
 }  // namespace
 }  // namespace deltafox
