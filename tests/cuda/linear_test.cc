@@ -3,7 +3,6 @@
 
 #include <array>
 #include <cmath>
-#include <cstring>
 
 #include "cuda/gpu.h"
 #include "ops/delta_rule.h"
