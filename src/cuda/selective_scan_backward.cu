@@ -5,6 +5,7 @@
 // as its share.
 #include "cuda/batches.h"
 #include "cuda/column_sums.cuh"
+#include "cuda/lane_sums.cuh"
 #include "cuda/selective_scan_chunks.cuh"
 #include "ops/selective_scan.h"
 
@@ -27,23 +28,6 @@ struct GradientParams {
   ScanParams scan;
   ScanGradients out;
 };
-
-// Sums over the channels of a warp: of kCount numbers a lane, lane l keeps an eighth, those from
-// (its bits 4, 3 and 2 as a number) · kCount / 8 on.
-template <int kOffset, int kCount>
-__device__ void sum_over_channels(float (&sums)[kCount]) {
-  if constexpr (kOffset >= kLanes) {
-    constexpr int kHalf = kCount * kOffset / 32;
-    const bool upper = (threadIdx.x & kOffset) != 0;
-#pragma unroll
-    for (int i = 0; i < kHalf; ++i) {
-      const float sent = upper ? sums[i] : sums[i + kHalf];
-      const float kept = upper ? sums[i + kHalf] : sums[i];
-      sums[i] = kept + __shfl_xor_sync(0xffffffffU, sent, kOffset);
-    }
-    sum_over_channels<kOffset / 2>(sums);
-  }
-}
 
 template <int kStates>
 struct GradientMemory {
@@ -102,6 +86,7 @@ __global__ void __launch_bounds__(kThreads, kStates > 4 ? 1 : 2)
       const float step = tiles.step[t][lane.own];
       const float x = tiles.x[t][lane.own];
       const float dy = tiles.y[t][lane.own];
+      const float input = step * x;
       float y = 0;
       float d_input = 0;  // of Δ x
       float d_step = 0;   // in units of log 2
@@ -111,21 +96,20 @@ __global__ void __launch_bounds__(kThreads, kStates > 4 ? 1 : 2)
         const float c = tiles.c[t][lane.first + n];
         const float before = i > 0 ? after[i - 1][n] : memory.starts[sub][n][thread];
         dh[n] = fmaf(c, dy, dh[n]);
-        sums[n] = dh[n] * step * x;
+        sums[n] = dh[n] * input;
         sums[kStates + n] = after[i][n] * dy;
         y = fmaf(c, after[i][n], y);
         d_input = fmaf(dh[n], tiles.b[t][lane.first + n], d_input);
-        dh[n] *= exp2f(lane.rates[n] * step);
+        dh[n] *= exp2_of(lane.rates[n] * step);
         const float d_exponent = dh[n] * before * lane.rates[n];
         d_step += d_exponent;
         d_a_log[n] = fmaf(d_exponent, step, d_a_log[n]);
       }
-      sum_over_channels<16>(sums);
-      const int first_kept = (thread >> 4 & 1) * 4 + (thread >> 3 & 1) * 2 + (thread >> 2 & 1);
+      lane_sums<16, kLanes>(sums);  // over the channels of the warp
 #pragma unroll
       for (int n = 0; n < S::kSums / 8; ++n) {
-        memory.parts[warp][i][thread % kLanes * S::kSums + first_kept * (S::kSums / 8) + n] =
-            sums[n];
+        const int place = lane_share<16, kLanes>() * (S::kSums / 8) + n;
+        memory.parts[warp][i][thread % kLanes * S::kSums + place] = sums[n];
       }
       y = channel_sum(y) + skip * x;
       d_input = channel_sum(d_input);

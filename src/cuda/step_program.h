@@ -19,6 +19,7 @@ struct StepPart {
   const __nv_bfloat16* w;
   void* y;
   const float4* conv;          // [N]
+  const float* conv_bias;      // [N] or null
   float4* const* conv_states;  // [B] in device memory, each [N]
   int rows;                    // N
   int stride;                  // N'

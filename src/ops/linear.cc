@@ -44,7 +44,13 @@ void linear_glu(Context& ctx, const LinearGluArgs& args) {
   if (args.y.data != nullptr) {
     check_activation(ctx, "linear_glu", "y", args.y, {rows, args.w.shape[0] / 2});
   }
-  if (ctx.device() == Device::kCuda && cuda::linear_glu(ctx, args)) return;
+  {
+    const OpTimer timer("linear_glu");
+    const bool in_one_pass = ctx.device() == Device::kCuda
+                                 ? cuda::linear_glu(ctx, args)
+                                 : args.gate_up.data == nullptr && cpu::linear_glu(ctx, args);
+    if (in_one_pass) return;
+  }
   ScratchScope scratch(ctx);
   const TensorView gate_up =
       args.gate_up.data != nullptr ? args.gate_up : scratch.activation({rows, args.w.shape[0]});

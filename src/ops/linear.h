@@ -10,7 +10,9 @@
 // alone: not on T, N, the position in the matrix or the number of threads. So a token's result does
 // not depend on the tokens beside it.
 //
-// On a GPU w and x are both F32 or both BF16, y is F32 or of the Context's activation dtype. There
+// On a GPU w and x are both F32 or both BF16, or w is packed and x BF16: weights are then integers
+// times a scale up to 16 rows of x, and rounded to bfloat16 above. y is F32 or of the Context's
+// activation dtype. There
 // rows of y (and of dy) may be longer than N: what lies behind is not touched. Rows that start
 // aligned make products with an odd N, such as a vocabulary's, several times as fast.
 #pragma once
@@ -73,6 +75,8 @@ namespace cpu {
 // Whether products with BF16 matrices, and their gradients, are faster than with F32.
 bool has_fast_bf16_products();
 void linear(Context& ctx, const LinearArgs& args);
+// False where no kernel computes it in one pass.
+bool linear_glu(Context& ctx, const LinearGluArgs& args);
 void linear_backward(Context& ctx, const LinearBackwardArgs& args);
 }  // namespace cpu
 namespace cuda {

@@ -34,6 +34,13 @@ double chunk_tolerance() {
   return 2 * std::sqrt(5.0) * test::epsilon(DType::kBF16);
 }
 
+// GLA's queries and keys are rounded once when they are decayed within a part of a chunk and again
+// across parts; further what a chunk adds to a state, the states, those within a chunk, the scores
+// or what a state makes of rows, and outputs.
+double gla_chunk_tolerance() {
+  return 2 * std::sqrt(8.0) * test::epsilon(DType::kBF16);
+}
+
 // Rows [begin, end) of each tensor.
 Tensor rows_of(const Tensor& tensor, std::int64_t begin, std::int64_t end) {
   const Shape& shape = tensor.view().shape;
@@ -327,15 +334,19 @@ TEST_P(CudaDecayedBackward, GlaEqualsPlainForAnyHeadSizes) {
     SCOPED_TRACE(size[0]);
     GlaCase c(random, kRagged, 2, size[0], size[1]);
     const std::vector<Tensor> got = c.run(gpu);
-    expect_gradients(got, c.run_plain(), {"dq", "dk", "dg", "dv"}, tolerance(gpu.dtype()));
+    const bool on_tensor_cores = gpu.dtype() == DType::kBF16 && size[0] == 128;
+    expect_gradients(got, c.run_plain(), {"dq", "dk", "dg", "dv"},
+                     on_tensor_cores ? gla_chunk_tolerance() : tolerance(gpu.dtype()));
   }
 }
 
 TEST_P(CudaDecayedBackward, GlaHasTheSameBitsInAnyBatchAndRun) {
   Random random(2);
   Gpu gpu(GetParam());
-  GlaCase c(random, kRagged, 3, 64, 72);
-  expect_the_same_bits(gpu, c, 4);
+  for (const std::int64_t value_dim : {72, 128}) {
+    GlaCase c(random, kRagged, 3, 128, value_dim);
+    expect_the_same_bits(gpu, c, 4);
+  }
 }
 
 TEST_P(CudaDecayedBackward, SsdEqualsPlainForAnySizes) {

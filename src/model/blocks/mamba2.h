@@ -78,6 +78,12 @@ class Mamba2Mixer {
                std::span<State* const> states, const TensorView& hidden, Saved* saved = nullptr,
                const ConstTensorView& residual = {}) const;
 
+  // The fused way of a GPU for one token of each of a few sequences: hidden [B, C] +=
+  // mixer(rms_norm(hidden) with the weight `norm` and `eps`).
+  bool has_step() const;
+  void step(Context& ctx, const ConstTensorView& norm, float eps, std::span<State* const> states,
+            const TensorView& hidden) const;
+
   // Of whole sequences: dx [T, C] =, given dy [T, C], the gradient of what forward added.
   void backward(Context& ctx, const ConstTensorView& x, const Sequences& sequences,
                 const Saved& saved, const TensorView& dy, const TensorView& dx,

@@ -1,5 +1,6 @@
 #include "model/blocks/mlp.h"
 
+#include "core/quantized.h"
 #include "model/blocks/projection.h"
 #include "ops/gate.h"
 #include "ops/linear.h"
@@ -67,7 +68,9 @@ void Mlp::forward(Context& ctx, const ConstTensorView& x, const TensorView& hidd
 
 bool Mlp::has_step() const {
   return !weights_.norm && !weights_.up_proj && config_.activation == Activation::kSilu &&
-         weights_.gate_proj.value.dtype == DType::kBF16 && weights_.gate_proj.shape[1] % 256 == 0 &&
+         weights_.gate_proj.value.dtype != DType::kF32 && weights_.gate_proj.shape[1] % 256 == 0 &&
+         (!is_packed(weights_.gate_proj.value.dtype) ||
+          config_.intermediate_size % kPanelRows == 0) &&
          weights_.down_proj.shape[1] % 256 == 0;
 }
 
