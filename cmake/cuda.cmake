@@ -31,5 +31,7 @@ if(DELTAFOX_WERROR)
 endif()
 target_link_libraries(deltafox_cuda PRIVATE fmt::fmt CUDA::toolkit)
 target_sources(deltafox PRIVATE $<TARGET_OBJECTS:deltafox_cuda>)
+# Nothing else sees the toolkit's headers.
+set_target_properties(CUDA::cudart_static CUDA::cublasLt PROPERTIES INTERFACE_INCLUDE_DIRECTORIES "")
 target_link_libraries(deltafox PUBLIC
   $<BUILD_INTERFACE:CUDA::cudart_static> $<BUILD_INTERFACE:CUDA::cublasLt>)

@@ -76,6 +76,18 @@ void store_sums_target(const float* sums, std::int64_t tokens, std::int64_t colu
   }
 }
 
+// y[token, column] = act(gate) · up
+void store_glu_target(const float* gate, const float* up, std::int64_t tokens, std::int64_t columns,
+                      Activation activation, float* y, std::int64_t stride) {
+  for (std::int64_t t = 0; t < tokens; ++t) {
+    const std::int64_t from = t * kTileColumns;
+    for (std::int64_t n = 0; n < columns; n += lanes()) {
+      store(hn::Mul(activate(activation, load(gate + from + n)), load(up + from + n)),
+            y + t * stride + n);
+    }
+  }
+}
+
 }  // namespace deltafox::cpu::HWY_NAMESPACE
 HWY_AFTER_NAMESPACE();
 
@@ -83,6 +95,7 @@ HWY_AFTER_NAMESPACE();
 namespace deltafox::cpu {
 HWY_EXPORT(quantize_row_target);
 HWY_EXPORT(store_sums_target);
+HWY_EXPORT(store_glu_target);
 namespace {
 
 PackedKernels kernels() {
@@ -125,66 +138,87 @@ QuantizedRows quantized(Context& ctx, ScratchScope& scratch, const ConstTensorVi
   return {q, stride, scales, offsets, group_sums, blocks};
 }
 
-// y[t, n] = sums [+ y] for the columns n of a few panels.
-void store_panels(const LinearArgs& args, const float* sums, std::int64_t token,
+// Products with w, whose rows are one part or the two of a gated unit, and what becomes of them:
+// y [+]= x wᵀ, or y = act(x gateᵀ) · (x upᵀ).
+struct Job {
+  ConstTensorView x;
+  ConstTensorView w;
+  TensorView y;
+  bool accumulate;
+  bool gated;
+  Activation activation;
+
+  std::int64_t parts() const { return gated ? 2 : 1; }
+};
+
+// For some panels of each part. Sums of the second part begin at `up`.
+void store_panels(const Job& job, const float* sums, const float* up, std::int64_t token,
                   std::int64_t tokens, std::int64_t panel, std::int64_t panels) {
-  const std::int64_t columns = args.w.shape[0];
+  const std::int64_t stride = job.y.shape[1];
   const std::int64_t column = panel * kPanelRows;
-  HWY_DYNAMIC_DISPATCH(store_sums_target)
-  (sums, tokens, std::min(panels * kPanelRows, columns - column),
-   args.y.f32() + token * columns + column, columns, args.accumulate);
+  const std::int64_t columns = std::min(panels * kPanelRows, stride - column);
+  float* y = job.y.f32() + token * stride + column;
+  if (job.gated) {
+    HWY_DYNAMIC_DISPATCH(store_glu_target)(sums, up, tokens, columns, job.activation, y, stride);
+  } else {
+    HWY_DYNAMIC_DISPATCH(store_sums_target)(sums, tokens, columns, y, stride, job.accumulate);
+  }
 }
 
 // Up to kFewTokens tokens: each panel is read once, in order, beside the others of its task.
-void few_tokens(Context& ctx, const LinearArgs& args, const PackedLayout& layout,
-                const QuantizedRows& x, void (*kernel)(const PackedPanels&)) {
+void few_tokens(Context& ctx, const Job& job, const PackedLayout& layout, const QuantizedRows& x,
+                void (*kernel)(const PackedPanels&)) {
   // So small that threads end at about the same time.
   constexpr std::int64_t kTaskBytes = std::int64_t{160} * 1024;
   constexpr std::int64_t kTasksOfThread = 8;
+  const std::int64_t part_panels = layout.panels() / job.parts();
   const std::int64_t task_panels =
       std::clamp<std::int64_t>(std::min(kTaskBytes / layout.panel_bytes(),
-                                        layout.panels() / (kTasksOfThread * ctx.threads().size())),
+                                        part_panels / (kTasksOfThread * ctx.threads().size())),
                                1, kMaxPanels);
-  const std::int64_t tokens = args.x.shape[0];
-  const auto* matrix = static_cast<const std::byte*>(args.w.data);
-  const std::int64_t tasks = (layout.panels() + task_panels - 1) / task_panels;
-  ctx.threads().parallel_for(tasks, [&](std::int64_t task) {
-    alignas(64) float sums[kFewTokens * kTileColumns];
+  const std::int64_t tokens = job.x.shape[0];
+  const auto* matrix = static_cast<const std::byte*>(job.w.data);
+  ctx.threads().parallel_for((part_panels + task_panels - 1) / task_panels, [&](std::int64_t task) {
+    alignas(64) float sums[2][kFewTokens * kTileColumns];
     const std::int64_t panel = task * task_panels;
-    const std::int64_t panels = std::min(task_panels, layout.panels() - panel);
-    kernel({.x = &x,
-            .tokens = tokens,
-            .layout = &layout,
-            .first = matrix + panel * layout.panel_bytes(),
-            .panels = static_cast<int>(panels),
-            .sums = sums});
-    store_panels(args, sums, 0, tokens, panel, panels);
+    const std::int64_t panels = std::min(task_panels, part_panels - panel);
+    for (std::int64_t part = 0; part < job.parts(); ++part) {
+      kernel({.x = &x,
+              .tokens = tokens,
+              .layout = &layout,
+              .first = matrix + (part * part_panels + panel) * layout.panel_bytes(),
+              .panels = static_cast<int>(panels),
+              .sums = sums[part]});
+    }
+    store_panels(job, sums[0], sums[1], 0, tokens, panel, panels);
   });
 }
 
-void many_tokens(Context& ctx, const LinearArgs& args, const PackedLayout& layout,
-                 const QuantizedRows& x, ScratchScope& scratch, const PackedKernels& run) {
-  const std::int64_t tokens = args.x.shape[0];
-  const bool four_bits = args.w.dtype == DType::kQ4;
+void many_tokens(Context& ctx, const Job& job, const PackedLayout& layout, const QuantizedRows& x,
+                 ScratchScope& scratch, const PackedKernels& run) {
+  const std::int64_t tokens = job.x.shape[0];
+  const bool four_bits = job.w.dtype == DType::kQ4;
+  const std::int64_t part_panels = layout.panels() / job.parts();
+  const std::int64_t tile_panels = kMaxPanels / job.parts();  // of each part
   const std::int64_t token_blocks = (tokens + kBlockTokens - 1) / kBlockTokens;
-  const std::int64_t tiles = (layout.panels() + kMaxPanels - 1) / kMaxPanels;
+  const std::int64_t tiles = (part_panels + tile_panels - 1) / tile_panels;
   const std::int64_t sum_bytes = std::min(tokens, kBlockTokens) * kTileColumns * 4;
   const std::int64_t expanded_bytes = four_bits ? kTileColumns * kQuantBlock : 0;
   const std::int64_t slot_bytes = sum_bytes + expanded_bytes;
   std::byte* slots = scratch.array<std::byte>(ctx.threads().size() * slot_bytes).data();
   ctx.threads().parallel_for(tiles * token_blocks, [&](std::int64_t task, int slot) {
-    const std::int64_t panel = task / token_blocks * kMaxPanels;
+    const std::int64_t panel = task / token_blocks * tile_panels;
     const std::int64_t token = task % token_blocks * kBlockTokens;
     auto* sums = reinterpret_cast<float*>(slots + slot * slot_bytes);
     std::byte* expanded = slots + slot * slot_bytes + sum_bytes;
-    const auto* matrix = static_cast<const std::byte*>(args.w.data);
+    const auto* matrix = static_cast<const std::byte*>(job.w.data);
     PackedBlock block{
         .x = &x,
         .token = token,
         .tokens = std::min(kBlockTokens, tokens - token),
         .block = 0,
         .columns = 0,
-        .panels = static_cast<int>(std::min<std::int64_t>(kMaxPanels, layout.panels() - panel)),
+        .panels = static_cast<int>(std::min(tile_panels, part_panels - panel)),
         .head = nullptr,
         .head_stride = layout.panel_bytes(),
         .values = nullptr,
@@ -194,34 +228,60 @@ void many_tokens(Context& ctx, const LinearArgs& args, const PackedLayout& layou
     std::fill(sums, sums + block.tokens * kTileColumns, 0.0F);
     for (block.block = 0; block.block < layout.blocks(); ++block.block) {
       block.columns = layout.block_columns(block.block);
-      block.head = matrix + panel * layout.panel_bytes() + layout.block_offset(block.block);
-      block.values = block.head + layout.head_bytes();
-      if (four_bits) {
-        for (int p = 0; p < block.panels; ++p) {
-          run.expand(block.head + p * block.head_stride, block.values + p * block.head_stride,
-                     block.columns, expanded + p * block.value_stride);
+      for (std::int64_t part = 0; part < job.parts(); ++part) {
+        block.sums = sums + part * tile_panels * kPanelRows;
+        block.head = matrix + (part * part_panels + panel) * layout.panel_bytes() +
+                     layout.block_offset(block.block);
+        block.values = block.head + layout.head_bytes();
+        if (four_bits) {
+          for (int p = 0; p < block.panels; ++p) {
+            run.expand(block.head + p * block.head_stride, block.values + p * block.head_stride,
+                       block.columns, expanded + p * block.value_stride);
+          }
+          block.values = expanded;
         }
-        block.values = expanded;
+        run.eight_bits(block);
       }
-      run.eight_bits(block);
     }
-    store_panels(args, sums, token, block.tokens, panel, block.panels);
+    store_panels(job, sums, sums + tile_panels * kPanelRows, token, block.tokens, panel,
+                 block.panels);
   });
+}
+
+void run_job(Context& ctx, const Job& job) {
+  const PackedKernels run = kernels();
+  const PackedLayout layout(job.w.dtype, job.w.shape[0], job.w.shape[1]);
+  ScratchScope scratch(ctx);
+  const QuantizedRows x = quantized(ctx, scratch, job.x, layout);
+  const auto few = job.w.dtype == DType::kQ4 ? run.few_four_bits : run.few_eight_bits;
+  if (job.x.shape[0] <= kFewTokens && few != nullptr) {
+    few_tokens(ctx, job, layout, x, few);
+  } else {
+    many_tokens(ctx, job, layout, x, scratch, run);
+  }
 }
 
 }  // namespace
 
 void linear_packed(Context& ctx, const LinearArgs& args) {
-  const PackedKernels run = kernels();
-  const PackedLayout layout(args.w.dtype, args.w.shape[0], args.w.shape[1]);
-  ScratchScope scratch(ctx);
-  const QuantizedRows x = quantized(ctx, scratch, args.x, layout);
-  const auto few = args.w.dtype == DType::kQ4 ? run.few_four_bits : run.few_eight_bits;
-  if (args.x.shape[0] <= kFewTokens && few != nullptr) {
-    few_tokens(ctx, args, layout, x, few);
-  } else {
-    many_tokens(ctx, args, layout, x, scratch, run);
-  }
+  run_job(ctx, {.x = args.x,
+                .w = args.w,
+                .y = args.y,
+                .accumulate = args.accumulate,
+                .gated = false,
+                .activation = Activation::kIdentity});
+}
+
+bool linear_glu(Context& ctx, const LinearGluArgs& args) {
+  // Each part begins with a panel of its own.
+  if (!is_packed(args.w.dtype) || args.y.shape[1] % kPanelRows != 0) return false;
+  run_job(ctx, {.x = args.x,
+                .w = args.w,
+                .y = args.y,
+                .accumulate = false,
+                .gated = true,
+                .activation = args.activation});
+  return true;
 }
 
 }  // namespace deltafox::cpu

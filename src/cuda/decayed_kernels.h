@@ -73,9 +73,10 @@ void launch_ssd(Context& ctx, const SsdProblem& problem, const SequenceBatch& ba
 // Chunks of 64 rows on the tensor cores: bfloat16, P a multiple of 64, N one of 8 up to 128.
 bool ssd_chunks_fit(const SsdProblem& problem);
 
-// Into how many segments a sequence is cut: a function of its own length, the heads and the card,
-// so that what else is in a batch changes no bit.
-int ssd_segments(const SsdProblem& problem, int length, int multiprocessors);
+// Into how many segments a sequence is cut: a function of its own length, the heads, the card and
+// the bucket of all tokens, a power of two; so within a bucket what else is in a batch changes no
+// bit.
+int ssd_segments(const SsdProblem& problem, int length, int tokens_bucket, int multiprocessors);
 
 // Memory of sequences in several segments.
 struct SsdSegments {

@@ -55,17 +55,17 @@ __device__ float quad_sum(float x) {
 struct WarpState {
   float s[kSize / 8][4];
 
-  __device__ static __nv_bfloat162 pair(const bf16* state, int low, int j, int i) {
+  __device__ static float2 pair(const bf16* state, int low, int j, int i) {
     const int lane = threadIdx.x % 32;
-    return *reinterpret_cast<const __nv_bfloat162*>(state + (low + 8 * i) * kSize + 8 * j +
-                                                    2 * (lane % 4));
+    return unpack(*reinterpret_cast<const std::uint32_t*>(state + (low + 8 * i) * kSize + 8 * j +
+                                                          2 * (lane % 4)));
   }
   __device__ void load(const bf16* state, int low) {
 #pragma unroll
     for (int j = 0; j < kSize / 8; ++j) {
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
-        const float2 x = __bfloat1622float2(pair(state, low, j, i));
+        const float2 x = pair(state, low, j, i);
         s[j][2 * i] = x.x;
         s[j][2 * i + 1] = x.y;
       }
@@ -85,13 +85,7 @@ struct WarpState {
   // state = decay · state + (rows of a part of `left`)ᵀ (those of `right`)
   __device__ void pass(std::uint32_t left, std::uint32_t right, int warp, int part, float decay_low,
                        float decay_high) {
-#pragma unroll
-    for (auto& four : s) {
-      four[0] *= decay_low;
-      four[1] *= decay_low;
-      four[2] *= decay_high;
-      four[3] *= decay_high;
-    }
+    scale_rows(s, decay_low, decay_high);
     std::uint32_t a[4];
     load_columns(a, left, warp, part);
     add_times(s, a, right, part, 0);
@@ -105,8 +99,8 @@ __device__ float2 dot_rows(const float (&sums)[2][4], std::uint32_t tile, int wa
   float2 dot = make_float2(0, 0);
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
-    const float2 low = __bfloat1622float2(reinterpret_cast<const __nv_bfloat162&>(a[2 * i]));
-    const float2 high = __bfloat1622float2(reinterpret_cast<const __nv_bfloat162&>(a[2 * i + 1]));
+    const float2 low = unpack(a[2 * i]);
+    const float2 high = unpack(a[2 * i + 1]);
     dot.x += low.x * sums[i][0] + low.y * sums[i][1];
     dot.y += high.x * sums[i][2] + high.y * sums[i][3];
   }
@@ -257,8 +251,8 @@ __global__ void __launch_bounds__(kThreads, 2) chunk_rows(const __grid_constant_
   float2 through = make_float2(0, 0);  // ⟨S_I, dS_3⟩, this lane's columns
 #pragma unroll
   for (int j = 0; j < kSize / 8; ++j) {
-    const float2 d_low = __bfloat1622float2(WarpState::pair(d_states, low, j, 0));
-    const float2 d_high = __bfloat1622float2(WarpState::pair(d_states, low, j, 1));
+    const float2 d_low = WarpState::pair(d_states, low, j, 0);
+    const float2 d_high = WarpState::pair(d_states, low, j, 1);
     through.x += state.s[j][0] * d_low.x + state.s[j][1] * d_low.y;
     through.y += state.s[j][2] * d_high.x + state.s[j][3] * d_high.y;
   }

@@ -86,7 +86,7 @@ struct PartRows {
     }
   }
   __device__ float2 query(int r) const {
-    return __bfloat1622float2(reinterpret_cast<const __nv_bfloat162&>(q[r]));
+    return unpack(q[r]);
   }
   __device__ void store(unsigned char* tile, int r, float2 x) const {
     *reinterpret_cast<std::uint32_t*>(tile + piece_offset(part * kPart + r, channel / 8) +
@@ -195,7 +195,6 @@ __global__ void __launch_bounds__(kThreads, 2) chunk_sums(const __grid_constant_
   }
   wait_copies<0>();
   __syncthreads();
-  const int lane = threadIdx.x % 32;
   const int warp = threadIdx.x / 32;
   const auto add_up = [&](int left, int right, bf16* to) {
     float sum[kSize / 8][4];
@@ -206,12 +205,7 @@ __global__ void __launch_bounds__(kThreads, 2) chunk_sums(const __grid_constant_
       load_columns(a, at + left, warp, part);
       add_times(sum, a, at + right, part, 0);
     }
-    to += p.state_at(blockIdx.x, block.head) + (16 * warp + lane / 4) * kSize + 2 * (lane % 4);
-#pragma unroll
-    for (int j = 0; j < kSize / 8; ++j) {
-      store_pair(to + 8 * j, sum[j][0], sum[j][1]);
-      store_pair(to + 8 * kSize + 8 * j, sum[j][2], sum[j][3]);
-    }
+    store_tiles(to + p.state_at(blockIdx.x, block.head) + 16 * warp * kSize, kSize, sum);
   };
   add_up(L::kKeys, L::kValues, p.states.states);
   if (kGradients) add_up(L::kQueries, L::kDo, p.states.d_states);

@@ -149,4 +149,33 @@ __device__ PackedOperand<kFourBits> load_operand(const std::byte* block, int ste
   return operand;
 }
 
+// c += a b, 16 rows of a by 8 columns of b
+__device__ inline void multiply(float (&c)[4], std::uint32_t a0, std::uint32_t a1, std::uint32_t a2,
+                                std::uint32_t a3, std::uint32_t b0, std::uint32_t b1) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, "
+      "{%8,%9}, {%0,%1,%2,%3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+
+// c += w xᵀ of 32 columns; x(h) are a lane's eight of row l / 4 of the h-th 8 rows of x.
+template <bool kFourBits, int kHalves, typename X>
+__device__ void add_packed(const PackedOperand<kFourBits>& w, int step, X x,
+                           float (&c)[kHalves][4]) {
+  const EightColumns low = w.low(step);
+  const EightColumns high = w.high(step);
+#pragma unroll
+  for (int h = 0; h < kHalves; ++h) {
+    const uint4 b = x(h);
+    float sums[4] = {};
+    multiply(sums, low.pairs[0], high.pairs[0], low.pairs[1], high.pairs[1], b.x, b.y);
+    multiply(sums, low.pairs[2], high.pairs[2], low.pairs[3], high.pairs[3], b.z, b.w);
+    c[h][0] = fmaf(sums[0], w.scales.x, c[h][0]);
+    c[h][1] = fmaf(sums[1], w.scales.x, c[h][1]);
+    c[h][2] = fmaf(sums[2], w.scales.y, c[h][2]);
+    c[h][3] = fmaf(sums[3], w.scales.y, c[h][3]);
+  }
+}
+
 }  // namespace deltafox::cuda

@@ -86,6 +86,7 @@ __global__ void __launch_bounds__(kThreads, kStates > 4 ? 1 : 2)
       const float step = tiles.step[t][lane.own];
       const float x = tiles.x[t][lane.own];
       const float dy = tiles.y[t][lane.own];
+      const float input = step * x;
       float y = 0;
       float d_input = 0;  // of Δ x
       float d_step = 0;   // in units of log 2
@@ -95,11 +96,11 @@ __global__ void __launch_bounds__(kThreads, kStates > 4 ? 1 : 2)
         const float c = tiles.c[t][lane.first + n];
         const float before = i > 0 ? after[i - 1][n] : memory.starts[sub][n][thread];
         dh[n] = fmaf(c, dy, dh[n]);
-        sums[n] = dh[n] * step * x;
+        sums[n] = dh[n] * input;
         sums[kStates + n] = after[i][n] * dy;
         y = fmaf(c, after[i][n], y);
         d_input = fmaf(dh[n], tiles.b[t][lane.first + n], d_input);
-        dh[n] *= exp2f(lane.rates[n] * step);
+        dh[n] *= exp2_of(lane.rates[n] * step);
         const float d_exponent = dh[n] * before * lane.rates[n];
         d_step += d_exponent;
         d_a_log[n] = fmaf(d_exponent, step, d_a_log[n]);

@@ -28,6 +28,13 @@ constexpr int kScanThreads = 256;
 constexpr float kLog2OfE = 1.44269504F;
 constexpr float kLogOf2 = 0.69314718F;
 
+// 2^x to 22 bits in one instruction; below 2^−126 zero.
+__device__ inline float exp2_of(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
 struct ScanInputs {
   Elements x;            // [T, C]
   Elements b, c;         // [T, N]
@@ -41,7 +48,7 @@ struct ScanInputs {
   int states;
   bool aligned = false;  // all that has channels starts at a whole vector
 
-  __device__ float rate(int channel, int state) const {  // 2^(rate · Δ) is the decay
+  __device__ float rate(int channel, int state) const {  // exp2_of(rate · Δ) is the decay
     return -kLog2OfE * expf(a_log[static_cast<std::ptrdiff_t>(channel) * states + state]);
   }
 };
@@ -182,7 +189,7 @@ struct Lane {
     const float input = step * tiles.x[t][own];
 #pragma unroll
     for (int n = 0; n < kStates; ++n) {
-      h[n] = fmaf(exp2f(rates[n] * step), h[n], tiles.b[t][first + n] * input);
+      h[n] = fmaf(exp2_of(rates[n] * step), h[n], tiles.b[t][first + n] * input);
     }
   }
 };
@@ -221,7 +228,7 @@ __global__ void __launch_bounds__(kThreads) chunk_sums(const __grid_constant__ S
     steps += step;
 #pragma unroll
     for (int n = 0; n < kStates; ++n) {
-      const float decay = exp2f(lane.rates[n] * step);
+      const float decay = exp2_of(lane.rates[n] * step);
       h[n] = fmaf(decay, h[n], tiles.b[t][lane.first + n] * input);
       if constexpr (kGradients) {
         before[n] *= decay;
@@ -268,7 +275,7 @@ __global__ void __launch_bounds__(kScanThreads) scan_chunks(const __grid_constan
     for (int n = 0; n < kAtOnce; ++n) {
       if (first + n >= entry.segments) break;
       states[chunk_at(n) * all + i] = state;
-      state = fmaf(exp2f(rate * steps[n]), state, sums[n]);
+      state = fmaf(exp2_of(rate * steps[n]), state, sums[n]);
     }
   }
   if (outer != nullptr) *outer = state;

@@ -1,6 +1,8 @@
-// Which kernel a sequence takes is a matter of its own length, so what it gets does not depend on
-// who shares its batch.
+// Which kernel a sequence takes is a matter of its own length and of the bucket of all tokens, so
+// what it gets does not depend on who shares its batch.
 #include "ops/ssd.h"
+
+#include <bit>
 
 #include "core/error.h"
 #include "cuda/batches.h"
@@ -33,10 +35,12 @@ void ssd(Context& ctx, const SsdArgs& args) {
   const bool chunks_fit = ssd_chunks_fit(problem);
   const auto chunked = [&](int length) { return chunks_fit && length >= kLeastChunkedRows; };
   const int multiprocessors = ctx.stream().multiprocessors();
+  const auto bucket =
+      static_cast<int>(std::bit_ceil(static_cast<std::uint64_t>(args.sequences.tokens())));
   for_each_batch(
       args.sequences, args.states,
       [&](int length) {
-        return chunked(length) ? ssd_segments(problem, length, multiprocessors) : 0;
+        return chunked(length) ? ssd_segments(problem, length, bucket, multiprocessors) : 0;
       },
       [&](const SequenceBatch& batch) {
         ScratchScope scratch(ctx);

@@ -34,6 +34,7 @@ constexpr int kSumThreads = 256;
 constexpr int kColumnWarps = 4;  // of 16 rows
 constexpr int kThreads = kColumnWarps * kChunk / 16 * 32;
 constexpr int kMostHeadsAtOnce = 6;
+static_assert(kMostHeadsAtOnce <= kThreads / 32);
 
 struct ChunkParams {
   SsdGradients p;
@@ -98,13 +99,13 @@ struct SumLayout {
   static constexpr int kX = 0;
   static constexpr int kDy = kTileBlockBytes;
   static constexpr int kStage = 2 * kTileBlockBytes;
-  static constexpr int kFactors = kStages + 2 * kStage;  // [2, 64], twice
-  static constexpr int kBytes = 1024 + kFactors + 2 * 2 * kChunk * 4;
+  static constexpr int kFactors = kStages + 2 * kStage;  // [heads, 2, 64]
+  static constexpr int kBytes = kFactors + kMostHeadsAtOnce * 2 * kChunk * 4;
 };
 
-__device__ unsigned char* aligned_shared() {
-  extern __shared__ unsigned char shared[];
-  return shared + (1024 - shared_address(shared) % 1024) % 1024;
+__device__ unsigned char* shared_memory() {
+  extern __shared__ __align__(128) unsigned char shared[];
+  return shared;
 }
 
 // Four warps for the state and four for its gradient; head by head, the next one's rows on the way.
@@ -112,7 +113,7 @@ template <int kStates>
 __global__ void __launch_bounds__(kSumThreads, 2)
     chunk_sums(const __grid_constant__ ChunkParams params) {
   using L = SumLayout<kStates>;
-  unsigned char* base = aligned_shared();
+  unsigned char* base = shared_memory();
   const std::uint32_t at = shared_address(base);
   auto* factors = reinterpret_cast<float(*)[2][kChunk]>(base + L::kFactors);  // Δ r and e^λ
   const SsdGradients& p = params.p;
@@ -126,24 +127,26 @@ __global__ void __launch_bounds__(kSumThreads, 2)
     const std::uint32_t stage = at + L::kStages + h % 2 * L::kStage;
     load_x_and_dy(p, block, head, stage + L::kX, stage + L::kDy);
     commit_copies();
-    if (warp != 0) return;
-    const ChunkDecays d = decays_of(p, block, head);
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      factors[h % 2][0][2 * lane + i] = d.step[i] * expf(d.last - d.lambda[i]);
-      factors[h % 2][1][2 * lane + i] = expf(d.lambda[i]);
-    }
-    if (lane == 0) params.decays[p.scalar_at(blockIdx.x, head)] = expf(d.last);
   };
   load_b_and_c<kStates>(p, block, at + L::kB, at + L::kC);
   load_head(0);
+  for (int h = warp; h < params.heads_at_once; h += kSumThreads / 32) {
+    const int head = block.first_head + h;
+    const ChunkDecays d = decays_of(p, block, head);
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      factors[h][0][2 * lane + i] = d.step[i] * expf(d.last - d.lambda[i]);
+      factors[h][1][2 * lane + i] = expf(d.lambda[i]);
+    }
+    if (lane == 0) params.decays[p.scalar_at(blockIdx.x, head)] = expf(d.last);
+  }
   for (int h = 0; h < params.heads_at_once; ++h) {
     const bool last = h + 1 == params.heads_at_once;
     if (!last) load_head(h + 1);
     last ? wait_copies<0>() : wait_copies<1>();
     __syncthreads();
     const std::uint32_t stage = at + L::kStages + h % 2 * L::kStage;
-    const float* factor = factors[h % 2][of_gradient ? 1 : 0];
+    const float* factor = factors[h][of_gradient ? 1 : 0];
     float sum[kStates / 8][4];
     clear(sum);
 #pragma unroll
@@ -157,24 +160,22 @@ __global__ void __launch_bounds__(kSumThreads, 2)
       }
       add_times(sum, a, at + (of_gradient ? L::kC : L::kB), k, 0);
     }
-    bf16* to = (of_gradient ? params.d_states : params.states) +
-               params.state_at(blockIdx.x, block.first_head + h) +
-               (16 * rows + lane / 4) * kStates + 2 * (lane % 4);
-#pragma unroll
-    for (int j = 0; j < kStates / 8; ++j) {
-      store_pair(to + 8 * j, sum[j][0], sum[j][1]);
-      store_pair(to + 8 * kStates + 8 * j, sum[j][2], sum[j][3]);
-    }
+    store_tiles((of_gradient ? params.d_states : params.states) +
+                    params.state_at(blockIdx.x, block.first_head + h) + 16 * rows * kStates,
+                kStates, sum);
     __syncthreads();  // before the stage is filled again
   }
 }
 
-// Of the head at hand, by rows; sums lie in the parts that warps have.
-struct Scalars {
+// Of a head, by rows.
+struct HeadDecays {
   float lambda[kChunk];
   float into[kChunk];    // e^λ
   float step[kChunk];    // Δ
   float behind[kChunk];  // r
+};
+// Of a head, by rows, in the parts that warps have.
+struct HeadSums {
   // Σ_{s<t} Z_ts by t, Σ_{t>s} Z_ts by s
   float z_rows[kColumnWarps][kChunk], z_columns[kChunk / 16][kChunk];
   float c_dc[kColumnWarps][kChunk], b_db[kColumnWarps][kChunk];  // c · dC′, b · dB′
@@ -196,8 +197,9 @@ struct Layout {
   static constexpr int kS = 2 * kTileBlockBytes;
   static constexpr int kDs = kS + kStateTile;
   static constexpr int kStage = kDs + kStateTile;
-  static constexpr int kScalars = kStages + 2 * kStage;
-  static constexpr int kBytes = 1024 + kScalars + static_cast<int>(sizeof(Scalars));
+  static constexpr int kDecays = kStages + 2 * kStage;
+  static constexpr int kSums = kDecays + kMostHeadsAtOnce * static_cast<int>(sizeof(HeadDecays));
+  static constexpr int kBytes = kSums + 2 * static_cast<int>(sizeof(HeadSums));
 };
 
 // x summed over the lanes of a row.
@@ -216,16 +218,16 @@ __device__ float sum_of_parts(const float (&parts)[kCount][kChunk], int row) {
 
 // What a row's tokens leave when all products are done. By one warp, two rows a lane.
 __device__ void finish_rows(const SsdGradients& p, const Block& block, int head,
-                            const Scalars& scalars) {
+                            const HeadDecays& decays, const HeadSums& sums) {
   const int lane = threadIdx.x % 32;
   float forward[2];   // what later rows carry
   float backward[2];  // what this row and those behind it do
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
     const int t = 2 * lane + i;
-    forward[i] = sum_of_parts(scalars.b_db, t) + sum_of_parts(scalars.z_columns, t) -
-                 sum_of_parts(scalars.z_rows, t);
-    backward[i] = sum_of_parts(scalars.c_dc, t);
+    forward[i] =
+        sum_of_parts(sums.b_db, t) + sum_of_parts(sums.z_columns, t) - sum_of_parts(sums.z_rows, t);
+    backward[i] = sum_of_parts(sums.c_dc, t);
   }
   float before = forward[0] + forward[1];
   float behind = backward[0] + backward[1];
@@ -238,16 +240,16 @@ __device__ void finish_rows(const SsdGradients& p, const Block& block, int head,
   }
   float through = 0;
 #pragma unroll
-  for (const float part : scalars.s_ds) through += part;
-  through *= scalars.into[kChunk - 1];
-  const float sums[2] = {before - forward[0] - forward[1] + behind,
-                         before - forward[1] + behind - backward[0]};
+  for (const float part : sums.s_ds) through += part;
+  through *= decays.into[kChunk - 1];
+  const float d_log_a[2] = {before - forward[0] - forward[1] + behind,
+                            before - forward[1] + behind - backward[0]};
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
     const int t = 2 * lane + i;
     if (t >= block.valid_rows) continue;
-    p.finish_token(p.scalar_at(block.row + t, head), head, sum_of_parts(scalars.du_x, t),
-                   sum_of_parts(scalars.dy_x, t), sums[i] + through);
+    p.finish_token(p.scalar_at(block.row + t, head), head, sum_of_parts(sums.du_x, t),
+                   sum_of_parts(sums.dy_x, t), d_log_a[i] + through);
   }
 }
 
@@ -260,9 +262,10 @@ __global__ void __launch_bounds__(kThreads, 1)
   constexpr int kStateTiles = kStates / 8 / kColumnWarps;
   constexpr int kTiles = kHeadDim / 8 / kColumnWarps;
   static_assert(kHeadDim == kChunk && kStateTiles % 2 == 0 && kTiles % 2 == 0);
-  unsigned char* base = aligned_shared();
+  unsigned char* base = shared_memory();
   const std::uint32_t at = shared_address(base);
-  Scalars& scalars = *reinterpret_cast<Scalars*>(base + L::kScalars);
+  auto* all_decays = reinterpret_cast<HeadDecays*>(base + L::kDecays);
+  auto* two_sums = reinterpret_cast<HeadSums*>(base + L::kSums);  // of this head and the one before
   const SsdGradients& p = params.p;
   const Block block(params);
   const int lane = threadIdx.x % 32;
@@ -284,6 +287,17 @@ __global__ void __launch_bounds__(kThreads, 1)
   };
   load_b_and_c<kStates>(p, block, at + L::kB, at + L::kC);
   load_head(0);
+  for (int h = warp; h < params.heads_at_once; h += kThreads / 32) {
+    const ChunkDecays d = decays_of(p, block, block.first_head + h);
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int t = 2 * lane + i;
+      all_decays[h].lambda[t] = d.lambda[i];
+      all_decays[h].into[t] = expf(d.lambda[i]);
+      all_decays[h].step[t] = d.step[i];
+      all_decays[h].behind[t] = expf(d.last - d.lambda[i]);
+    }
+  }
   float g[kTiles][4];  // C Bᵀ
   float dc[kStateTiles][4];
   float db[kStateTiles][4];
@@ -296,19 +310,13 @@ __global__ void __launch_bounds__(kThreads, 1)
     const std::uint32_t stage_at = shared_address(stage);
     const std::uint32_t x = stage_at + L::kX;
     const std::uint32_t dy = stage_at + L::kDy;
+    const HeadDecays& decays = all_decays[h];
+    HeadSums& sums = two_sums[h % 2];
     wait_copies<0>();
     __syncthreads();
     if (h + 1 < params.heads_at_once) load_head(h + 1);
-    if (warp == 0) {
-      const ChunkDecays d = decays_of(p, block, head);
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        const int t = 2 * lane + i;
-        scalars.lambda[t] = d.lambda[i];
-        scalars.into[t] = expf(d.lambda[i]);
-        scalars.step[t] = d.step[i];
-        scalars.behind[t] = expf(d.last - d.lambda[i]);
-      }
+    if (warp == h && h > 0) {
+      finish_rows(p, block, head - 1, all_decays[h - 1], two_sums[(h - 1) % 2]);
     }
     if (h == 0) {
 #pragma unroll
@@ -332,10 +340,8 @@ __global__ void __launch_bounds__(kThreads, 1)
         for (int e = 0; e < 8; ++e) sum = fmaf(s[e], ds[e], sum);
       }
       sum = warp_sum(sum);
-      if (lane == 0) scalars.s_ds[warp] = sum;
+      if (lane == 0) sums.s_ds[warp] = sum;
     }
-    __syncthreads();
-
     {  // E, A and the sums of Z
       float w[kTiles][4];
       clear(w);
@@ -345,8 +351,8 @@ __global__ void __launch_bounds__(kThreads, 1)
         load_rows(a, dy, rows, k);
         add_times_transposed(w, a, x, k, kTiles / 2 * quarter);
       }
-      const float lambda_low = scalars.lambda[low];
-      const float lambda_high = scalars.lambda[high];
+      const float lambda_low = decays.lambda[low];
+      const float lambda_high = decays.lambda[high];
       float z_low = 0;
       float z_high = 0;
 #pragma unroll
@@ -361,8 +367,8 @@ __global__ void __launch_bounds__(kThreads, 1)
           const int from = s + i % 2;
           // Behind the diagonal the exponent may overflow: it is never used there.
           const float decay =
-              from <= t ? __expf((i < 2 ? lambda_low : lambda_high) - scalars.lambda[from]) : 0;
-          e[i] = w[j][i] * decay * scalars.step[from];
+              from <= t ? __expf((i < 2 ? lambda_low : lambda_high) - decays.lambda[from]) : 0;
+          e[i] = w[j][i] * decay * decays.step[from];
           scores[i] = g[j][i] * decay;
           z[i] = from < t ? g[j][i] * e[i] : 0;
         }
@@ -383,14 +389,14 @@ __global__ void __launch_bounds__(kThreads, 1)
           for (int offset = 4; offset < 32; offset *= 2) {
             column += __shfl_xor_sync(0xffffffffU, column, offset);
           }
-          if (lane < 4) scalars.z_columns[rows][s + i] = column;
+          if (lane < 4) sums.z_columns[rows][s + i] = column;
         }
       }
       z_low = sum_of_row(z_low);
       z_high = sum_of_row(z_high);
       if (lane % 4 == 0) {
-        scalars.z_rows[quarter][low] = z_low;
-        scalars.z_rows[quarter][high] = z_high;
+        sums.z_rows[quarter][low] = z_low;
+        sums.z_rows[quarter][high] = z_high;
       }
     }
     __syncthreads();
@@ -404,16 +410,17 @@ __global__ void __launch_bounds__(kThreads, 1)
       for (int k = 0; k < kHeadDim / 16; ++k) {
         std::uint32_t a[4];
         load_rows(a, left, rows, k);
-        scale_rows(a, factor_low, factor_high);
         add_times(outer, a, right, k, kStateTiles / 2 * quarter);
       }
+      scale_rows(outer, factor_low, factor_high);
       float dot_low = 0;
       float dot_high = 0;
+      std::uint32_t with[4];  // two tiles of eight columns
 #pragma unroll
       for (int j = 0; j < kStateTiles; ++j) {
-        const int n = 8 * (kStateTiles * quarter + j) + pair;
-        const float2 with_low = pair_at(base + own, low, n);
-        const float2 with_high = pair_at(base + own, high, n);
+        if (j % 2 == 0) load_rows(with, at + own, rows, kStateTiles / 2 * quarter + j / 2);
+        const float2 with_low = unpack(with[j % 2 * 2]);
+        const float2 with_high = unpack(with[j % 2 * 2 + 1]);
         dot_low += outer[j][0] * with_low.x + outer[j][1] * with_low.y;
         dot_high += outer[j][2] * with_high.x + outer[j][3] * with_high.y;
 #pragma unroll
@@ -426,23 +433,23 @@ __global__ void __launch_bounds__(kThreads, 1)
         dots[high] = dot_high;
       }
     };
-    const float step_low = scalars.step[low];
-    const float step_high = scalars.step[high];
-    const float behind_low = scalars.behind[low];
-    const float behind_high = scalars.behind[high];
-    add_outer(dc, dy, stage_at + L::kS, L::kC, scalars.into[low], scalars.into[high],
-              scalars.c_dc[quarter]);
+    const float step_low = decays.step[low];
+    const float step_high = decays.step[high];
+    const float behind_low = decays.behind[low];
+    const float behind_high = decays.behind[high];
+    add_outer(dc, dy, stage_at + L::kS, L::kC, decays.into[low], decays.into[high],
+              sums.c_dc[quarter]);
     add_outer(db, x, stage_at + L::kDs, L::kB, step_low * behind_low, step_high * behind_high,
-              scalars.b_db[quarter]);
+              sums.b_db[quarter]);
     float du[kTiles][4];
     clear(du);
 #pragma unroll
     for (int k = 0; k < kStates / 16; ++k) {
       std::uint32_t a[4];
       load_rows(a, at + L::kB, rows, k);
-      scale_rows(a, behind_low, behind_high);
       add_times_transposed(du, a, stage_at + L::kDs, k, kTiles / 2 * quarter);
     }
+    scale_rows(du, behind_low, behind_high);
     // E and A are zero above the diagonal.
 #pragma unroll
     for (int k = 0; k < kChunk / 16; ++k) {
@@ -464,15 +471,20 @@ __global__ void __launch_bounds__(kThreads, 1)
       float dy_x[2] = {};
       bf16* to =
           static_cast<bf16*>(p.dxbc.data) + p.x_at(block.row, head, 8 * kTiles * quarter + pair);
+      std::uint32_t own_pairs[4];  // two tiles of eight columns
+      std::uint32_t d_pairs[4];
 #pragma unroll
       for (int j = 0; j < kTiles; ++j) {
-        const int column = 8 * (kTiles * quarter + j) + pair;
+        if (j % 2 == 0) {
+          load_rows(own_pairs, x, rows, kTiles / 2 * quarter + j / 2);
+          load_rows(d_pairs, dy, rows, kTiles / 2 * quarter + j / 2);
+        }
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
           const int row = i == 0 ? low : high;
           const float step = i == 0 ? step_low : step_high;
-          const float2 own = pair_at(stage + L::kX, row, column);
-          const float2 d = pair_at(stage + L::kDy, row, column);
+          const float2 own = unpack(own_pairs[j % 2 * 2 + i]);
+          const float2 d = unpack(d_pairs[j % 2 * 2 + i]);
           const float first = du[j][2 * i];
           const float second = du[j][2 * i + 1];
           du_x[i] += first * own.x + second * own.y;
@@ -489,13 +501,16 @@ __global__ void __launch_bounds__(kThreads, 1)
         const float from_state = sum_of_row(du_x[i]);
         const float from_skip = sum_of_row(dy_x[i]);
         if (lane % 4 == 0) {
-          scalars.du_x[quarter][row] = from_state;
-          scalars.dy_x[quarter][row] = from_skip;
+          sums.du_x[quarter][row] = from_state;
+          sums.dy_x[quarter][row] = from_skip;
         }
       }
     }
-    __syncthreads();
-    if (warp == 0) finish_rows(p, block, head, scalars);
+  }
+  __syncthreads();
+  if (warp == 0) {
+    const int last = params.heads_at_once - 1;
+    finish_rows(p, block, block.first_head + last, all_decays[last], two_sums[last % 2]);
   }
   const auto store_share = [&](const float(&sum)[kStateTiles][4], float* shares) {
 #pragma unroll

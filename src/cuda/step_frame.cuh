@@ -5,6 +5,7 @@
 #include <cuda_bf16.h>
 
 #include "cuda/launch.cuh"
+#include "cuda/packed.cuh"
 #include "cuda/rows.cuh"
 #include "ops/step.h"
 
@@ -45,15 +46,6 @@ struct Params {
   int groups;  // in all
   Part parts[kParts];
 };
-
-__device__ inline void multiply(float (&c)[4], std::uint32_t a0, std::uint32_t a1, std::uint32_t a2,
-                                std::uint32_t a3, std::uint32_t b0, std::uint32_t b1) {
-  asm volatile(
-      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, "
-      "{%8,%9}, {%0,%1,%2,%3};"
-      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
-}
 
 // A thread block's next tile: with kGlu each group is two tiles, the gate's rows and up's.
 template <int kTileRows>

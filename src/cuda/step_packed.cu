@@ -85,20 +85,12 @@ __global__ void __launch_bounds__(kThreads, 2)
       for (int i = 0; i < kChunk; ++i) {
         const PackedOperand<kFourBits> w = ahead[i];
         load(ahead[i]);
-        const EightColumns low = w.low(warp);
-        const EightColumns high = w.high(warp);
-#pragma unroll
-        for (int h = 0; h < kHalves; ++h) {
-          const uint4 b =
-              *reinterpret_cast<const uint4*>(x + (block + i) * kBlocks + h * 8 * stride);
-          float sums[4] = {};
-          multiply(sums, low.pairs[0], high.pairs[0], low.pairs[1], high.pairs[1], b.x, b.y);
-          multiply(sums, low.pairs[2], high.pairs[2], low.pairs[3], high.pairs[3], b.z, b.w);
-          c[h][0] = fmaf(sums[0], w.scales.x, c[h][0]);
-          c[h][1] = fmaf(sums[1], w.scales.x, c[h][1]);
-          c[h][2] = fmaf(sums[2], w.scales.y, c[h][2]);
-          c[h][3] = fmaf(sums[3], w.scales.y, c[h][3]);
-        }
+        add_packed(
+            w, warp,
+            [&](int h) {
+              return *reinterpret_cast<const uint4*>(x + (block + i) * kBlocks + h * 8 * stride);
+            },
+            c);
       }
     }
     auto& sums_of_tile = partial[buffer];

@@ -3,7 +3,6 @@
 
 #include <array>
 #include <cmath>
-#include <cstring>
 
 #include "cuda/gpu.h"
 #include "ops/delta_rule.h"
@@ -121,6 +120,26 @@ TEST_P(CudaProduct, ManyRowsEqualPlain) {
   }
 }
 
+// More than a card has thread blocks for at a time.
+TEST_P(CudaProduct, ManyOutputsEqualPlain) {
+  Random random(12);
+  Gpu gpu(activations());
+  constexpr std::int64_t kOutputs = 17030;
+  constexpr std::int64_t kInputs = 520;
+  for (const std::int64_t tokens : {3, 70}) {
+    SCOPED_TRACE(tokens);
+    Tensor x = random.normal_tensor({tokens, kInputs});
+    Tensor w = random.normal_tensor({kOutputs, kInputs});
+    const Tensor gpu_x = gpu.upload(x, gpu.dtype());
+    const Tensor gpu_w = gpu.upload(w, form());
+    Tensor gpu_y = device(DType::kF32, {tokens, kOutputs});
+    ops::linear(gpu.ctx(), {.x = gpu_x.view(), .w = gpu_w.view(), .y = gpu_y.view()});
+    Tensor y(DType::kF32, {tokens, kOutputs});
+    reference::linear({.x = x.view(), .w = w.view(), .y = y.view()});
+    expect_close(gpu.download(gpu_y), y, tolerance(DType::kF32, kInputs, form(), tokens));
+  }
+}
+
 TEST_P(CudaProduct, ARowOfManyDoesNotDependOnTheOthers) {
   Random random(11);
   Gpu gpu(activations());
@@ -140,6 +159,46 @@ TEST_P(CudaProduct, ARowOfManyDoesNotDependOnTheOthers) {
   const Tensor all = gated(2000);
   const Tensor some = gated(1029);
   for (std::int64_t i = 0; i < 1029 * kOutputs; ++i) ASSERT_EQ(some.f32()[i], all.f32()[i]) << i;
+}
+
+// Blocks that share a tile, in four parts of K and in two, and those that have whole ones; y and K
+// end within a tile.
+TEST_P(CudaLinear, SumsOfManyRowsEqualPlainAndDoNotDependOnTheOthers) {
+  Random random(12);
+  Gpu gpu(GetParam());
+  struct Case {
+    std::int64_t tokens, fewer, outputs, k;
+  };
+  for (const Case& c : {Case{500, 257, 396, 520},
+                        {512, 300, 96, 264},
+                        {901, 513, 1160, 328},
+                        {2100, 2050, 1400, 264},
+                        {4100, 4097, 40, 200}}) {
+    SCOPED_TRACE(testing::Message() << c.tokens << " x " << c.outputs << " x " << c.k);
+    Tensor x = random.normal_tensor({c.tokens, c.k});
+    Tensor w = random.normal_tensor({c.outputs, c.k}, 1 / std::sqrt(static_cast<float>(c.k)));
+    Tensor sums = random.normal_tensor({c.tokens, c.outputs});
+    const Tensor gpu_x = gpu.upload(x, gpu.dtype());
+    const Tensor gpu_w = gpu.upload(w, gpu.dtype());
+    const auto added = [&](std::int64_t rows) {
+      Tensor y = gpu.upload(sums);
+      const Shape shape{rows, c.outputs};
+      ops::linear(gpu.ctx(), {.x = {gpu_x.view().data, gpu.dtype(), {rows, c.k}},
+                              .w = gpu_w.view(),
+                              .y = {y.view().data, DType::kF32, shape},
+                              .accumulate = true});
+      return gpu.download(y);
+    };
+    const Tensor all = added(c.tokens);
+    const Tensor some = added(c.fewer);
+    const std::int64_t size = c.fewer * c.outputs;
+    for (std::int64_t i = 0; i < size; ++i) ASSERT_EQ(some.f32()[i], all.f32()[i]) << i;
+    for (std::int64_t i = size; i < c.tokens * c.outputs; ++i) {
+      ASSERT_EQ(some.f32()[i], sums.f32()[i]) << i;
+    }
+    reference::linear({.x = x.view(), .w = w.view(), .y = sums.view(), .accumulate = true});
+    expect_close(all, sums, tolerance(DType::kF32, c.k));
+  }
 }
 
 // Rows of a bucket: 1 to 16, 17 to 32, 33 to 64 and so on.
@@ -359,10 +418,6 @@ TEST_P(CudaStepOfForm, FusedProjectionsEqualTheirParts) {
   }
 }
 
-INSTANTIATE_TEST_SUITE_P(Forms, CudaStepOfForm,
-                         testing::Values(DType::kBF16, DType::kQ8, DType::kQ4),
-                         [](const auto& p) { return std::string(name_of(p.param)); });
-
 TEST(CudaStep, DeltaRuleEqualsPlain) {
   Random random(4);
   Gpu gpu(DType::kBF16);
@@ -410,7 +465,8 @@ TEST(CudaStep, DeltaRuleEqualsPlain) {
 // A layer of a DeltaNet and a head, by steps.
 class Layer {
  public:
-  explicit Layer(Gpu& gpu) : gpu_(gpu) {
+  // With weights of a form, but for those of β.
+  Layer(Gpu& gpu, DType form) : gpu_(gpu), form_(form) {
     for (Tensor& proj : projections_) proj = matrix(kWidth, kWidth);
     for (Tensor& conv : convolutions_) conv = vector({kWidth, kStepConvWidth});
   }
@@ -445,10 +501,11 @@ class Layer {
   static constexpr std::int64_t kVocab = 40001;  // several groups of tiles a thread block
 
  private:
-  Tensor matrix(std::int64_t rows, std::int64_t columns) {
+  Tensor matrix(std::int64_t rows, std::int64_t columns) { return matrix(rows, columns, form_); }
+  Tensor matrix(std::int64_t rows, std::int64_t columns, DType form) {
     Tensor host =
         random_.normal_tensor({rows, columns}, 1 / std::sqrt(static_cast<float>(columns)));
-    return gpu_.upload(host, DType::kBF16);
+    return gpu_.upload(host, form);
   }
   Tensor vector(const Shape& shape) {
     Tensor host = random_.normal_tensor(shape);
@@ -504,10 +561,11 @@ class Layer {
   }
 
   Gpu& gpu_;
+  DType form_;
   Random random_{7};
   std::array<Tensor, 4> projections_;   // q, k, v, o [kWidth, kWidth]
   std::array<Tensor, 3> convolutions_;  // [kWidth, 4]
-  Tensor beta_ = matrix(kHeads, kWidth);
+  Tensor beta_ = matrix(kHeads, kWidth, DType::kBF16);
   Tensor gate_up_ = matrix(2 * kInner, kWidth);
   Tensor down_ = matrix(kWidth, kInner);
   Tensor head_ = matrix(kVocab, kWidth);
@@ -516,10 +574,10 @@ class Layer {
 };
 
 // Inputs of five products are rounded to bfloat16; at worst each rounding falls the other way.
-TEST(CudaStep, AProgramEqualsItsSteps) {
+TEST_P(CudaStepOfForm, AProgramEqualsItsSteps) {
   Random random(8);
   Gpu gpu(DType::kBF16);
-  Layer layer(gpu);
+  Layer layer(gpu, GetParam());
   for (const std::int64_t batch : {1, 3, 8, 11, 16}) {
     SCOPED_TRACE(testing::Message() << batch << " sequences");
     const Tensor inputs = random.normal_tensor({3, batch, Layer::kWidth});
@@ -528,10 +586,10 @@ TEST(CudaStep, AProgramEqualsItsSteps) {
   }
 }
 
-TEST(CudaStep, AProgramDoesNotDependOnTheBatch) {
+TEST_P(CudaStepOfForm, AProgramDoesNotDependOnTheBatch) {
   Random random(9);
   Gpu gpu(DType::kBF16);
-  Layer layer(gpu);
+  Layer layer(gpu, GetParam());
   const Tensor inputs = random.normal_tensor({3, 16, Layer::kWidth});
   const Tensor all = layer.run(inputs, 0, 16, true);
   expect_equal(layer.run(inputs, 0, 16, true), all);
@@ -543,6 +601,10 @@ TEST(CudaStep, AProgramDoesNotDependOnTheBatch) {
     }
   }
 }
+
+INSTANTIATE_TEST_SUITE_P(Forms, CudaStepOfForm,
+                         testing::Values(DType::kBF16, DType::kQ8, DType::kQ4),
+                         [](const auto& p) { return std::string(name_of(p.param)); });
 
 }  // namespace
 }  // namespace deltafox

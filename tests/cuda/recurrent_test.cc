@@ -1,11 +1,13 @@
 // The recurrent mixers on the GPU against their plain float32 versions on the CPU.
 #include <gtest/gtest.h>
 
+#include <array>
 #include <cmath>
 
 #include "cuda/gpu.h"
 #include "ops/delta_rule.h"
 #include "ops/gla.h"
+#include "ops/rms_norm.h"
 #include "ops/short_conv.h"
 #include "ops/ssd.h"
 #include "support/tensors.h"
@@ -109,7 +111,8 @@ struct DeltaCase {
         q(random.normal_tensor({cu.back(), heads, key_dim})),
         k(random.normal_tensor({cu.back(), heads, key_dim})),
         v(random.normal_tensor({cu.back(), heads, value_dim})),
-        beta({DType::kF32, {cu.back(), heads}}) {
+        beta({DType::kF32, {cu.back(), heads}}),
+        norm(random.normal_tensor({value_dim})) {
     for (Tensor* tensor : {&q, &k}) {
       for (std::int64_t r = 0; r < cu.back() * heads; ++r) {
         float* row = tensor->f32() + r * key_dim;
@@ -129,13 +132,14 @@ struct DeltaCase {
     Tensor o;
     std::vector<Tensor> states;
   };
-  Result run(Gpu& gpu) {
+  Result run(Gpu& gpu, bool normed = false) {
     Result result{.o = Tensor(gpu.dtype(), v.view().shape, Device::kCuda),
                   .states = upload(gpu, states)};
     const Tensor device_q = gpu.upload(q, gpu.dtype());
     const Tensor device_k = gpu.upload(k, gpu.dtype());
     const Tensor device_v = gpu.upload(v, gpu.dtype());
     const Tensor device_beta = gpu.upload(beta);
+    const Tensor device_norm = gpu.upload(norm);
     const std::vector<float*> state = pointers(result.states);
     ops::delta_rule(gpu.ctx(), {.q = device_q.view(),
                                 .k = device_k.view(),
@@ -143,11 +147,13 @@ struct DeltaCase {
                                 .beta = device_beta.view(),
                                 .sequences = Sequences(cu),
                                 .states = state,
-                                .o = result.o.view()});
+                                .o = result.o.view(),
+                                .norm = normed ? device_norm.view() : ConstTensorView{},
+                                .norm_eps = kNormEps});
     gpu.ctx().synchronize();
     return result;
   }
-  Tensor run_plain() {
+  Tensor run_plain(bool normed = false) {
     Tensor o(DType::kF32, v.view().shape);
     const std::vector<float*> state = pointers(states);
     reference::delta_rule({.q = std::as_const(q).view(),
@@ -157,11 +163,17 @@ struct DeltaCase {
                            .sequences = Sequences(cu),
                            .states = state,
                            .o = o.view()});
+    if (normed) {
+      const Shape& shape = o.view().shape;
+      const TensorView rows = o.view().reshaped({shape[0] * shape[1], shape[2]});
+      reference::rms_norm({.x = rows, .w = std::as_const(norm).view(), .y = rows, .eps = kNormEps});
+    }
     return o;
   }
 
+  static constexpr float kNormEps = 1e-6F;
   std::vector<std::int64_t> cu;
-  Tensor q, k, v, beta;
+  Tensor q, k, v, beta, norm;
   std::vector<Tensor> states;
 };
 
@@ -188,25 +200,57 @@ TEST_P(CudaDeltaRule, LongSequenceInSegmentsEqualsPlain) {
   expect_close(gpu, result.states, c.states, chunk_tolerance(gpu.dtype()));
 }
 
+// Outputs are rounded once more where they are written before they are normed.
+TEST_P(CudaDeltaRule, NormedOutputsEqualPlain) {
+  Random random(6);
+  Gpu gpu(GetParam());
+  for (const auto& [heads, key_dim, value_dim] :
+       {std::array<std::int64_t, 3>{2, 128, 128}, {1, 64, 96}, {1, 32, 200}}) {
+    // The recurrence, a scan where heads have the size, and one walk.
+    DeltaCase c(random, {0, 20, 21, 330, 400, 415}, heads, key_dim, value_dim);
+    const DeltaCase::Result result = c.run(gpu, true);
+    const double rounded = gpu.dtype() == DType::kBF16 ? test::epsilon(gpu.dtype()) : 0;
+    expect_close(gpu.download(result.o), c.run_plain(true), chunk_tolerance(gpu.dtype()) + rounded);
+    expect_close(gpu, result.states, c.states, chunk_tolerance(gpu.dtype()));
+  }
+}
+
+TEST_P(CudaDeltaRule, ScanOfManyChunksEqualsPlain) {
+  Random random(7);
+  Gpu gpu(GetParam());
+  for (const std::int64_t length : {512, 1000, 2048}) {
+    DeltaCase c(random, {0, length}, 3, 128, 128);
+    const DeltaCase::Result result = c.run(gpu);
+    const Tensor expected = c.run_plain();
+    expect_close(gpu.download(result.o), expected, chunk_tolerance(gpu.dtype()));
+    expect_close(gpu, result.states, c.states, chunk_tolerance(gpu.dtype()));
+  }
+}
+
+// The third of four sequences, long enough for segments or for a scan, in a bucket of its own.
 TEST_P(CudaDeltaRule, SequenceGetsTheSameBitsAloneAndInABatch) {
   Random random(4);
   Gpu gpu(GetParam());
-  DeltaCase batch(random, {0, 90, 91, 5700, 5900}, 2, 128, 128);
-  const Tensor all = gpu.download(batch.run(gpu).o);
-  DeltaCase alone(random, {0, 5609}, 2, 128, 128);
-  const auto take = [](Tensor& to, const Tensor& from) {
-    const std::int64_t size = to.view().shape.size();
-    std::copy_n(from.f32() + 91 * (size / 5609), size, to.f32());
-  };
-  take(alone.q, batch.q);
-  take(alone.k, batch.k);
-  take(alone.v, batch.v);
-  take(alone.beta, batch.beta);
-  alone.states[0] = batch.states[2];
-  Tensor expected(DType::kF32, alone.v.view().shape);
-  take(expected, all);
-  for (int repeat = 0; repeat < 2; ++repeat) {
-    expect_equal(gpu.download(alone.run(gpu).o), expected);
+  for (const auto& cu :
+       {std::vector<std::int64_t>{0, 90, 91, 5700, 5900}, {0, 90, 91, 1500, 1700}}) {
+    const std::int64_t length = cu[3] - cu[2];
+    DeltaCase batch(random, cu, 2, 128, 128);
+    const Tensor all = gpu.download(batch.run(gpu).o);
+    DeltaCase alone(random, {0, length}, 2, 128, 128);
+    const auto take = [&](Tensor& to, const Tensor& from) {
+      const std::int64_t size = to.view().shape.size();
+      std::copy_n(from.f32() + cu[2] * (size / length), size, to.f32());
+    };
+    take(alone.q, batch.q);
+    take(alone.k, batch.k);
+    take(alone.v, batch.v);
+    take(alone.beta, batch.beta);
+    alone.states[0] = batch.states[2];
+    Tensor expected(DType::kF32, alone.v.view().shape);
+    take(expected, all);
+    for (int repeat = 0; repeat < 2; ++repeat) {
+      expect_equal(gpu.download(alone.run(gpu).o), expected);
+    }
   }
 }
 

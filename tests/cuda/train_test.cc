@@ -17,6 +17,7 @@
 namespace deltafox {
 namespace {
 
+using test::error_of;
 using test::Golden;
 using train::Parameters;
 
@@ -203,11 +204,7 @@ TEST_P(CudaGradients, FiveStepsGiveTheOfficialLossesAndNorms) {
 }
 
 INSTANTIATE_TEST_SUITE_P(Golden, CudaGradients, testing::ValuesIn(Golden::cases()),
-                         [](const auto& p) {
-                           std::string name = p.param;
-                           std::replace(name.begin(), name.end(), '-', '_');
-                           return name;
-                         });
+                         Golden::test_name);
 
 // Options of DeltaNet that no golden case has, against the CPU.
 class CudaDeltaNetOptions : public testing::TestWithParam<std::string> {

@@ -12,17 +12,13 @@
 #include "ops/rope.h"
 #include "ops/token_shift.h"
 #include "support/random.h"
+#include "support/tensors.h"
 
 namespace deltafox {
 namespace {
 
+using test::expect_near;
 using test::Random;
-
-void expect_near(const Tensor& got, const Tensor& expected, float tolerance) {
-  for (std::int64_t i = 0; i < got.view().shape.size(); ++i) {
-    ASSERT_NEAR(got.f32()[i], expected.f32()[i], tolerance) << "element " << i;
-  }
-}
 
 class AttentionOps : public testing::Test {
  protected:
@@ -260,6 +256,37 @@ TEST_F(AttentionOps, AnySplitGivesTheSameBits) {
       }
       expect_near(split.o, whole.o, 0);
     }
+  }
+}
+
+// A single query of few heads is cut into tasks of stretches of keys, the queries of a prompt are
+// not: the sums are the same.
+TEST_F(AttentionOps, StretchesOfALongSequenceGiveTheSameBitsTogetherAndApart) {
+  constexpr std::int64_t kLength = 2300;
+  constexpr std::int64_t kHead = 2250;
+  for (int kind = 0; kind < 4; ++kind) {
+    KvLayout layout{.kv_heads = 1, .head_dim = 20, .gate_heads = 1};
+    if (kind % 2 == 1) layout.window = 1500;
+    AttentionCase whole(random_, {0, kLength}, 1, layout, 0.001F);
+    whole.bf16_products = kind >= 2;
+    AttentionCase split = whole;
+    const auto attention = [&](const ForgettingAttentionArgs& args) {
+      ops::forgetting_attention(ctx_, args);
+    };
+    whole.run_all(ctx_, attention);
+    KvCache* const cache = &split.caches[0];
+    const std::int64_t head[] = {0, kHead};
+    split.run(ctx_, attention, 0, kHead, head, {&cache, 1});
+    for (std::int64_t t = kHead; t < kLength; ++t) {
+      const std::int64_t one[] = {0, 1};
+      split.run(ctx_, attention, t, t + 1, one, {&cache, 1});
+    }
+    expect_near(split.o, whole.o, 0);
+    AttentionCase plain = split;
+    plain.caches.assign(1, KvCache(layout));
+    plain.run_all(
+        ctx_, [](const ForgettingAttentionArgs& args) { reference::forgetting_attention(args); });
+    if (!whole.bf16_products) expect_near(split.o, plain.o, 2e-5F);
   }
 }
 
