@@ -80,30 +80,6 @@ __device__ inline bool is_number(float x) {
   return x <= FLT_MAX;  // or −∞
 }
 
-template <typename T>
-__device__ T shuffle_xor(T x, int offset) {
-  return __shfl_xor_sync(kAll, x, offset);
-}
-
-template <typename T, typename Op>
-__device__ T over_warp(T x, Op op) {
-#pragma unroll
-  for (int offset = 16; offset > 0; offset /= 2) x = op(x, shuffle_xor(x, offset));
-  return x;
-}
-
-// The same in all threads.
-template <typename T, typename Op>
-__device__ T over_block(T x, Op op) {
-  __shared__ T parts[kWarps];
-  x = over_warp(x, op);
-  if (threadIdx.x % 32 == 0) parts[threadIdx.x / 32] = x;
-  __syncthreads();
-  x = over_warp(parts[threadIdx.x % 32], op);
-  __syncthreads();
-  return x;
-}
-
 struct Add {
   template <typename T>
   __device__ T operator()(T a, T b) const {
@@ -122,6 +98,38 @@ struct Least {
     return a < b ? a : b;
   }
 };
+
+template <typename T, typename Op>
+__device__ T over_warp(T x, Op op) {
+#pragma unroll
+  for (int offset = 16; offset > 0; offset /= 2) x = op(x, __shfl_xor_sync(kAll, x, offset));
+  return x;
+}
+__device__ inline unsigned over_warp(unsigned x, Greatest) {
+  return __reduce_max_sync(kAll, x);
+}
+__device__ inline unsigned over_warp(unsigned x, Least) {
+  return __reduce_min_sync(kAll, x);
+}
+__device__ inline int over_warp(int x, Add) {
+  return __reduce_add_sync(kAll, x);
+}
+
+// The same in all threads.
+template <typename T, typename Op>
+__device__ T over_block(T x, Op op) {
+  __shared__ T parts[kWarps];
+  __shared__ T all;
+  x = over_warp(x, op);
+  if (threadIdx.x % 32 == 0) parts[threadIdx.x / 32] = x;
+  __syncthreads();
+  if (threadIdx.x < 32) {
+    x = over_warp(parts[threadIdx.x], op);
+    if (threadIdx.x == 0) all = x;
+  }
+  __syncthreads();
+  return all;
+}
 
 // Orders as logits do; equal for 0 and −0.
 __device__ inline unsigned ordered(float x) {
@@ -479,8 +487,19 @@ class Row {
     point_at(p_.list_values + base_, p_.list_ids + base_, all);
   }
 
+  // Makes the list of the likeliest tokens if a few hundred of them weigh enough.
+  __device__ void shorten_to(std::uint64_t target) {
+    const float threshold = kth_largest_of_threads(kPrefiltered);
+    std::uint64_t weights = 0;
+    each([&](int i) { weights += values_[i] >= threshold ? weight(i) : 0; });
+    if (over_block(weights, Add()) < target) return;
+    keep_from(threshold);
+    weigh();
+  }
+
   __device__ void top_p(double p) {
     const auto target = max(sum_.part(p), std::uint64_t{1});
+    if (ids_ == nullptr) shorten_to(target);
     const Selected last = select([&](int i) { return rank_of_likelihood(i); },
                                  [&](int i) { return weight(i); }, target);
     // Of the equally likely ones at the end, those of the highest ids stay.
@@ -547,22 +566,24 @@ class Row {
     __syncthreads();
     std::uint64_t before = over_warp(lane_ < warp_ ? sums[lane_] : 0, Add());
     if (before <= target && target < before + own) {
-      bool done = false;
-      each_together([&](int i, bool exists) {
-        if (done) return;
-        std::uint64_t running = exists ? weight(i) : 0;
+      // Each lane a stretch of successive elements, the lane in which it lies one by one.
+      const int stretch = of_warp_ / 32;
+      const int begin = warp_ * of_warp_ + lane_ * stretch;
+      const int end = min(begin + stretch, count_);
+      std::uint64_t running = 0;
+      for (int i = begin; i < end; ++i) running += weight(i);
+      const std::uint64_t of_lane = running;
 #pragma unroll
-        for (int offset = 1; offset < 32; offset *= 2) {
-          const std::uint64_t other = __shfl_up_sync(kAll, running, offset);
-          if (lane_ >= offset) running += other;
-        }
-        const unsigned beyond = __ballot_sync(kAll, before + running > target);
-        if (beyond != 0) {
-          done = true;
-          if (lane_ == __ffs(static_cast<int>(beyond)) - 1) found = i;
-        }
-        before += __shfl_sync(kAll, running, 31);
-      });
+      for (int offset = 1; offset < 32; offset *= 2) {
+        const std::uint64_t other = __shfl_up_sync(kAll, running, offset);
+        if (lane_ >= offset) running += other;
+      }
+      before += running - of_lane;
+      if (before <= target && target < before + of_lane) {
+        int i = begin;
+        while ((before += weight(i)) <= target) ++i;
+        found = i;
+      }
     }
     __syncthreads();
     return found;
@@ -650,7 +671,7 @@ void choose_token(Context& ctx, const ChooseTokenArgs& args) {
   }
   const Shape shape{rows, args.classes};
   if (options.changes_logits()) p.changed = scratch.tensor(shape).f32();
-  if (options.do_sample && options.top_k > 0) {
+  if (options.do_sample && (options.top_k > 0 || options.top_p < 1)) {
     p.list_values = scratch.tensor(shape).f32();
     p.list_ids = static_cast<int*>(scratch.tensor(shape, DType::kI32).data);
   }
