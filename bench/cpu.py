@@ -98,17 +98,15 @@ class Bench:
 
     def decode(self):
         for dtype in self.dtypes:
-            row = {"transformer": [], "delta_net": [], "share": [], "delta_net_share": [], "read": []}
-            row |= {"llama_mmap": [], "llama_none": []}
+            row = {"read": [], "llama_mmap": [], "llama_none": []}
             for _ in range(self.rounds):
-                for name, share, architecture in (
-                    ("transformer", "share", "transformer_llama-760m"),
-                    ("delta_net", "delta_net_share", "delta_net-760m"),
-                ):
-                    (case,) = self.measure_ours(architecture, dtype, "--prompt", 0, "--gen", 16, "--runs", 5)
-                    row[name] += [case["gen"] / seconds for seconds in case["decode_seconds"]]
-                    row[share] += case["bandwidth_shares"]
-                    row["read"] += case["read_bytes_per_second"]
+                for name, architecture in (("transformer", "transformer_llama-760m"), ("delta_net", "delta_net-760m")):
+                    for suffix, flags in (("", []), ("_copied", ["--copy-weights"])):
+                        options = ["--prompt", 0, "--gen", 16, "--runs", 5, *flags]
+                        (case,) = self.measure_ours(architecture, dtype, *options)
+                        row.setdefault(name + suffix, []).extend(case["gen"] / s for s in case["decode_seconds"])
+                        row.setdefault(f"{name}_share{suffix}", []).extend(case["bandwidth_shares"])
+                        row["read"] += case["read_bytes_per_second"]
                 for load_mode in ("mmap", "none"):
                     row[f"llama_{load_mode}"] += self.measure_theirs(dtype, load_mode, 0, 16, 3)
             yield {dtype: row}
@@ -226,13 +224,15 @@ def table(results: dict) -> str:
             text += "\n"
     for dtype, row in results.get("decode", {}).items():
         goal = GOALS[dtype]
-        for name, share in (("transformer", "share"), ("delta_net", "delta_net_share")):
-            detail = f"{spread(row[name])} tokens/s"
-            text += line(f"decode {dtype} {name}: share of bandwidth", statistics.median(row[share]), goal["share"], detail)
-        for mode in ("mmap", "none"):
+        for name in ("transformer", "delta_net"):
+            for suffix, weights in (("", "mapped"), ("_copied", "copied")):
+                share = statistics.median(row[f"{name}_share{suffix}"])
+                text += line(f"decode {dtype} {name}, {weights}: of bandwidth", share, goal["share"],
+                             f"{spread(row[name + suffix])} tokens/s")  # fmt: skip
+        for suffix, weights, mode in (("", "mapped", "mmap"), ("_copied", "copied", "none")):
             theirs = row[f"llama_{mode}"]
-            text += line(f"decode {dtype}: over llama.cpp ({mode})", ratio(row["transformer"], theirs), goal["decode"],
-                         f"llama.cpp {spread(theirs)} tokens/s")  # fmt: skip
+            text += line(f"decode {dtype}, {weights}: over llama.cpp ({mode})", ratio(row["transformer" + suffix], theirs),
+                         goal["decode"], f"llama.cpp {spread(theirs)} tokens/s")  # fmt: skip
     for section in ("prompt512", "prompt2048"):
         for dtype, row in results.get(section, {}).items():
             detail = f"{spread(row['transformer'])} over {spread(row['llama'])} tokens/s"

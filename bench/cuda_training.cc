@@ -26,6 +26,7 @@
 #include "ops/linear.h"
 #include "ops/rms_norm.h"
 #include "ops/rope.h"
+#include "ops/selective_scan.h"
 #include "ops/short_conv.h"
 #include "ops/ssd.h"
 #include "ops/token_shift.h"
@@ -528,6 +529,66 @@ void mixers(Bench& bench) {
                               .d_dt_bias = sum(0),
                               .d_a_log = sum(1),
                               .dd = sum(2)});
+    });
+  }
+  if (bench.wanted("selective_scan")) {
+    constexpr std::int64_t kChannels = 3072;
+    constexpr std::int64_t kStates = 16;
+    const Shape rows{bench.tokens(), kChannels};
+    const Shape selected{bench.tokens(), kStates};
+    const Shape rates{kChannels, kStates};
+    const Tensor x = bench.normal(DType::kBF16, rows);
+    const Tensor dt = bench.normal(DType::kF32, rows);
+    const Tensor dt_bias = bench.uniform({kChannels}, -5, -2);
+    const Tensor a_log = bench.uniform(rates, 0, 2);
+    const Tensor b = bench.normal(DType::kBF16, selected);
+    const Tensor c = bench.normal(DType::kBF16, selected);
+    const Tensor d = bench.normal(DType::kF32, {kChannels});
+    const Tensor gate = bench.normal(DType::kBF16, rows);
+    const Tensor dy = bench.normal(DType::kBF16, rows);
+    Tensor y = bench.zeros(DType::kBF16, rows);
+    Tensor dx = bench.zeros(DType::kBF16, rows);
+    Tensor dgate = bench.zeros(DType::kBF16, rows);
+    Tensor ddt = bench.zeros(DType::kF32, rows);
+    Tensor db = bench.zeros(DType::kBF16, selected);
+    Tensor dc = bench.zeros(DType::kBF16, selected);
+    Tensor d_dt_bias = bench.zeros(DType::kF32, {kChannels});
+    Tensor d_a_log = bench.zeros(DType::kF32, rates);
+    Tensor dd = bench.zeros(DType::kF32, {kChannels});
+    Tensor state = bench.zeros(DType::kF32, {kStates, kChannels});
+    std::vector<float*> states{state.f32()};
+    bench.time("selective_scan forward", 0, 0, [&](Context& ctx) {
+      ops::selective_scan(ctx, {.x = x.view(),
+                                .dt = dt.view(),
+                                .dt_bias = dt_bias.view(),
+                                .a_log = a_log.view(),
+                                .b = b.view(),
+                                .c = c.view(),
+                                .d = d.view(),
+                                .gate = gate.view(),
+                                .sequences = Sequences(cu),
+                                .states = states,
+                                .y = y.view()});
+    });
+    bench.time("selective_scan", 0, 0, [&](Context& ctx) {
+      ops::selective_scan_backward(ctx, {.x = x.view(),
+                                         .dt = dt.view(),
+                                         .dt_bias = dt_bias.view(),
+                                         .a_log = a_log.view(),
+                                         .b = b.view(),
+                                         .c = c.view(),
+                                         .d = d.view(),
+                                         .gate = gate.view(),
+                                         .sequences = Sequences(cu),
+                                         .dy = dy.view(),
+                                         .dx = dx.view(),
+                                         .ddt = ddt.view(),
+                                         .d_dt_bias = d_dt_bias.view(),
+                                         .d_a_log = d_a_log.view(),
+                                         .db = db.view(),
+                                         .dc = dc.view(),
+                                         .dd = dd.view(),
+                                         .dgate = dgate.view()});
     });
   }
 }

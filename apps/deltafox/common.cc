@@ -78,6 +78,9 @@ void ModelOptions::add(CLI::App& command) {
   command.add_option("--threads", threads_, "Threads; 0: one for each core")
       ->type_name("N")
       ->capture_default_str();
+  command.add_flag("--copy-weights", copy_weights_,
+                   "On a CPU, copy the weights into memory instead of mapping their files: loading "
+                   "takes longer, each token less");
 }
 
 std::optional<DType> ModelOptions::dtype() const {
@@ -90,7 +93,9 @@ Device ModelOptions::device() const {
 }
 
 Model ModelOptions::load(const std::string& directory) const {
-  return Model::load(directory, {.dtype = dtype(), .threads = threads_, .device = device()});
+  return Model::load(
+      directory,
+      {.dtype = dtype(), .threads = threads_, .copy_weights = copy_weights_, .device = device()});
 }
 
 bool has_tokenizer(const std::string& directory) {

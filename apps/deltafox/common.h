@@ -30,7 +30,7 @@ class CheckpointOptions {
   std::string revision_ = "main";
 };
 
-// Those, and --dtype, --device and --threads: how a model is loaded.
+// Those, and --dtype, --device, --threads and --copy-weights: how a model is loaded.
 class ModelOptions {
  public:
   void add(CLI::App& command);
@@ -46,6 +46,7 @@ class ModelOptions {
   std::string dtype_ = "auto";
   int threads_ = 0;
   std::string device_ = "cpu";
+  bool copy_weights_ = false;
 };
 
 // cpu or cuda; what --device says.

@@ -19,12 +19,20 @@
 
 namespace deltafox {
 
+class Decoder;        // model/decoder.h
+struct TokenOptions;  // ops/choose_token.h
+
 struct LoadOptions {
   // How the weight matrices are kept: as stored when empty; kF32 is the exact mode, kQ8 and kQ4 are
-  // int8 and int4 (docs/quantization.md). Vectors (norms, convolutions, biases) and all arithmetic
-  // but the products with matrices of fewer bits are float32.
+  // int8 and int4 (docs/quantization.md). Vectors (norms, convolutions, biases) are float32, and so
+  // is all arithmetic but the products with matrices of fewer bits, and with them, on a CPU with
+  // AMX, those within attention and the delta rule (docs/numerics.md).
   std::optional<DType> dtype = {};
   int threads = 0;  // 0: one for each core this process may use
+  // On a CPU, weights that are kept as stored are read where their files are mapped: loading takes
+  // no time, and processes share them. Copied, they lie on huge pages where the system has them,
+  // which steps read faster: worth it for more than some fifty tokens. The same bits either way.
+  bool copy_weights = false;
   // On a GPU matrices and activations are bfloat16 where they are stored so or `dtype` says so,
   // else float32; with kQ8 and kQ4 activations are bfloat16. The residual stream, gates, states and
   // statistics are float32.
@@ -160,6 +168,10 @@ class Model {
   void greedy(std::span<const std::int32_t> input_ids, std::span<State* const> states,
               std::int64_t steps, const IdsSink& on_ids) const;
 
+  // For generate(): what decodes and chooses tokens on a GPU; null on the CPU.
+  std::unique_ptr<Decoder> decoder(const TokenOptions& options,
+                                   std::span<const std::int32_t> eos_token_ids) const;
+
   // As forward, with the logits of every token handed to `sink` in pieces, so that no [T,N] buffer
   // is needed.
   void logits(const Batch& batch, std::span<State* const> states, const LogitsSink& sink,
@@ -180,6 +192,8 @@ class Model {
 
  private:
   struct Impl;
+  void greedy_on_gpu(std::span<const std::int32_t> input_ids, std::span<State* const> states,
+                     std::int64_t steps, const IdsSink& on_ids) const;
   explicit Model(std::shared_ptr<Impl> impl);
   std::shared_ptr<Impl> impl_;
 };

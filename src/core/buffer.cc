@@ -2,8 +2,13 @@
 
 #include <sys/mman.h>
 
+#include <bit>
+#include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <map>
+#include <mutex>
+#include <set>
 
 #include "core/device.h"
 #include "core/error.h"
@@ -12,52 +17,141 @@ namespace deltafox {
 namespace {
 
 constexpr std::size_t kCacheLine = 64;
+constexpr std::size_t kPage = 4096;
 constexpr std::size_t kHugePage = std::size_t{2} << 20;
 
-constexpr bool mapped(std::size_t bytes) {
-  return bytes >= kHugePage;
+std::size_t round_up(std::size_t n, std::size_t to) {
+  return (n + to - 1) / to * to;
 }
 
-// Anonymous pages come zeroed, so a large buffer costs nothing until it is touched.
+// Anonymous pages from the beginning of a huge page on, or null. They come zeroed and cost nothing
+// until they are touched.
 std::byte* map_pages(std::size_t bytes) {
   // Over-allocate, then cut to a huge-page boundary.
-  const std::size_t reserve = bytes + kHugePage;
+  const std::size_t used = round_up(bytes, kPage);
+  const std::size_t reserve = used + kHugePage;
   void* base = mmap(nullptr, reserve, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
   if (base == MAP_FAILED) return nullptr;
   auto* begin = static_cast<std::byte*>(base);
   const std::size_t head =
       (kHugePage - reinterpret_cast<std::uintptr_t>(begin) % kHugePage) % kHugePage;
   if (head != 0) munmap(begin, head);
-  const std::size_t page = 4096;
-  const std::size_t used = (bytes + page - 1) / page * page;
   if (reserve - head > used) munmap(begin + head + used, reserve - head - used);
   madvise(begin + head, used, MADV_HUGEPAGE);  // best effort
   return begin + head;
+}
+
+constexpr bool mapped(std::size_t bytes) {
+  return bytes >= kHugePage;
+}
+
+// Blocks too small for huge pages of their own but large enough that the faults of small ones would
+// take longer than what is done with them: states, and pages of caches. They are cut from chunks of
+// huge pages, each for blocks of one size, which are given back when all of their blocks are.
+class Blocks {
+ public:
+  static constexpr bool takes(std::size_t bytes) {
+#if defined(__SANITIZE_ADDRESS__)
+    return false;  // an allocation of its own is better watched
+#elif defined(__has_feature)
+    return !__has_feature(address_sanitizer) && bytes >= kLeast && !mapped(bytes);
+#else
+    return bytes >= kLeast && !mapped(bytes);
+#endif
+  }
+
+  // Null if there is no memory.
+  std::byte* allocate(std::size_t bytes, bool zeroed) {
+    const std::size_t size = round_up(bytes, kPage);
+    const std::scoped_lock lock(mutex_);
+    std::set<std::byte*>& with_room = with_room_[size];
+    if (with_room.empty()) {
+      std::byte* const begin = map_pages(kChunk);
+      if (begin == nullptr) return nullptr;
+      const std::uint64_t all = (std::uint64_t{1} << (kChunk / size)) - 1;
+      chunks_[begin] = {.block_bytes = size, .all = all, .free = all};
+      with_room.insert(begin);
+    }
+    std::byte* const begin = *with_room.begin();
+    Chunk& chunk = chunks_[begin];
+    const int index = std::countr_zero(chunk.free);
+    const std::uint64_t bit = std::uint64_t{1} << index;
+    std::byte* const block = begin + static_cast<std::size_t>(index) * size;
+    if (zeroed && (chunk.touched & bit) != 0) std::memset(block, 0, size);
+    chunk.free &= ~bit;
+    chunk.touched |= bit;
+    if (chunk.free == 0) with_room.erase(begin);
+    return block;
+  }
+
+  void release(std::byte* block) {
+    const std::scoped_lock lock(mutex_);
+    const auto found = std::prev(chunks_.upper_bound(block));
+    auto& [begin, chunk] = *found;
+    std::set<std::byte*>& with_room = with_room_[chunk.block_bytes];
+    chunk.free |= std::uint64_t{1} << (static_cast<std::size_t>(block - begin) / chunk.block_bytes);
+    with_room.insert(begin);
+    if (chunk.free != chunk.all) return;
+    with_room.erase(begin);
+    munmap(begin, kChunk);
+    chunks_.erase(found);
+  }
+
+ private:
+  static constexpr std::size_t kLeast = std::size_t{256} << 10;
+  static constexpr std::size_t kChunk = 4 * kHugePage;
+  static_assert(kChunk / kLeast < 64);
+
+  // Sets of blocks, one a bit.
+  struct Chunk {
+    std::size_t block_bytes = 0;
+    std::uint64_t all = 0;
+    std::uint64_t free = 0;
+    std::uint64_t touched = 0;  // used before: not zero any more
+  };
+
+  std::mutex mutex_;
+  std::map<std::byte*, Chunk> chunks_;                     // by where they begin
+  std::map<std::size_t, std::set<std::byte*>> with_room_;  // of them, by the size of their blocks
+};
+
+// Never destroyed: buffers of static storage may outlive what is.
+Blocks& blocks() {
+  static auto* const all = new Blocks;
+  return *all;
+}
+
+// Of the host, zeroed if asked for.
+std::byte* allocate(std::size_t bytes, bool zeroed) {
+  std::byte* data = nullptr;
+  if (mapped(bytes)) {
+    data = map_pages(bytes);
+  } else if (Blocks::takes(bytes)) {
+    data = blocks().allocate(bytes, zeroed);
+  } else {
+    const std::size_t rounded = round_up(bytes, kCacheLine);
+    data = static_cast<std::byte*>(std::aligned_alloc(kCacheLine, rounded));
+    if (data != nullptr && zeroed) std::memset(data, 0, rounded);
+  }
+  if (data == nullptr) fail("out of memory: {} bytes could not be allocated", bytes);
+  return data;
 }
 
 }  // namespace
 
 Buffer::Buffer(std::size_t bytes, Device device) : size_(bytes), device_(device) {
   if (bytes == 0) return;
-  if (device == Device::kCuda) {
-    data_ = static_cast<std::byte*>(cuda::allocate(bytes));
-    return;
-  }
-  if (mapped(bytes)) {
-    data_ = map_pages(bytes);
-  } else {
-    const std::size_t rounded = (bytes + kCacheLine - 1) / kCacheLine * kCacheLine;
-    data_ = static_cast<std::byte*>(std::aligned_alloc(kCacheLine, rounded));
-    if (data_ != nullptr) std::memset(data_, 0, rounded);
-  }
-  if (data_ == nullptr) fail("out of memory: {} bytes could not be allocated", bytes);
+  data_ = device == Device::kCuda ? static_cast<std::byte*>(cuda::allocate(bytes))
+                                  : allocate(bytes, true);
 }
 
-Buffer::Buffer(const Buffer& other) : Buffer(other.size_, other.device_) {
+Buffer::Buffer(const Buffer& other) : size_(other.size_), device_(other.device_) {
   if (size_ == 0) return;
   if (device_ == Device::kCuda) {
+    data_ = static_cast<std::byte*>(cuda::allocate(size_));
     cuda::copy(data_, other.data_, size_);
   } else {
+    data_ = allocate(size_, false);
     std::memcpy(data_, other.data_, size_);
   }
 }
@@ -68,6 +162,8 @@ Buffer::~Buffer() {
     cuda::release(data_, size_);
   } else if (mapped(size_)) {
     munmap(data_, size_);
+  } else if (Blocks::takes(size_)) {
+    blocks().release(data_);
   } else {
     std::free(data_);
   }

@@ -10,6 +10,7 @@
 #include "core/context.h"
 #include "cpu/amx.h"
 #include "cpu/intrinsics.h"
+#include "cpu/transpose_avx512-inl.h"
 
 namespace deltafox::cpu {
 namespace {
@@ -17,37 +18,6 @@ namespace {
 constexpr std::int64_t kSide = 16;  // rows, or columns, of a tile of sums
 constexpr std::int64_t kStep = 32;  // of the inner dimension, of a tile of the left operand
 constexpr std::int64_t kTileElements = kSide * kStep;
-
-// to[c, r] = from[r, c] for 16 × 16 elements of 32 bits; rows of `from` are `stride` elements
-// apart.
-DELTAFOX_TARGET inline void transpose(const void* from, std::int64_t stride, void* to) {
-  const auto* rows = static_cast<const std::int32_t*>(from);
-  auto* columns = static_cast<std::int32_t*>(to);
-  for (int quarter = 0; quarter < 4; ++quarter) {
-    // Vector i: columns 4 · quarter + 0…3 of the rows i, 4 + i, 8 + i, 12 + i.
-    __m512i v[4];
-#pragma GCC unroll 4
-    for (int i = 0; i < 4; ++i) {
-      const auto part = [&](int row) DELTAFOX_TARGET {
-        const std::int32_t* at = rows + row * stride + 4 * quarter;
-        return _mm_loadu_si128(reinterpret_cast<const __m128i*>(at));
-      };
-      v[i] = _mm512_castsi128_si512(part(i));
-      v[i] = _mm512_inserti32x4(v[i], part(4 + i), 1);
-      v[i] = _mm512_inserti32x4(v[i], part(8 + i), 2);
-      v[i] = _mm512_inserti32x4(v[i], part(12 + i), 3);
-    }
-    const __m512i low01 = _mm512_unpacklo_epi32(v[0], v[1]);
-    const __m512i low23 = _mm512_unpacklo_epi32(v[2], v[3]);
-    const __m512i high01 = _mm512_unpackhi_epi32(v[0], v[1]);
-    const __m512i high23 = _mm512_unpackhi_epi32(v[2], v[3]);
-    std::int32_t* out = columns + 4 * quarter * kSide;
-    _mm512_store_si512(out, _mm512_unpacklo_epi64(low01, low23));
-    _mm512_store_si512(out + kSide, _mm512_unpackhi_epi64(low01, low23));
-    _mm512_store_si512(out + 2 * kSide, _mm512_unpacklo_epi64(high01, high23));
-    _mm512_store_si512(out + 3 * kSide, _mm512_unpackhi_epi64(high01, high23));
-  }
-}
 
 // y = sums [+ y] for the first rows and columns of sums [16, 16].
 DELTAFOX_TARGET inline void add_or_store(const float* sums, std::int64_t rows, std::int64_t columns,
@@ -146,6 +116,16 @@ DELTAFOX_TARGET void square(const Square& s) {
   for (std::int64_t k = 0; k < whole; ++k) {
     step<kRows2, kColumns2>(s.left + k * kStep, of.left_stride * 2, s.right + k * kTileElements,
                             right_tile);
+    if constexpr (!kColumns2) {
+      // A single tile of columns waits for memory: the rows below are under way when these end.
+      constexpr std::int64_t kAhead = 8;
+      if (k + kAhead < whole) continue;
+      const std::uint16_t* below = s.left + s.rows * of.left_stride + (k + kAhead - whole) * kStep;
+#pragma GCC unroll 16
+      for (std::int64_t r = 0; r < (kRows2 ? 2 : 1) * kSide; ++r) {
+        _mm_prefetch(reinterpret_cast<const char*>(below + r * of.left_stride), _MM_HINT_T0);
+      }
+    }
   }
   if (const std::int64_t left = of.depth - whole * kStep; left > 0) {
     // The ends of rows, with zeros beyond.

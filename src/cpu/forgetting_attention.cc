@@ -1,7 +1,16 @@
-// See ops/forgetting_attention.h for the equations. One task is up to kRows successive queries of
+// See ops/forgetting_attention.h for the equations. One task is a block of successive queries of
 // one head of one sequence. It visits the pages that one of them sees, oldest first; each query
 // masks what it does not see or skips, so that rows do not depend on one another.
+//
+// Products are float32, or of rows rounded to bfloat16 by tiles: then a page is rounded and packed
+// once for all queries of the block.
+//
+// Weights are summed by stretches of 16 pages, and stretches are added one after the other. Where
+// there are fewer blocks and heads than threads, stretches are tasks too: the same sums.
 #include "ops/forgetting_attention.h"
+
+#include "cpu/bf16_tiles.h"
+#include "cpu/isa.h"
 
 #undef HWY_TARGET_INCLUDE
 #define HWY_TARGET_INCLUDE "cpu/forgetting_attention.cc"
@@ -17,8 +26,11 @@ HWY_BEFORE_NAMESPACE();
 namespace deltafox::cpu::HWY_NAMESPACE {
 namespace {
 
-constexpr std::int64_t kRows = 32;
+constexpr std::int64_t kRows = 32;  // that are worked on at a time
 constexpr float kMinusInfinity = -std::numeric_limits<float>::infinity();
+
+constexpr float kLowest = -std::numeric_limits<float>::max();
+constexpr std::int64_t kStretchPages = 16;
 
 // Queries [row, row + count) of the batch, at positions position... of sequence b.
 struct Block {
@@ -26,29 +38,70 @@ struct Block {
   std::int64_t row;
   std::int64_t position;
   std::int64_t count;
+
+  std::int64_t last_page() const { return (position + count - 1) / kKvPage; }
 };
 
-// Memory of a task.
-struct Work {
-  float* q;             // [kRows, D], scaled by 1 / √D
-  float* scores;        // [kRows, kKvPage], then the weights
-  float* o;             // [kRows, value_stride]
-  float* max;           // [kRows] the running maximum of a row's scores
-  double* sum;          // [kRows] the running sum of its weights
-  std::int64_t* begin;  // [kRows] the first position that it reads
+// Of some keys, relative to the greatest score of each row.
+struct Sums {
+  float* o;     // [rows, value_stride] weighted values
+  float* max;   // [rows] the greatest score, kLowest before the first
+  double* sum;  // [rows] of weights
 
-  static std::int64_t floats(const KvLayout& layout) {
-    return kRows * (layout.head_dim + kKvPage + layout.value_stride() + 1 + 2 + 2);
+  static std::int64_t floats(std::int64_t rows, std::int64_t stride) {
+    return rows * (stride + 1 + 2);
   }
-  Work(float* memory, const KvLayout& layout) {
-    const auto take = [&](std::int64_t n) { return std::exchange(memory, memory + kRows * n); };
-    sum = reinterpret_cast<double*>(take(2));
-    begin = reinterpret_cast<std::int64_t*>(take(2));
-    scores = take(kKvPage);
-    o = take(layout.value_stride());
-    q = take(layout.head_dim);
-    max = take(1);
+  Sums(float* memory, std::int64_t rows, std::int64_t stride)
+      : o(memory + 2 * rows),
+        max(memory + (2 + stride) * rows),
+        sum(reinterpret_cast<double*>(memory)) {}
+};
+
+// Memory of a task: of kRows rows, or with _of_block of all rows of the block. kKvPage is written
+// P.
+struct Work {
+  bool tiles;           // the operands of products are bfloat16
+  float* q;             // of_block [rows, D], scaled by 1 / √D
+  float* scores;        // [kRows, P], then the weights
+  Sums stretch;         // of_block, of the stretch under way
+  Sums total;           // of_block, of those before it
+  std::int64_t* begin;  // of_block [rows] the first position that it reads
+  // With tiles, D' being D rounded up to 32:
+  std::uint16_t* q_bf16;   // of_block [rows, D']
+  std::uint16_t* weights;  // [kRows, P]
+  std::uint16_t* keys;     // [D', P] packed
+  std::uint16_t* values;   // [P, value_stride] packed
+
+  static std::int64_t floats(const KvLayout& layout, std::int64_t rows, bool tiles) {
+    const std::int64_t dim = layout.head_dim;
+    const std::int64_t stride = layout.value_stride();
+    const std::int64_t bf16 = padded_depth(dim) * (rows + kKvPage) + kKvPage * (kRows + stride);
+    return line(2 * Sums::floats(rows, stride) + 2 * rows) + kRows * kKvPage + line(rows * dim) +
+           (tiles ? bf16 / 2 : 0);
   }
+  Work(float* memory, const KvLayout& layout, std::int64_t rows, bool with_tiles)
+      : tiles(with_tiles),
+        stretch(memory, rows, layout.value_stride()),
+        total(memory + Sums::floats(rows, layout.value_stride()), rows, layout.value_stride()) {
+    const std::int64_t dim = layout.head_dim;
+    const std::int64_t stride = layout.value_stride();
+    const std::int64_t sums = 2 * Sums::floats(rows, stride);
+    begin = reinterpret_cast<std::int64_t*>(memory + sums);
+    memory += line(sums + 2 * rows);
+    const auto take = [&](std::int64_t n) { return std::exchange(memory, memory + line(n)); };
+    scores = take(kRows * kKvPage);
+    q = take(rows * dim);
+    const auto take_bf16 = [&](std::int64_t n) {
+      return tiles ? reinterpret_cast<std::uint16_t*>(take(n / 2)) : nullptr;
+    };
+    q_bf16 = take_bf16(rows * padded_depth(dim));
+    weights = take_bf16(kRows * kKvPage);
+    keys = take_bf16(padded_depth(dim) * kKvPage);
+    values = take_bf16(kKvPage * stride);
+  }
+
+  // n floats rounded up to cache lines.
+  static constexpr std::int64_t line(std::int64_t n) { return (n + 15) / 16 * 16; }
 };
 
 // One head's log gates of a page: sums up to each token, in two parts.
@@ -67,6 +120,10 @@ struct Gates {
     return (of_query.high[query] - high[key]) + (of_query.low[query] - low[key]);
   }
 };
+
+constexpr std::int64_t round_up_to_lanes(std::int64_t n) {
+  return (n + 15) / 16 * 16;
+}
 
 // The first page that the query at `position` reads: those before decay below the threshold.
 HWY_INLINE std::int64_t first_kept_page(const KvCache& cache, std::int64_t head,
@@ -87,7 +144,7 @@ HWY_INLINE std::int64_t first_kept_page(const KvCache& cache, std::int64_t head,
   return low;
 }
 
-// Fills work.q and work.begin, and the rest with what a pass begins with.
+// Fills work.q and work.begin.
 HWY_INLINE void begin_rows(const ForgettingAttentionArgs& args, const Block& block,
                            std::int64_t head, const Work& work) {
   const KvCache& cache = *args.caches[static_cast<std::size_t>(block.sequence)];
@@ -99,8 +156,6 @@ HWY_INLINE void begin_rows(const ForgettingAttentionArgs& args, const Block& blo
     const float* from = args.q.f32() + ((block.row + r) * heads + head) * dim;
     float* q = work.q + r * dim;
     for (std::int64_t i = 0; i < dim; ++i) q[i] = from[i] * scale;
-    work.max[r] = kMinusInfinity;
-    work.sum[r] = 0;
     const std::int64_t position = block.position + r;
     work.begin[r] = cache.first_visible(position);
     if (!args.log_pruning_tolerance || layout.gate_heads == 0) continue;
@@ -112,26 +167,25 @@ HWY_INLINE void begin_rows(const ForgettingAttentionArgs& args, const Block& blo
     } else {
       bound = args.score_bounds[static_cast<std::size_t>(head)];
     }
+    // Rounding both q and k to bfloat16 adds 2^-8 to a product at most.
+    if (work.tiles) bound *= 1 + 1.0F / 128;
     const float threshold =
         *args.log_pruning_tolerance - 2 * bound - std::log(static_cast<float>(position + 1));
     const std::int64_t page = first_kept_page(cache, head, position, threshold);
     work.begin[r] = std::max(work.begin[r], page * kKvPage);
   }
-  std::fill(work.o, work.o + block.count * layout.value_stride(), 0.0f);
+#if defined(__x86_64__)
+  if (work.tiles) amx::round_left(work.q, dim, block.count, dim, 1, work.q_bf16);
+#endif
 }
 
-// scores[0, kKvPage) become weights relative to the row's maximum so far; those outside
-// [begin, end) become 0.
-HWY_INLINE void softmax_row(float* scores, std::int64_t begin, std::int64_t end, const Gates& keys,
-                            const Gates& queries, std::int64_t query, const Work& work,
-                            std::int64_t row, std::int64_t stride) {
-  if (begin >= end) {
-    std::fill(scores, scores + kKvPage, 0.0f);
-    return;
-  }
-  std::fill(scores, scores + begin, kMinusInfinity);
-  std::fill(scores + end, scores + kKvPage, kMinusInfinity);
-  VF32 maxima = hn::Set(kF32, work.max[row]);
+// Masks a row of scores outside [begin, end), adds what the gates between query and keys say, and
+// returns the greatest, or kMinusInfinity.
+HWY_INLINE float finish_scores(float* scores, std::int64_t begin, std::int64_t end,
+                               const Gates& keys, const Gates& queries, std::int64_t query) {
+  std::fill(scores, scores + std::min(begin, kKvPage), kMinusInfinity);
+  std::fill(scores + std::max<std::int64_t>(end, 0), scores + kKvPage, kMinusInfinity);
+  VF32 maxima = hn::Set(kF32, kMinusInfinity);
   const float high = queries.high != nullptr ? queries.high[query] : 0;
   const float low = queries.high != nullptr ? queries.low[query] : 0;
   for (std::int64_t j = 0; j < kKvPage; j += lanes()) {
@@ -144,119 +198,361 @@ HWY_INLINE void softmax_row(float* scores, std::int64_t begin, std::int64_t end,
     }
     maxima = hn::Max(maxima, s);
   }
-  const float max = hn::GetLane(hn::MaxOfLanes(kF32, maxima));
-  if (max > work.max[row]) {
-    const float factor = std::exp(work.max[row] - max);
-    float* o = work.o + row * stride;
-    for (std::int64_t i = 0; i < stride; ++i) o[i] *= factor;
-    work.sum[row] *= factor;
-    work.max[row] = max;
+  return hn::GetLane(hn::MaxOfLanes(kF32, maxima));
+}
+
+// Scores of rows [row, row + rows) of the block, of the page from position `first` on, become
+// weights relative to each row's maximum so far; what a row does not read becomes 0.
+HWY_INLINE void softmax_rows(const KvCache& cache, const Block& block, std::int64_t head,
+                             std::int64_t first, std::int64_t row, std::int64_t rows,
+                             const Work& work) {
+  const Gates keys(cache, first / kKvPage, head);
+  const std::int64_t stride = cache.layout().value_stride();
+  const Sums& sums = work.stretch;
+  HWY_ALIGN float maxima[kRows];
+  HWY_ALIGN float factors[kRows];  // from the maxima before to these
+  for (std::int64_t r = 0; r < rows; ++r) {
+    const std::int64_t position = block.position + row + r;
+    const float max = finish_scores(work.scores + r * kKvPage,
+                                    std::max<std::int64_t>(0, work.begin[row + r] - first),
+                                    std::min(kKvPage, position + 1 - first), keys,
+                                    Gates(cache, position / kKvPage, head), position % kKvPage);
+    maxima[r] = std::max(max, sums.max[row + r]);
   }
-  VF32 sums = hn::Zero(kF32);
-  for (std::int64_t j = 0; j < kKvPage; j += lanes()) {
-    const VF32 weight = hn::Exp(kF32, hn::Sub(load(scores + j), hn::Set(kF32, max)));
-    store(weight, scores + j);
-    sums = hn::Add(sums, weight);
+  std::fill(maxima + rows, maxima + kRows, 0.0f);
+  for (std::int64_t r = 0; r < rows; r += lanes()) {
+    const VF32 max = load(maxima + r);
+    store(hn::Exp(kF32, hn::Sub(load(sums.max + row + r), max)), factors + r);
+    store(max, sums.max + row + r);
   }
-  work.sum[row] += sum_of(sums);
+  for (std::int64_t r = 0; r < rows; ++r) {
+    float* scores = work.scores + r * kKvPage;
+    const VF32 max = hn::Set(kF32, maxima[r]);
+    VF32 sum = hn::Zero(kF32);
+    for (std::int64_t j = 0; j < kKvPage; j += lanes()) {
+      const VF32 weight = hn::Exp(kF32, hn::Sub(load(scores + j), max));
+      store(weight, scores + j);
+      sum = hn::Add(sum, weight);
+    }
+    sums.sum[row + r] = sums.sum[row + r] * factors[r] + sum_of(sum);
+    if (factors[r] == 1) continue;
+    float* o = sums.o + (row + r) * stride;
+    const VF32 factor = hn::Set(kF32, factors[r]);
+    for (std::int64_t i = 0; i < stride; i += lanes()) store(hn::Mul(load(o + i), factor), o + i);
+  }
+}
+
+// The first position that one of these rows reads.
+HWY_INLINE std::int64_t first_read(const Work& work, std::int64_t row, std::int64_t rows) {
+  return *std::min_element(work.begin + row, work.begin + row + rows);
+}
+
+// A page's keys and values of one head.
+struct Page {
+  const float* keys;    // [D, kKvPage]
+  const float* values;  // [kKvPage, value_stride]
+  std::int64_t seen;    // of the keys, by a row of the block
+};
+
+// scores = q kᵀ for rows [row, row + rows) of the block
+HWY_INLINE void page_scores(const Page& page, const KvLayout& layout, std::int64_t row,
+                            std::int64_t rows, const Work& work) {
+#if defined(__x86_64__)
+  if (work.tiles) {
+    const std::int64_t dim = padded_depth(layout.head_dim);
+    amx::multiply({.left = work.q_bf16 + row * dim,
+                   .left_stride = dim,
+                   .right = work.keys,
+                   .right_depth = dim,
+                   .rows = rows,
+                   .columns = round_up_to_lanes(page.seen),
+                   .depth = dim,
+                   .y = work.scores,
+                   .y_stride = kKvPage,
+                   .accumulate = false});
+    return;
+  }
+#endif
+  const std::int64_t dim = layout.head_dim;
+  std::fill(work.scores, work.scores + rows * kKvPage, 0.0f);
+  small_gemm(rows, round_up_to_lanes(page.seen), dim, {work.q + row * dim, dim, 1}, page.keys,
+             kKvPage, work.scores, kKvPage);
+}
+
+// o += weights v for these rows
+HWY_INLINE void page_output(const Page& page, const KvLayout& layout, std::int64_t row,
+                            std::int64_t rows, const Work& work) {
+  const std::int64_t stride = layout.value_stride();
+  float* o = work.stretch.o + row * stride;
+#if defined(__x86_64__)
+  if (work.tiles) {
+    amx::round_left(work.scores, kKvPage, rows, kKvPage, 1, work.weights);
+    amx::multiply({.left = work.weights,
+                   .left_stride = kKvPage,
+                   .right = work.values,
+                   .right_depth = kKvPage,
+                   .rows = rows,
+                   .columns = stride,
+                   .depth = kKvPage,
+                   .y = o,
+                   .y_stride = stride,
+                   .accumulate = true});
+    return;
+  }
+#endif
+  small_gemm(rows, stride, page.seen, {work.scores, kKvPage, 1}, page.values, stride, o, stride);
 }
 
 HWY_INLINE void visit_page(const ForgettingAttentionArgs& args, const Block& block,
                            std::int64_t head, std::int64_t p, const Work& work) {
   const KvCache& cache = *args.caches[static_cast<std::size_t>(block.sequence)];
   const KvLayout& layout = cache.layout();
-  const std::int64_t dim = layout.head_dim;
   const std::int64_t stride = layout.value_stride();
   const std::int64_t g = head / (args.q.shape[1] / layout.kv_heads);
-  const KvPage& page = cache.page(p);
-  const float* keys = page.keys.f32() + g * dim * kKvPage;
-  const float* values = page.values.f32() + g * kKvPage * stride;
   const std::int64_t first = p * kKvPage;
-  // Keys that the last row sees.
-  const std::int64_t seen = std::min(kKvPage, block.position + block.count - first);
-
-  std::fill(work.scores, work.scores + block.count * kKvPage, 0.0f);
-  small_gemm(block.count, (seen + 15) / 16 * 16, dim, {work.q, dim, 1}, keys, kKvPage, work.scores,
-             kKvPage);
-  const Gates key_gates(cache, p, head);
-  for (std::int64_t r = 0; r < block.count; ++r) {
-    const std::int64_t position = block.position + r;
-    softmax_row(work.scores + r * kKvPage, std::max<std::int64_t>(0, work.begin[r] - first),
-                std::min(kKvPage, position + 1 - first), key_gates,
-                Gates(cache, position / kKvPage, head), position % kKvPage, work, r, stride);
+  const Page page{.keys = cache.page(p).keys.f32() + g * layout.head_dim * kKvPage,
+                  .values = cache.page(p).values.f32() + g * kKvPage * stride,
+                  .seen = std::min(kKvPage, block.position + block.count - first)};
+#if defined(__x86_64__)
+  if (work.tiles) {
+    const std::int64_t dim = layout.head_dim;
+    amx::pack_right(page.keys, kKvPage, dim, padded_depth(dim), kKvPage, work.keys);
+    amx::pack_right(page.values, stride, page.seen, kKvPage, stride, work.values);
   }
-  small_gemm(block.count, stride, seen, {work.scores, kKvPage, 1}, values, stride, work.o, stride);
+#endif
+  // Rows before the page see nothing of it.
+  const std::int64_t before = std::max<std::int64_t>(0, first - block.position);
+  for (std::int64_t row = before / kRows * kRows; row < block.count; row += kRows) {
+    const std::int64_t rows = std::min(kRows, block.count - row);
+    if (first_read(work, row, rows) >= first + kKvPage) continue;
+    page_scores(page, layout, row, rows, work);
+    softmax_rows(cache, block, head, first, row, rows, work);
+    page_output(page, layout, row, rows, work);
+  }
 }
 
+// For every kRows queries.
 struct PageCounts {
   std::int64_t seen;
   std::int64_t skipped;
 };
 
+PageCounts count_pages(const KvCache& cache, const Block& block, const Work& work) {
+  PageCounts pages{};
+  for (std::int64_t row = 0; row < block.count; row += kRows) {
+    const std::int64_t rows = std::min(kRows, block.count - row);
+    const std::int64_t first_seen = cache.first_visible(block.position + row) / kKvPage;
+    pages.seen += (block.position + row + rows - 1) / kKvPage + 1 - first_seen;
+    pages.skipped += first_read(work, row, rows) / kKvPage - first_seen;
+  }
+  return pages;
+}
+
+// Of no keys; for all rows that vectors touch.
+HWY_INLINE void clear(const Sums& sums, std::int64_t count, std::int64_t stride) {
+  std::fill(sums.o, sums.o + count * stride, 0.0f);
+  std::fill(sums.max, sums.max + (count + kRows - 1) / kRows * kRows, kLowest);
+  std::fill(sums.sum, sums.sum + count, 0.0);
+}
+
+// total += stretch
+HWY_INLINE void add_stretch(const Sums& stretch, std::int64_t count, std::int64_t stride,
+                            const Sums& total) {
+  for (std::int64_t r = 0; r < count; ++r) {
+    const float max = std::max(stretch.max[r], total.max[r]);
+    const float of_stretch = std::exp(stretch.max[r] - max);
+    const float of_total = std::exp(total.max[r] - max);
+    total.max[r] = max;
+    total.sum[r] = total.sum[r] * of_total + stretch.sum[r] * of_stretch;
+    const VF32 first = hn::Set(kF32, of_total);
+    const VF32 second = hn::Set(kF32, of_stretch);
+    for (std::int64_t i = r * stride; i < (r + 1) * stride; i += lanes()) {
+      const VF32 added = hn::Mul(load(stretch.o + i), second);
+      store(hn::MulAdd(load(total.o + i), first, added), total.o + i);
+    }
+  }
+}
+
+// work.stretch of a block, for which begin_rows was called.
+HWY_INLINE void attend_stretch(const ForgettingAttentionArgs& args, const Block& block,
+                               std::int64_t head, std::int64_t stretch, const Work& work) {
+  const KvLayout& layout = args.caches[static_cast<std::size_t>(block.sequence)]->layout();
+  clear(work.stretch, block.count, layout.value_stride());
+  const std::int64_t first =
+      std::max(first_read(work, 0, block.count) / kKvPage, stretch * kStretchPages);
+  const std::int64_t end = std::min(block.last_page() + 1, (stretch + 1) * kStretchPages);
+  for (std::int64_t p = first; p < end; ++p) visit_page(args, block, head, p, work);
+}
+
+void finish(const ForgettingAttentionArgs& args, const Block& block, std::int64_t head,
+            const Sums& total) {
+  const std::int64_t heads = args.q.shape[1];
+  const std::int64_t dim = args.q.shape[2];
+  const std::int64_t stride =
+      args.caches[static_cast<std::size_t>(block.sequence)]->layout().value_stride();
+  for (std::int64_t r = 0; r < block.count; ++r) {
+    const auto scale = static_cast<float>(1 / total.sum[r]);
+    float* to = args.o.f32() + ((block.row + r) * heads + head) * dim;
+    for (std::int64_t i = 0; i < dim; ++i) to[i] = total.o[r * stride + i] * scale;
+    if (args.lse.data != nullptr) {
+      args.lse.f32()[(block.row + r) * heads + head] =
+          static_cast<float>(total.max[r] + std::log(total.sum[r]));
+    }
+  }
+}
+
 HWY_INLINE PageCounts attend(const ForgettingAttentionArgs& args, const Block& block,
                              std::int64_t head, const Work& work) {
   const KvCache& cache = *args.caches[static_cast<std::size_t>(block.sequence)];
-  const std::int64_t heads = args.q.shape[1];
-  const std::int64_t dim = args.q.shape[2];
   const std::int64_t stride = cache.layout().value_stride();
   begin_rows(args, block, head, work);
-  const std::int64_t first_seen = cache.first_visible(block.position) / kKvPage;
-  const std::int64_t first = *std::min_element(work.begin, work.begin + block.count) / kKvPage;
-  const std::int64_t last = (block.position + block.count - 1) / kKvPage;
-  for (std::int64_t p = first; p <= last; ++p) visit_page(args, block, head, p, work);
-  for (std::int64_t r = 0; r < block.count; ++r) {
-    const auto scale = static_cast<float>(1 / work.sum[r]);
-    float* to = args.o.f32() + ((block.row + r) * heads + head) * dim;
-    for (std::int64_t i = 0; i < dim; ++i) to[i] = work.o[r * stride + i] * scale;
-    if (args.lse.data != nullptr) {
-      args.lse.f32()[(block.row + r) * heads + head] =
-          static_cast<float>(work.max[r] + std::log(work.sum[r]));
-    }
+  clear(work.total, block.count, stride);
+  const std::int64_t first = first_read(work, 0, block.count) / kKvPage / kStretchPages;
+  for (std::int64_t s = first; s <= block.last_page() / kStretchPages; ++s) {
+    attend_stretch(args, block, head, s, work);
+    add_stretch(work.stretch, block.count, stride, work.total);
   }
-  return {last - first_seen + 1, first - first_seen};
+  finish(args, block, head, work.total);
+  return count_pages(cache, block, work);
 }
 
-std::span<Block> blocks_of(const ForgettingAttentionArgs& args, ScratchScope& scratch) {
+std::span<Block> blocks_of(const ForgettingAttentionArgs& args, std::int64_t rows,
+                           ScratchScope& scratch) {
   std::int64_t count = 0;
   for (std::int64_t b = 0; b < args.sequences.count(); ++b) {
-    count += (args.sequences.length(b) + kRows - 1) / kRows;
+    count += (args.sequences.length(b) + rows - 1) / rows;
   }
   const std::span<Block> blocks = scratch.array<Block>(count);
   std::size_t at = 0;
   for (std::int64_t b = 0; b < args.sequences.count(); ++b) {
     const std::int64_t length = args.sequences.length(b);
     const std::int64_t before = args.caches[static_cast<std::size_t>(b)]->length() - length;
-    for (std::int64_t t = 0; t < length; t += kRows) {
-      blocks[at++] = {b, args.sequences.begin(b) + t, before + t, std::min(kRows, length - t)};
+    for (std::int64_t t = 0; t < length; t += rows) {
+      blocks[at++] = {b, args.sequences.begin(b) + t, before + t, std::min(rows, length - t)};
     }
   }
   return blocks;
 }
 
+// Rows of a block: with tiles as many as leave each thread some blocks, since a page is packed for
+// each block.
+std::int64_t rows_of_block(const ForgettingAttentionArgs& args, bool tiles, int threads) {
+  if (!tiles) return kRows;
+  constexpr std::int64_t kMostRows = 8 * kRows;
+  constexpr std::int64_t kBlocksOfThread = 6;
+  const std::int64_t rows = args.q.shape[0] * args.q.shape[1] / (threads * kBlocksOfThread);
+  return std::clamp(rows / kRows * kRows, kRows, kMostRows);
+}
+
+// What the two ways of running have in common.
+struct Run {
+  const ForgettingAttentionArgs& args;
+  std::span<const Block> blocks;
+  std::int64_t rows;  // of a block at most
+  bool tiles;
+  float* slots;  // of Work, for each thread
+  std::int64_t slot_floats;
+  std::atomic<std::int64_t> seen{0};
+  std::atomic<std::int64_t> skipped{0};
+
+  const KvLayout& layout() const { return args.caches[0]->layout(); }
+  Work work(int slot) const { return {slots + slot * slot_floats, layout(), rows, tiles}; }
+  void count(const PageCounts& pages) {
+    seen.fetch_add(pages.seen, std::memory_order_relaxed);
+    skipped.fetch_add(pages.skipped, std::memory_order_relaxed);
+  }
+};
+
+void run_blocks(Context& ctx, Run& run) {
+  const auto count = static_cast<std::int64_t>(run.blocks.size());
+  ctx.threads().parallel_for(count * run.args.q.shape[1], [&](std::int64_t task, int slot) {
+    // Blocks of a head follow one another, so that its keys and values stay in the caches. The last
+    // ones of a sequence have the most keys: they go first.
+    const Block& block = run.blocks[static_cast<std::size_t>(count - 1 - task % count)];
+    run.count(attend(run.args, block, task / count, run.work(slot)));
+  });
+}
+
+// The same with a task for each stretch, which are then added in order.
+void run_stretches(Context& ctx, ScratchScope& scratch, Run& run) {
+  struct Part {
+    const Block* block;
+    std::int64_t head;
+    std::int64_t first;  // stretch
+    std::int64_t count;
+    std::int64_t index;  // of its first stretch among all
+  };
+  const std::int64_t heads = run.args.q.shape[1];
+  const std::int64_t stride = run.layout().value_stride();
+  const std::span<Part> parts =
+      scratch.array<Part>(static_cast<std::int64_t>(run.blocks.size()) * heads);
+  std::int64_t total = 0;
+  std::size_t at = 0;
+  for (const Block& block : run.blocks) {
+    const KvCache& cache = *run.args.caches[static_cast<std::size_t>(block.sequence)];
+    const std::int64_t first = cache.first_visible(block.position) / kKvPage / kStretchPages;
+    const std::int64_t count = block.last_page() / kStretchPages + 1 - first;
+    for (std::int64_t h = 0; h < heads; ++h) {
+      parts[at++] = {&block, h, first, count, total};
+      total += count;
+    }
+  }
+  const std::int64_t sums_floats = Work::line(Sums::floats(run.rows, stride));
+  float* memory = scratch.tensor({total, sums_floats}).f32();
+  const auto sums_of_stretch = [&](std::int64_t index) {
+    return Sums(memory + index * sums_floats, run.rows, stride);
+  };
+  ctx.threads().parallel_for(total, [&](std::int64_t task, int slot) {
+    const Part& part = *std::prev(
+        std::upper_bound(parts.begin(), parts.end(), task,
+                         [](std::int64_t index, const Part& p) { return index < p.index; }));
+    const Block& block = *part.block;
+    Work work = run.work(slot);
+    work.stretch = sums_of_stretch(task);
+    begin_rows(run.args, block, part.head, work);
+    attend_stretch(run.args, block, part.head, part.first + task - part.index, work);
+    if (task != part.index) return;
+    run.count(count_pages(*run.args.caches[static_cast<std::size_t>(block.sequence)], block, work));
+  });
+  ctx.threads().parallel_for(
+      static_cast<std::int64_t>(parts.size()), [&](std::int64_t i, int slot) {
+        const Part& part = parts[static_cast<std::size_t>(i)];
+        const Sums sum = run.work(slot).total;
+        clear(sum, part.block->count, stride);
+        for (std::int64_t s = 0; s < part.count; ++s) {
+          add_stretch(sums_of_stretch(part.index + s), part.block->count, stride, sum);
+        }
+        finish(run.args, *part.block, part.head, sum);
+      });
+}
+
 }  // namespace
 
 void forgetting_attention_target(Context& ctx, const ForgettingAttentionArgs& args) {
-  const std::int64_t heads = args.q.shape[1];
   const KvLayout& layout = args.caches[0]->layout();
+  const int threads = ctx.threads().size();
+  const bool tiles = args.bf16_products && isa().amx_bf16;
+  const std::int64_t rows = rows_of_block(args, tiles, threads);
   ScratchScope scratch(ctx);
-  const std::span<const Block> blocks = blocks_of(args, scratch);
-  const auto count = static_cast<std::int64_t>(blocks.size());
-  // Rounded up to a cache line.
-  const std::int64_t slot_floats = (Work::floats(layout) + 15) / 16 * 16;
-  float* slots = scratch.tensor({ctx.threads().size(), slot_floats}).f32();
-  std::atomic<std::int64_t> seen{0};
-  std::atomic<std::int64_t> skipped{0};
-  ctx.threads().parallel_for(count * heads, [&](std::int64_t task, int slot) {
-    // Blocks of a head follow one another, so that its keys and values stay in the caches. The last
-    // ones of a sequence have the most keys: they go first.
-    const Block& block = blocks[static_cast<std::size_t>(count - 1 - task % count)];
-    const Work work(slots + slot * slot_floats, layout);
-    const PageCounts pages = attend(args, block, task / count, work);
-    seen.fetch_add(pages.seen, std::memory_order_relaxed);
-    skipped.fetch_add(pages.skipped, std::memory_order_relaxed);
+  const std::int64_t slot_floats = Work::floats(layout, rows, tiles);
+  const std::span<const Block> blocks = blocks_of(args, rows, scratch);
+  Run run{.args = args,
+          .blocks = blocks,
+          .rows = rows,
+          .tiles = tiles,
+          .slots = scratch.tensor({threads, slot_floats}).f32(),
+          .slot_floats = slot_floats};
+  const auto tasks = static_cast<std::int64_t>(blocks.size()) * args.q.shape[1];
+  const bool long_one = std::any_of(blocks.begin(), blocks.end(), [](const Block& block) {
+    return block.last_page() >= kStretchPages;
   });
-  ctx.statistics().attention_blocks += seen;
-  ctx.statistics().attention_blocks_skipped += skipped;
+  if (long_one && tasks < 4 * threads) {
+    run_stretches(ctx, scratch, run);
+  } else {
+    run_blocks(ctx, run);
+  }
+  ctx.statistics().attention_blocks += run.seen;
+  ctx.statistics().attention_blocks_skipped += run.skipped;
 }
 
 }  // namespace deltafox::cpu::HWY_NAMESPACE

@@ -29,25 +29,25 @@ HWY_INLINE void quantize_block(const float* x, std::int64_t size, std::int8_t* q
   const VF32 inverse = hn::Set(kF32, max > 1e-30F ? 127 / max : 0.0F);
   const hn::Rebind<std::int32_t, F32> wide;
   const hn::Rebind<std::int8_t, F32> narrow;
-  const auto rounded = [&](VF32 v) HWY_ATTR {
-    return hn::DemoteTo(narrow, hn::ConvertTo(wide, hn::Round(hn::Mul(v, inverse))));
-  };
-  for_row(
-      size, [&](std::int64_t i) HWY_ATTR { hn::StoreU(rounded(load(x + i)), narrow, q + i); },
-      [&](std::int64_t i, std::int64_t n) HWY_ATTR {
-        HWY_ALIGN std::int8_t last[16];
-        hn::StoreU(rounded(load_first(x + i, n)), narrow, last);
-        std::copy_n(last, n, q + i);
-      });
   int sum = 0;
   for (std::int64_t g = 0; g < kGroupsOfBlock; ++g) {
     const std::int64_t begin = g * kQuantGroup;
-    int group = 0;
-    if (begin + kQuantGroup <= size) {
-      for (std::int64_t i = 0; i < kQuantGroup; ++i) group += q[begin + i];
-    } else {
-      for (std::int64_t i = begin; i < size; ++i) group += q[i];
-    }
+    auto sums = hn::Zero(wide);
+    const auto rounded = [&](VF32 v) HWY_ATTR {
+      const auto integers = hn::NearestInt(hn::Mul(v, inverse));
+      sums = hn::Add(sums, integers);
+      return hn::DemoteTo(narrow, integers);
+    };
+    for_row(
+        std::clamp<std::int64_t>(size - begin, 0, kQuantGroup),
+        [&](std::int64_t i)
+            HWY_ATTR { hn::StoreU(rounded(load(x + begin + i)), narrow, q + begin + i); },
+        [&](std::int64_t i, std::int64_t n) HWY_ATTR {
+          HWY_ALIGN std::int8_t last[16];
+          hn::StoreU(rounded(load_first(x + begin + i, n)), narrow, last);
+          std::copy_n(last, n, q + begin + i);
+        });
+    const int group = hn::GetLane(hn::SumOfLanes(wide, sums));
     group_sums[g] = static_cast<std::int16_t>(group);
     sum += group;
   }
@@ -76,6 +76,18 @@ void store_sums_target(const float* sums, std::int64_t tokens, std::int64_t colu
   }
 }
 
+// y[token, column] = act(gate) · up
+void store_glu_target(const float* gate, const float* up, std::int64_t tokens, std::int64_t columns,
+                      Activation activation, float* y, std::int64_t stride) {
+  for (std::int64_t t = 0; t < tokens; ++t) {
+    const std::int64_t from = t * kTileColumns;
+    for (std::int64_t n = 0; n < columns; n += lanes()) {
+      store(hn::Mul(activate(activation, load(gate + from + n)), load(up + from + n)),
+            y + t * stride + n);
+    }
+  }
+}
+
 }  // namespace deltafox::cpu::HWY_NAMESPACE
 HWY_AFTER_NAMESPACE();
 
@@ -83,19 +95,20 @@ HWY_AFTER_NAMESPACE();
 namespace deltafox::cpu {
 HWY_EXPORT(quantize_row_target);
 HWY_EXPORT(store_sums_target);
+HWY_EXPORT(store_glu_target);
 namespace {
 
 PackedKernels kernels() {
 #if defined(__x86_64__)
   if (isa().amx_int8) {
-    return {amx::eight_bits, avx512::eight_bits, avx512::expand, avx512::four_bits};
+    return {amx::eight_bits, avx512::expand, avx512::few_eight_bits, avx512::few_four_bits};
   }
   if (isa().avx512_vnni) {
-    return {avx512::eight_bits, avx512::eight_bits, avx512::expand, avx512::four_bits};
+    return {avx512::eight_bits, avx512::expand, avx512::few_eight_bits, avx512::few_four_bits};
   }
-  if (isa().avx2) return {avx2::eight_bits, avx2::eight_bits, avx2::expand, nullptr};
+  if (isa().avx2) return {avx2::eight_bits, avx2::expand, nullptr, nullptr};
 #endif
-  return {plain::eight_bits, plain::eight_bits, plain::expand, nullptr};
+  return {plain::eight_bits, plain::expand, nullptr, nullptr};
 }
 
 constexpr std::int64_t kBlockTokens = 256;  // their sums and integers stay in the caches
@@ -125,75 +138,150 @@ QuantizedRows quantized(Context& ctx, ScratchScope& scratch, const ConstTensorVi
   return {q, stride, scales, offsets, group_sums, blocks};
 }
 
-}  // namespace
+// Products with w, whose rows are one part or the two of a gated unit, and what becomes of them:
+// y [+]= x wᵀ, or y = act(x gateᵀ) · (x upᵀ).
+struct Job {
+  ConstTensorView x;
+  ConstTensorView w;
+  TensorView y;
+  bool accumulate;
+  bool gated;
+  Activation activation;
 
-void linear_packed(Context& ctx, const LinearArgs& args) {
-  const std::int64_t tokens = args.x.shape[0];
-  const std::int64_t columns = args.w.shape[0];
-  const bool four_bits = args.w.dtype == DType::kQ4;
-  const PackedKernels run = kernels();
-  const bool direct = four_bits && run.four_bits != nullptr && tokens <= kFewTokensOfFourBits;
-  const auto eight_bits = tokens <= kFewTokensOfEightBits ? run.eight_bits_few : run.eight_bits;
-  const PackedLayout layout(args.w.dtype, columns, args.w.shape[1]);
-  ScratchScope scratch(ctx);
-  const QuantizedRows x = quantized(ctx, scratch, args.x, layout);
+  std::int64_t parts() const { return gated ? 2 : 1; }
+};
+
+// For some panels of each part. Sums of the second part begin at `up`.
+void store_panels(const Job& job, const float* sums, const float* up, std::int64_t token,
+                  std::int64_t tokens, std::int64_t panel, std::int64_t panels) {
+  const std::int64_t stride = job.y.shape[1];
+  const std::int64_t column = panel * kPanelRows;
+  const std::int64_t columns = std::min(panels * kPanelRows, stride - column);
+  float* y = job.y.f32() + token * stride + column;
+  if (job.gated) {
+    HWY_DYNAMIC_DISPATCH(store_glu_target)(sums, up, tokens, columns, job.activation, y, stride);
+  } else {
+    HWY_DYNAMIC_DISPATCH(store_sums_target)(sums, tokens, columns, y, stride, job.accumulate);
+  }
+}
+
+// Up to kFewTokens tokens: each panel is read once, in order, beside the others of its task.
+void few_tokens(Context& ctx, const Job& job, const PackedLayout& layout, const QuantizedRows& x,
+                void (*kernel)(const PackedPanels&)) {
+  // So small that threads end at about the same time.
+  constexpr std::int64_t kTaskBytes = std::int64_t{160} * 1024;
+  constexpr std::int64_t kTasksOfThread = 8;
+  const std::int64_t part_panels = layout.panels() / job.parts();
+  const std::int64_t task_panels =
+      std::clamp<std::int64_t>(std::min(kTaskBytes / layout.panel_bytes(),
+                                        part_panels / (kTasksOfThread * ctx.threads().size())),
+                               1, kMaxPanels);
+  const std::int64_t tokens = job.x.shape[0];
+  const auto* matrix = static_cast<const std::byte*>(job.w.data);
+  ctx.threads().parallel_for((part_panels + task_panels - 1) / task_panels, [&](std::int64_t task) {
+    alignas(64) float sums[2][kFewTokens * kTileColumns];
+    const std::int64_t panel = task * task_panels;
+    const std::int64_t panels = std::min(task_panels, part_panels - panel);
+    for (std::int64_t part = 0; part < job.parts(); ++part) {
+      kernel({.x = &x,
+              .tokens = tokens,
+              .layout = &layout,
+              .first = matrix + (part * part_panels + panel) * layout.panel_bytes(),
+              .panels = static_cast<int>(panels),
+              .sums = sums[part]});
+    }
+    store_panels(job, sums[0], sums[1], 0, tokens, panel, panels);
+  });
+}
+
+void many_tokens(Context& ctx, const Job& job, const PackedLayout& layout, const QuantizedRows& x,
+                 ScratchScope& scratch, const PackedKernels& run) {
+  const std::int64_t tokens = job.x.shape[0];
+  const bool four_bits = job.w.dtype == DType::kQ4;
+  const std::int64_t part_panels = layout.panels() / job.parts();
+  const std::int64_t tile_panels = kMaxPanels / job.parts();  // of each part
   const std::int64_t token_blocks = (tokens + kBlockTokens - 1) / kBlockTokens;
-  const std::int64_t tiles = (layout.panels() + kMaxPanels - 1) / kMaxPanels;
+  const std::int64_t tiles = (part_panels + tile_panels - 1) / tile_panels;
   const std::int64_t sum_bytes = std::min(tokens, kBlockTokens) * kTileColumns * 4;
   const std::int64_t expanded_bytes = four_bits ? kTileColumns * kQuantBlock : 0;
   const std::int64_t slot_bytes = sum_bytes + expanded_bytes;
   std::byte* slots = scratch.array<std::byte>(ctx.threads().size() * slot_bytes).data();
   ctx.threads().parallel_for(tiles * token_blocks, [&](std::int64_t task, int slot) {
-    const std::int64_t first_panel = task / token_blocks * kMaxPanels;
+    const std::int64_t panel = task / token_blocks * tile_panels;
     const std::int64_t token = task % token_blocks * kBlockTokens;
     auto* sums = reinterpret_cast<float*>(slots + slot * slot_bytes);
     std::byte* expanded = slots + slot * slot_bytes + sum_bytes;
-    const auto* matrix = static_cast<const std::byte*>(args.w.data);
+    const auto* matrix = static_cast<const std::byte*>(job.w.data);
     PackedBlock block{
         .x = &x,
         .token = token,
         .tokens = std::min(kBlockTokens, tokens - token),
         .block = 0,
         .columns = 0,
-        .panels = 0,
+        .panels = static_cast<int>(std::min(tile_panels, part_panels - panel)),
         .head = nullptr,
         .head_stride = layout.panel_bytes(),
         .values = nullptr,
-        .value_stride = layout.panel_bytes(),
+        .value_stride = four_bits ? kPanelRows * kQuantBlock : layout.panel_bytes(),
         .sums = sums,
     };
     std::fill(sums, sums + block.tokens * kTileColumns, 0.0F);
-    const std::int64_t end = std::min(layout.panels(), first_panel + kMaxPanels);
-    // One or two tokens only read: panel after panel, so that memory is read in order.
-    const std::int64_t at_a_time = tokens <= 2 ? 1 : kMaxPanels;
-    for (std::int64_t panel = first_panel; panel < end; panel += at_a_time) {
-      block.panels = static_cast<int>(std::min(at_a_time, end - panel));
-      block.sums = sums + (panel - first_panel) * kPanelRows;
-      for (block.block = 0; block.block < layout.blocks(); ++block.block) {
-        block.columns = layout.block_columns(block.block);
-        block.head = matrix + panel * layout.panel_bytes() + layout.block_offset(block.block);
+    for (block.block = 0; block.block < layout.blocks(); ++block.block) {
+      block.columns = layout.block_columns(block.block);
+      for (std::int64_t part = 0; part < job.parts(); ++part) {
+        block.sums = sums + part * tile_panels * kPanelRows;
+        block.head = matrix + (part * part_panels + panel) * layout.panel_bytes() +
+                     layout.block_offset(block.block);
         block.values = block.head + layout.head_bytes();
-        block.value_stride = layout.panel_bytes();
-        if (direct) {
-          run.four_bits(block);
-          continue;
-        }
         if (four_bits) {
           for (int p = 0; p < block.panels; ++p) {
-            run.expand(block.head + p * block.head_stride, block.values + p * block.value_stride,
-                       block.columns, expanded + p * kPanelRows * kQuantBlock);
+            run.expand(block.head + p * block.head_stride, block.values + p * block.head_stride,
+                       block.columns, expanded + p * block.value_stride);
           }
           block.values = expanded;
-          block.value_stride = kPanelRows * kQuantBlock;
         }
-        eight_bits(block);
+        run.eight_bits(block);
       }
     }
-    const std::int64_t column = first_panel * kPanelRows;
-    HWY_DYNAMIC_DISPATCH(store_sums_target)
-    (sums, block.tokens, std::min(kTileColumns, columns - column),
-     args.y.f32() + token * columns + column, columns, args.accumulate);
+    store_panels(job, sums, sums + tile_panels * kPanelRows, token, block.tokens, panel,
+                 block.panels);
   });
+}
+
+void run_job(Context& ctx, const Job& job) {
+  const PackedKernels run = kernels();
+  const PackedLayout layout(job.w.dtype, job.w.shape[0], job.w.shape[1]);
+  ScratchScope scratch(ctx);
+  const QuantizedRows x = quantized(ctx, scratch, job.x, layout);
+  const auto few = job.w.dtype == DType::kQ4 ? run.few_four_bits : run.few_eight_bits;
+  if (job.x.shape[0] <= kFewTokens && few != nullptr) {
+    few_tokens(ctx, job, layout, x, few);
+  } else {
+    many_tokens(ctx, job, layout, x, scratch, run);
+  }
+}
+
+}  // namespace
+
+void linear_packed(Context& ctx, const LinearArgs& args) {
+  run_job(ctx, {.x = args.x,
+                .w = args.w,
+                .y = args.y,
+                .accumulate = args.accumulate,
+                .gated = false,
+                .activation = Activation::kIdentity});
+}
+
+bool linear_glu(Context& ctx, const LinearGluArgs& args) {
+  // Each part begins with a panel of its own.
+  if (!is_packed(args.w.dtype) || args.y.shape[1] % kPanelRows != 0) return false;
+  run_job(ctx, {.x = args.x,
+                .w = args.w,
+                .y = args.y,
+                .accumulate = false,
+                .gated = true,
+                .activation = args.activation});
+  return true;
 }
 
 }  // namespace deltafox::cpu

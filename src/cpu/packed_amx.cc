@@ -38,34 +38,45 @@ struct Square {
   int panels;
 };
 
-template <bool kTokens2, bool kPanels2>
-DELTAFOX_TARGET inline void multiply(const PackedBlock& block, const Square& square) {
-  const std::int64_t stride = block.x->stride;
-  const std::int8_t* x =
-      block.x->q + (block.token + square.token) * stride + block.block * kQuantBlock;
-  const std::byte* w = block.values + square.panel * block.value_stride;
-  _tile_zero(0);
-  if constexpr (kPanels2) _tile_zero(1);
-  if constexpr (kTokens2) _tile_zero(2);
-  if constexpr (kTokens2 && kPanels2) _tile_zero(3);
-  for (std::int64_t k = 0; k < block.columns; k += 64) {
-    _tile_loadd(4, x + k, stride);
-    _tile_loadd(6, w + k * kPanelRows, 64);
-    _tile_dpbsud(0, 4, 6);
-    if constexpr (kPanels2) {
-      _tile_loadd(7, w + block.value_stride + k * kPanelRows, 64);
-      _tile_dpbsud(1, 4, 7);
-    }
-    if constexpr (kTokens2) {
-      _tile_loadd(5, x + kSide * stride + k, stride);
-      _tile_dpbsud(2, 5, 6);
-      if constexpr (kPanels2) _tile_dpbsud(3, 5, 7);
-    }
-  }
-}
-
 // The tiles of a square, [token][panel] of [16, 16].
 using Products = std::int32_t[4][kSide * kSide];
+
+// Where products of a square are to be added:
+//   sums[t, 16·p + r] += (products[t, r] − offset of x) · (scale of x · scale of w)
+struct Sums {
+  const float* scales[2];      // of w, for each panel
+  const std::int32_t* offset;  // of x, `stride` apart from token to token
+  const float* scale;          // of x
+  std::int64_t stride;
+  float* to;  // kTileColumns apart
+
+  Sums(const PackedBlock& block, const Square& square) {
+    for (int p = 0; p < 2; ++p) {
+      const int panel = std::min(square.panel + p, block.panels - 1);
+      scales[p] = reinterpret_cast<const float*>(block.head + panel * block.head_stride);
+    }
+    stride = block.x->blocks;
+    const std::int64_t first = index_of(block, square.token);
+    offset = block.x->offsets + first;
+    scale = block.x->scales + first;
+    to = block.sums + square.token * kTileColumns + square.panel * kPanelRows;
+  }
+
+  template <int kPanels>
+  DELTAFOX_TARGET void add_row(const Products& products, std::int64_t t) const {
+    const __m512i offsets = _mm512_set1_epi32(offset[t * stride]);
+    const __m512 scale_of_x = _mm512_set1_ps(scale[t * stride]);
+    const std::int32_t* row = products[t / kSide * 2] + t % kSide * kSide;
+#pragma GCC unroll 2
+    for (int p = 0; p < kPanels; ++p) {
+      const __m512i exact = _mm512_sub_epi32(_mm512_load_si512(row + p * kSide * kSide), offsets);
+      const __m512 scale_of_both = _mm512_mul_ps(scale_of_x, _mm512_loadu_ps(scales[p]));
+      const __m512 term = _mm512_mul_ps(_mm512_cvtepi32_ps(exact), scale_of_both);
+      float* sum = to + t * kTileColumns + p * kPanelRows;
+      _mm512_storeu_ps(sum, _mm512_add_ps(_mm512_loadu_ps(sum), term));
+    }
+  }
+};
 
 DELTAFOX_TARGET inline void store_tiles(const Square& square, Products& products) {
   const bool tokens2 = square.tokens > kSide;
@@ -76,66 +87,120 @@ DELTAFOX_TARGET inline void store_tiles(const Square& square, Products& products
   if (tokens2 && panels2) _tile_stored(3, products[3], 64);
 }
 
-// sums[t, 16·p + r] += (products[t, r] − offset of x) · (scale of x · scale of w)
-template <int kPanels>
-DELTAFOX_TARGET inline void add_products(const PackedBlock& block, const Square& square,
-                                         const Products& products) {
-  __m512 scales[kPanels];
-  for (int p = 0; p < kPanels; ++p) {
-    scales[p] = _mm512_loadu_ps(block.head + (square.panel + p) * block.head_stride);
+template <bool kTokens2, bool kPanels2>
+DELTAFOX_TARGET inline void zero_tiles() {
+  _tile_zero(0);
+  if constexpr (kPanels2) _tile_zero(1);
+  if constexpr (kTokens2) _tile_zero(2);
+  if constexpr (kTokens2 && kPanels2) _tile_zero(3);
+}
+
+// 64 columns.
+template <bool kTokens2, bool kPanels2>
+DELTAFOX_TARGET inline void step(const std::int8_t* x, std::int64_t x_stride, const std::byte* w,
+                                 std::int64_t w_stride) {
+  _tile_loadd(4, x, x_stride);
+  _tile_loadd(6, w, 64);
+  _tile_dpbsud(0, 4, 6);
+  if constexpr (kPanels2) {
+    _tile_loadd(7, w + w_stride, 64);
+    _tile_dpbsud(1, 4, 7);
   }
-  const std::int64_t first = (block.token + square.token) * block.x->blocks + block.block;
-  const std::int32_t* offset = block.x->offsets + first;
-  const float* scale = block.x->scales + first;
-  float* sums = block.sums + square.token * kTileColumns + square.panel * kPanelRows;
-  for (std::int64_t t = 0; t < square.tokens; ++t) {
-    const __m512i offsets = _mm512_set1_epi32(*offset);
-    const __m512 scale_of_x = _mm512_set1_ps(*scale);
-    const std::int32_t* row = products[t / kSide * 2] + t % kSide * kSide;
-    for (int p = 0; p < kPanels; ++p) {
-      const __m512i exact = _mm512_sub_epi32(_mm512_load_si512(row + p * kSide * kSide), offsets);
-      const __m512 term =
-          _mm512_mul_ps(_mm512_cvtepi32_ps(exact), _mm512_mul_ps(scale_of_x, scales[p]));
-      float* to = sums + p * kPanelRows;
-      _mm512_storeu_ps(to, _mm512_add_ps(_mm512_loadu_ps(to), term));
+  if constexpr (kTokens2) {
+    _tile_loadd(5, x + kSide * x_stride, x_stride);
+    _tile_dpbsud(2, 5, 6);
+    if constexpr (kPanels2) _tile_dpbsud(3, 5, 7);
+  }
+}
+
+template <bool kTokens2, bool kPanels2>
+DELTAFOX_TARGET void square_at_edge(const PackedBlock& block, const Square& square,
+                                    Products& products) {
+  const std::int8_t* x = token_at(block, square.token);
+  const std::byte* w = block.values + square.panel * block.value_stride;
+  zero_tiles<kTokens2, kPanels2>();
+  for (std::int64_t k = 0; k < block.columns; k += kQuantStep) {
+    step<kTokens2, kPanels2>(x + k, block.x->stride, w + k * kPanelRows, block.value_stride);
+  }
+  store_tiles(square, products);
+  const Sums sums(block, square);
+  for (std::int64_t t = 0; t < square.tokens; ++t) sums.add_row<kPanels2 ? 2 : 1>(products, t);
+}
+
+// A square of 32 tokens, two panels and a whole block of columns. Between its steps the products
+// of the whole square before it are added: the processor does both at a time. Of the next block of
+// its panels, as kQ8 has them in memory, each of eight squares fetches a part.
+template <bool kFirst>
+DELTAFOX_TARGET inline void whole_square(const PackedBlock& block, const Square& square,
+                                         const Sums& before, Products& products) {
+  const std::int8_t* x = token_at(block, square.token);
+  const std::byte* w = block.values + square.panel * block.value_stride;
+  const std::int64_t x_stride = block.x->stride;
+  const std::int64_t w_stride = block.value_stride;
+  const Sums sums = before;
+  constexpr std::int64_t kPart = kQuantBlock * kPanelRows / 8;
+  const std::byte* next =
+      w + kScaleBytes + kQuantBlock * kPanelRows + square.token / (2 * kSide) % 8 * kPart;
+  zero_tiles<true, true>();
+#pragma GCC unroll 4
+  for (std::int64_t k = 0; k < kQuantBlock; k += kQuantStep) {
+    step<true, true>(x + k, x_stride, w + k * kPanelRows, w_stride);
+#pragma GCC unroll 2
+    for (int line = 0; line < 2; ++line, next += 64) {
+      _mm_prefetch(reinterpret_cast<const char*>(next), _MM_HINT_T1);
+      _mm_prefetch(reinterpret_cast<const char*>(next + w_stride), _MM_HINT_T1);
     }
-    offset += block.x->blocks;
-    scale += block.x->blocks;
-    sums += kTileColumns;
+    if constexpr (kFirst) continue;
+    constexpr std::int64_t kRows = 2 * kSide / (kQuantBlock / kQuantStep);
+#pragma GCC unroll 8
+    for (std::int64_t t = 0; t < kRows; ++t) {
+      sums.add_row<2>(products, k / kQuantStep * kRows + t);
+    }
   }
+  store_tiles(square, products);
 }
 
 }  // namespace
 
-// The products of a square are added while the tiles multiply for the next one.
 DELTAFOX_TARGET void eight_bits(const PackedBlock& block) {
   alignas(64) Products products;
-  Square before{};
-  const auto finish = [&]() DELTAFOX_TARGET {
-    if (before.panels == 2) add_products<2>(block, before, products);
-    if (before.panels == 1) add_products<1>(block, before, products);
-  };
-  std::int64_t configured = 0;
   finish_stores();
+  const bool whole_columns = block.columns == kQuantBlock;
+  const std::int64_t whole_tokens = whole_columns ? block.tokens / (2 * kSide) * (2 * kSide) : 0;
+  const int whole_panels = block.panels / 2 * 2;
+  if (whole_tokens > 0 && whole_panels > 0) {
+    configure(2 * kSide);
+    Square square{0, 2 * kSide, 0, 2};
+    Sums before(block, square);
+    whole_square<true>(block, square, before, products);
+    for (;;) {
+      square.panel += 2;
+      if (square.panel == whole_panels) {
+        square.panel = 0;
+        square.token += 2 * kSide;
+      }
+      if (square.token == whole_tokens) break;
+      whole_square<false>(block, square, before, products);
+      before = Sums(block, square);
+    }
+    for (std::int64_t t = 0; t < 2 * kSide; ++t) before.add_row<2>(products, t);
+  }
   for (std::int64_t t = 0; t < block.tokens; t += 2 * kSide) {
+    const int first = t < whole_tokens ? whole_panels : 0;
+    if (first == block.panels) continue;
     const std::int64_t tokens = std::min(2 * kSide, block.tokens - t);
-    if (tokens != configured) configure(tokens);
-    configured = tokens;
-    for (int p = 0; p < block.panels; p += 2) {
+    configure(tokens);
+    for (int p = first; p < block.panels; p += 2) {
       const Square square{t, tokens, p, std::min(2, block.panels - p)};
       if (tokens > kSide) {
-        square.panels == 2 ? multiply<true, true>(block, square)
-                           : multiply<true, false>(block, square);
+        square.panels == 2 ? square_at_edge<true, true>(block, square, products)
+                           : square_at_edge<true, false>(block, square, products);
       } else {
-        square.panels == 2 ? multiply<false, true>(block, square)
-                           : multiply<false, false>(block, square);
+        square.panels == 2 ? square_at_edge<false, true>(block, square, products)
+                           : square_at_edge<false, false>(block, square, products);
       }
-      finish();
-      store_tiles(square, products);
-      before = square;
     }
   }
-  finish();
   _tile_release();
 }
 

@@ -30,7 +30,7 @@ DELTAFOX_TARGET void tile(const PackedBlock& block, std::int64_t token, int pane
   __m256i products[kTokens][2];
   const std::int8_t* x[kTokens];
   for (int t = 0; t < kTokens; ++t) {
-    x[t] = block.x->q + (block.token + token + t) * block.x->stride + block.block * kQuantBlock;
+    x[t] = token_at(block, token + t);
     products[t][0] = _mm256_setzero_si256();
     products[t][1] = _mm256_setzero_si256();
   }
@@ -50,9 +50,7 @@ DELTAFOX_TARGET void tile(const PackedBlock& block, std::int64_t token, int pane
         reinterpret_cast<const float*>(block.head + panel * block.head_stride) + half * 8;
     for (int t = 0; t < kTokens; ++t) {
       const __m256 scale = _mm256_mul_ps(
-          _mm256_set1_ps(
-              block.x->scales[(block.token + token + t) * block.x->blocks + block.block]),
-          _mm256_loadu_ps(scales));
+          _mm256_set1_ps(block.x->scales[index_of(block, token + t)]), _mm256_loadu_ps(scales));
       float* sums = block.sums + (token + t) * kTileColumns + panel * kPanelRows + half * 8;
       const __m256 term = _mm256_mul_ps(_mm256_cvtepi32_ps(products[t][half]), scale);
       _mm256_storeu_ps(sums, _mm256_add_ps(_mm256_loadu_ps(sums), term));

@@ -1,6 +1,7 @@
 // The packed kernels by the dot products of AVX-512 VNNI: bytes of w without a sign by bytes of x
 // with one.
 #if defined(__x86_64__)
+#include <algorithm>
 #include <cstring>
 
 #include "cpu/intrinsics.h"
@@ -34,32 +35,16 @@ DELTAFOX_TARGET inline __m512i bytes_at(const std::byte* p) {
   return _mm512_loadu_si512(p);
 }
 
-// Row t of a block's tokens, from its first column on.
-inline const std::int8_t* token_at(const PackedBlock& block, std::int64_t t) {
-  return block.x->q + (block.token + t) * block.x->stride + block.block * kQuantBlock;
-}
-// Where what belongs to token t and the block lies among the [T, blocks] of QuantizedRows.
-inline std::int64_t index_of(const PackedBlock& block, std::int64_t t) {
-  return (block.token + t) * block.x->blocks + block.block;
-}
-
 // sums += products · (scale of x · scale of w), for a token and a panel
-DELTAFOX_TARGET inline void add_products(const PackedBlock& block, std::int64_t t, int panel,
-                                         Integers products) {
-  const __m512 scale = _mm512_mul_ps(_mm512_set1_ps(block.x->scales[index_of(block, t)]),
-                                     _mm512_loadu_ps(block.head + panel * block.head_stride));
-  float* sums = block.sums + t * kTileColumns + panel * kPanelRows;
+DELTAFOX_TARGET inline void add_products(Integers products, float scale_of_x,
+                                         const std::byte* scales_of_w, float* sums) {
+  const __m512 scale = _mm512_mul_ps(_mm512_set1_ps(scale_of_x), _mm512_loadu_ps(scales_of_w));
   const __m512 term = _mm512_mul_ps(_mm512_cvtepi32_ps(reinterpret_cast<__m512i>(products)), scale);
   _mm512_storeu_ps(sums, _mm512_add_ps(_mm512_loadu_ps(sums), term));
 }
 
-constexpr std::int64_t kWholeBlock = kScaleBytes + kQuantBlock * kPanelRows;
-// Bytes of memory in order that are fetched ahead: processors themselves stop at the end of a page.
-constexpr std::int64_t kAhead = 4096;
-
-// Loops over tokens and panels are unrolled whole: products must stay in registers. With kFetch the
-// panels' next blocks are fetched meanwhile.
-template <int kTokens, int kPanels, bool kFetch>
+// Loops over tokens and panels are unrolled whole: products must stay in registers.
+template <int kTokens, int kPanels>
 DELTAFOX_TARGET void eight_bit_tile(const PackedBlock& block, std::int64_t token, int panel) {
   Integers products[kTokens][kPanels];
   const std::int8_t* x[kTokens];
@@ -75,11 +60,7 @@ DELTAFOX_TARGET void eight_bit_tile(const PackedBlock& block, std::int64_t token
     __m512i w[kPanels];
 #pragma GCC unroll 8
     for (int p = 0; p < kPanels; ++p) {
-      const std::byte* at = values + p * block.value_stride + k * kPanelRows;
-      w[p] = bytes_at(at);
-      if constexpr (kFetch) {
-        _mm_prefetch(reinterpret_cast<const char*>(at + kWholeBlock), _MM_HINT_T1);
-      }
+      w[p] = bytes_at(values + p * block.value_stride + k * kPanelRows);
     }
 #pragma GCC unroll 8
     for (int t = 0; t < kTokens; ++t) {
@@ -92,70 +73,13 @@ DELTAFOX_TARGET void eight_bit_tile(const PackedBlock& block, std::int64_t token
   }
 #pragma GCC unroll 8
   for (int t = 0; t < kTokens; ++t) {
-#pragma GCC unroll 8
-    for (int p = 0; p < kPanels; ++p) add_products(block, token + t, panel + p, products[t][p]);
-  }
-}
-
-// The integers of a group of 32 columns fit into 16 bits, so that one more dot product, of words,
-// multiplies them by the group's factor and adds them.
-template <int kTokens, int kPanels>
-DELTAFOX_TARGET void four_bit_tile(const PackedBlock& block, std::int64_t token, int panel) {
-  const __m512i low_half = _mm512_set1_epi8(15);
-  const std::byte* values = block.values + panel * block.value_stride;
-  const std::byte* factors = block.head + panel * block.head_stride + kScaleBytes;
-  Integers products[kTokens][kPanels];
-  const std::int8_t* x[kTokens];
-  const std::int16_t* group_sums[kTokens];
-#pragma GCC unroll 8
-  for (int t = 0; t < kTokens; ++t) {
-    x[t] = token_at(block, token + t);
-    group_sums[t] = block.x->group_sums + index_of(block, token + t) * (kQuantBlock / kQuantGroup);
-#pragma GCC unroll 8
-    for (int p = 0; p < kPanels; ++p) products[t][p] = all(0);
-  }
-  for (std::int64_t group = 0; group * kQuantGroup < block.columns; ++group) {
-    Integers sums[kTokens][kPanels];
-#pragma GCC unroll 8
-    for (int t = 0; t < kTokens; ++t) {
-#pragma GCC unroll 8
-      for (int p = 0; p < kPanels; ++p) sums[t][p] = all(-8 * group_sums[t][group]);
-    }
-#pragma GCC unroll 4
-    for (std::int64_t i = 0; i < kQuantGroup; i += 8) {
-      const std::int64_t k = group * kQuantGroup + i;
-#pragma GCC unroll 8
-      for (int p = 0; p < kPanels; ++p) {
-        const std::byte* at = values + p * block.value_stride + k * kPanelRows / 2;
-        const __m512i halves = bytes_at(at);
-        _mm_prefetch(reinterpret_cast<const char*>(at + kAhead), _MM_HINT_T0);
-        const __m512i low = _mm512_and_si512(halves, low_half);
-        const __m512i high = _mm512_and_si512(_mm512_srli_epi16(halves, 4), low_half);
-#pragma GCC unroll 8
-        for (int t = 0; t < kTokens; ++t) {
-          sums[t][p] = dot(sums[t][p], low, four_columns(x[t] + k));
-          sums[t][p] = dot(sums[t][p], high, four_columns(x[t] + k + 4));
-        }
-      }
-    }
+    const float scale = block.x->scales[index_of(block, token + t)];
+    float* sums = block.sums + (token + t) * kTileColumns + panel * kPanelRows;
 #pragma GCC unroll 8
     for (int p = 0; p < kPanels; ++p) {
-      const __m512i pairs = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(
-          factors + p * block.head_stride + group / 2 * kPanelRows)));
-      const __m512i factor = group % 2 == 0 ? _mm512_and_si512(pairs, _mm512_set1_epi32(15))
-                                            : _mm512_srli_epi32(pairs, 4);
-#pragma GCC unroll 8
-      for (int t = 0; t < kTokens; ++t) {
-        products[t][p] = reinterpret_cast<Integers>(
-            _mm512_dpwssd_epi32(reinterpret_cast<__m512i>(products[t][p]),
-                                reinterpret_cast<__m512i>(sums[t][p]), factor));
-      }
+      add_products(products[t][p], scale, block.head + (panel + p) * block.head_stride,
+                   sums + p * kPanelRows);
     }
-  }
-#pragma GCC unroll 8
-  for (int t = 0; t < kTokens; ++t) {
-#pragma GCC unroll 8
-    for (int p = 0; p < kPanels; ++p) add_products(block, token + t, panel + p, products[t][p]);
   }
 }
 
@@ -163,11 +87,8 @@ DELTAFOX_TARGET void four_bit_tile(const PackedBlock& block, std::int64_t token,
 template <int kPanels>
 DELTAFOX_TARGET void eight_bit_panels(const PackedBlock& block, int panel) {
   std::int64_t t = 0;
-  // The first tokens fetch for all.
-  const auto tile = [&]<int kTokens>() DELTAFOX_TARGET {
-    t == 0 ? eight_bit_tile<kTokens, kPanels, true>(block, t, panel)
-           : eight_bit_tile<kTokens, kPanels, false>(block, t, panel);
-  };
+  const auto tile = [&]<int kTokens>()
+                        DELTAFOX_TARGET { eight_bit_tile<kTokens, kPanels>(block, t, panel); };
   for (; t + 6 <= block.tokens; t += 6) tile.template operator()<6>();
   switch (block.tokens - t) {
     case 5:
@@ -185,11 +106,156 @@ DELTAFOX_TARGET void eight_bit_panels(const PackedBlock& block, int panel) {
   }
 }
 
+// Bytes of memory in order that are fetched ahead: processors themselves stop at the end of a page.
+constexpr std::int64_t kAhead = 2048;
+
+DELTAFOX_TARGET inline __m512i bytes_in_order(const std::byte* p) {
+  _mm_prefetch(reinterpret_cast<const char*>(p + kAhead), _MM_HINT_T0);
+  return bytes_at(p);
+}
+
+// A block of kPanels panels, each a stream of its own, for a few tokens.
 template <int kTokens, int kPanels>
-DELTAFOX_TARGET void four_bit_panels(const PackedBlock& block) {
+struct FewTile {
+  const QuantizedRows& x;
+  const PackedLayout& layout;
+  std::int64_t block;
+  const std::byte* head;  // of the first panel
+
+  DELTAFOX_TARGET const std::byte* values(int panel) const {
+    return head + layout.head_bytes() + panel * layout.panel_bytes();
+  }
+  // Four columns from k on of token t.
+  DELTAFOX_TARGET __m512i columns(int t, std::int64_t k) const {
+    return four_columns(x.q + t * x.stride + block * kQuantBlock + k);
+  }
+
+  DELTAFOX_TARGET void eight_bits(Integers (&products)[kTokens][kPanels]) const {
+#pragma GCC unroll 4
+    for (int t = 0; t < kTokens; ++t) {
+#pragma GCC unroll 4
+      for (int p = 0; p < kPanels; ++p) products[t][p] = all(-x.offsets[t * x.blocks + block]);
+    }
+    const std::int64_t end = layout.block_columns(block);
+    for (std::int64_t k = 0; k < end; k += 4) {
+      __m512i w[kPanels];
+#pragma GCC unroll 4
+      for (int p = 0; p < kPanels; ++p) w[p] = bytes_in_order(values(p) + k * kPanelRows);
+#pragma GCC unroll 4
+      for (int t = 0; t < kTokens; ++t) {
+#pragma GCC unroll 4
+        for (int p = 0; p < kPanels; ++p) {
+          products[t][p] = dot(products[t][p], w[p], columns(t, k));
+        }
+      }
+    }
+  }
+
+  // The integers of a group of 32 columns fit into 16 bits, so that one more dot product, of words,
+  // multiplies them by the group's factor and adds them.
+  DELTAFOX_TARGET void four_bits(Integers (&products)[kTokens][kPanels]) const {
+    constexpr std::int64_t kGroups = kQuantBlock / kQuantGroup;
+    const __m512i low_half = _mm512_set1_epi8(15);
+#pragma GCC unroll 4
+    for (int t = 0; t < kTokens; ++t) {
+#pragma GCC unroll 4
+      for (int p = 0; p < kPanels; ++p) products[t][p] = all(0);
+    }
+    const std::int64_t groups = layout.block_columns(block) / kQuantGroup;
+    for (std::int64_t group = 0; group < groups; ++group) {
+      Integers sums[kTokens][kPanels];
+#pragma GCC unroll 4
+      for (int t = 0; t < kTokens; ++t) {
+        const Integers zero = all(-8 * x.group_sums[(t * x.blocks + block) * kGroups + group]);
+#pragma GCC unroll 4
+        for (int p = 0; p < kPanels; ++p) sums[t][p] = zero;
+      }
+#pragma GCC unroll 4
+      for (std::int64_t i = 0; i < kQuantGroup; i += 8) {
+        const std::int64_t k = group * kQuantGroup + i;
+#pragma GCC unroll 4
+        for (int p = 0; p < kPanels; ++p) {
+          const __m512i halves = bytes_in_order(values(p) + k * kPanelRows / 2);
+          const __m512i low = _mm512_and_si512(halves, low_half);
+          const __m512i high = _mm512_and_si512(_mm512_srli_epi16(halves, 4), low_half);
+#pragma GCC unroll 4
+          for (int t = 0; t < kTokens; ++t) {
+            sums[t][p] = dot(sums[t][p], low, columns(t, k));
+            sums[t][p] = dot(sums[t][p], high, columns(t, k + 4));
+          }
+        }
+      }
+#pragma GCC unroll 4
+      for (int p = 0; p < kPanels; ++p) {
+        const std::byte* factors = values(p) - kFactorBytes + group / 2 * kPanelRows;
+        const __m512i pairs =
+            _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(factors)));
+        const __m512i factor = group % 2 == 0 ? _mm512_and_si512(pairs, _mm512_set1_epi32(15))
+                                              : _mm512_srli_epi32(pairs, 4);
+#pragma GCC unroll 4
+        for (int t = 0; t < kTokens; ++t) {
+          products[t][p] = reinterpret_cast<Integers>(
+              _mm512_dpwssd_epi32(reinterpret_cast<__m512i>(products[t][p]),
+                                  reinterpret_cast<__m512i>(sums[t][p]), factor));
+        }
+      }
+    }
+  }
+};
+
+template <bool kFourBits, int kTokens, int kPanels>
+DELTAFOX_TARGET void few_tokens(const PackedPanels& of, int first) {
+  const QuantizedRows& x = *of.x;
+  const PackedLayout& layout = *of.layout;
+  const std::byte* panel = of.first + first * layout.panel_bytes();
+  float* sums = of.sums + first * kPanelRows;
+  for (int t = 0; t < kTokens; ++t) {
+    std::fill_n(sums + t * kTileColumns, kPanels * kPanelRows, 0.0F);
+  }
+  for (std::int64_t block = 0; block < layout.blocks(); ++block) {
+    const std::byte* head = panel + layout.block_offset(block);
+    const FewTile<kTokens, kPanels> tile{x, layout, block, head};
+    Integers products[kTokens][kPanels];
+    if constexpr (kFourBits) {
+      tile.four_bits(products);
+    } else {
+      tile.eight_bits(products);
+    }
+#pragma GCC unroll 4
+    for (int t = 0; t < kTokens; ++t) {
+      const float scale = x.scales[t * x.blocks + block];
+#pragma GCC unroll 4
+      for (int p = 0; p < kPanels; ++p) {
+        add_products(products[t][p], scale, head + p * layout.panel_bytes(),
+                     sums + t * kTileColumns + p * kPanelRows);
+      }
+    }
+  }
+}
+
+template <bool kFourBits, int kTokens, int kPanels>
+DELTAFOX_TARGET void few_tokens(const PackedPanels& of) {
   int p = 0;
-  for (; p + kPanels <= block.panels; p += kPanels) four_bit_tile<kTokens, kPanels>(block, 0, p);
-  for (; p < block.panels; ++p) four_bit_tile<kTokens, 1>(block, 0, p);
+  for (; p + kPanels <= of.panels; p += kPanels) few_tokens<kFourBits, kTokens, kPanels>(of, p);
+  if constexpr (kPanels > 2) {
+    for (; p + 2 <= of.panels; p += 2) few_tokens<kFourBits, kTokens, 2>(of, p);
+  }
+  for (; p < of.panels; ++p) few_tokens<kFourBits, kTokens, 1>(of, p);
+}
+
+template <bool kFourBits>
+DELTAFOX_TARGET void few_tokens(const PackedPanels& of) {
+  static_assert(kFewTokens == 4);
+  switch (of.tokens) {
+    case 1:
+      return few_tokens<kFourBits, 1, 4>(of);
+    case 2:
+      return few_tokens<kFourBits, 2, 4>(of);
+    case 3:
+      return few_tokens<kFourBits, 3, 2>(of);
+    default:
+      return few_tokens<kFourBits, 4, 2>(of);
+  }
 }
 
 }  // namespace
@@ -199,17 +265,12 @@ DELTAFOX_TARGET void eight_bits(const PackedBlock& block) {
   for (int p = 0; p < block.panels; ++p) eight_bit_panels<1>(block, p);
 }
 
-DELTAFOX_TARGET void four_bits(const PackedBlock& block) {
-  switch (block.tokens) {
-    case 1:
-      return four_bit_panels<1, 4>(block);
-    case 2:
-      return four_bit_panels<2, 4>(block);
-    case 3:
-      return four_bit_panels<3, 2>(block);
-    default:
-      return four_bit_panels<4, 2>(block);
-  }
+DELTAFOX_TARGET void few_eight_bits(const PackedPanels& panels) {
+  few_tokens<false>(panels);
+}
+
+DELTAFOX_TARGET void few_four_bits(const PackedPanels& panels) {
+  few_tokens<true>(panels);
 }
 
 DELTAFOX_TARGET void expand(const std::byte* head, const std::byte* values, std::int64_t columns,

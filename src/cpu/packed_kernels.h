@@ -37,32 +37,53 @@ struct PackedBlock {
   float* sums;  // [tokens, kTileColumns]
 };
 
+// Row t of a block's tokens, from its first column on.
+inline const std::int8_t* token_at(const PackedBlock& block, std::int64_t t) {
+  return block.x->q + (block.token + t) * block.x->stride + block.block * kQuantBlock;
+}
+// Where what belongs to token t and the block lies among the [T, blocks] of QuantizedRows.
+inline std::int64_t index_of(const PackedBlock& block, std::int64_t t) {
+  return (block.token + t) * block.x->blocks + block.block;
+}
+
+// All columns of a few panels, for up to kFewTokens tokens:
+//   sums[t, 16·p + r] = Σ_blocks float(Σ_k x_q[t, k] · w_q[r, k]) · (x_scale[t] · scales[r])
+struct PackedPanels {
+  const QuantizedRows* x;
+  std::int64_t tokens;
+  const PackedLayout* layout;
+  const std::byte* first;  // panel
+  int panels;              // up to kMaxPanels
+  float* sums;             // [tokens, kTileColumns]
+};
+constexpr std::int64_t kFewTokens = 4;
+
 // Of a processor. Every kernel of a kind gives the same bits.
 struct PackedKernels {
   // For the values of kQ8, or of kQ4 once expanded.
   void (*eight_bits)(const PackedBlock&);
-  // The same, and for fewer tokens than a matrix product is worth.
-  void (*eight_bits_few)(const PackedBlock&);
   // The values of a block of a panel of kQ4, factor · q + 128, as kQ8 has them.
   void (*expand)(const std::byte* head, const std::byte* values, std::int64_t columns,
                  std::byte* expanded);
-  // For the values of kQ4 as they are and up to kFewTokensOfFourBits tokens; null: there is none.
-  void (*four_bits)(const PackedBlock&);
+  // For panels of kQ8 and of kQ4 as they lie in memory; null: there are none.
+  void (*few_eight_bits)(const PackedPanels&);
+  void (*few_four_bits)(const PackedPanels&);
 };
-constexpr std::int64_t kFewTokensOfFourBits = 4;
-constexpr std::int64_t kFewTokensOfEightBits = 4;
 
 #define DELTAFOX_PACKED_KERNELS(name)                                               \
   namespace name {                                                                  \
   void eight_bits(const PackedBlock& block);                                        \
-  void four_bits(const PackedBlock& block);                                         \
   void expand(const std::byte* head, const std::byte* values, std::int64_t columns, \
               std::byte* expanded);                                                 \
   }
-DELTAFOX_PACKED_KERNELS(plain)  // without four_bits
-DELTAFOX_PACKED_KERNELS(avx2)   // without four_bits
+DELTAFOX_PACKED_KERNELS(plain)
+DELTAFOX_PACKED_KERNELS(avx2)
 DELTAFOX_PACKED_KERNELS(avx512)
 DELTAFOX_PACKED_KERNELS(amx)  // eight_bits alone
 #undef DELTAFOX_PACKED_KERNELS
+namespace avx512 {
+void few_eight_bits(const PackedPanels& panels);
+void few_four_bits(const PackedPanels& panels);
+}  // namespace avx512
 
 }  // namespace deltafox::cpu

@@ -11,6 +11,7 @@
 #include "cuda/packed.h"
 #include "cuda/products.h"
 #include "cuda/small_linear.h"
+#include "cuda/sum_product.h"
 
 namespace deltafox::cuda {
 namespace {
@@ -18,6 +19,8 @@ namespace {
 constexpr std::int64_t kMinBucket = 32;
 // From so many rows on one pass is faster than two on cuBLASLt; they begin a bucket.
 constexpr std::int64_t kLeastGluRows = 257;
+
+constexpr std::int64_t kLeastSumBucket = 512;  // at which sum_product is faster
 
 // A matrix from its `elements`th element on, with the same rows.
 template <typename View>
@@ -60,11 +63,17 @@ bool product_in_parts(Context& ctx, const Product& p, std::int64_t Product::*siz
   return true;
 }
 
-bool linear_blas(Context& ctx, const LinearArgs& args) {
+// `early` as sum_product has it.
+bool linear_product(Context& ctx, const LinearArgs& args, bool early) {
   const std::int64_t tokens = args.x.shape[0];
   const std::int64_t inputs = args.w.shape[1];
   const auto bucket = std::max<std::int64_t>(
       kMinBucket, static_cast<std::int64_t>(std::bit_ceil(static_cast<std::uint64_t>(tokens))));
+  const bool in_place = args.added.data == nullptr || args.added.data == args.y.data;
+  if (args.accumulate && in_place && bucket >= kLeastSumBucket &&
+      sum_product(ctx, args.x, args.w, args.y, bucket, early)) {
+    return true;
+  }
   return product_in_parts(ctx,
                           {.a = args.x,
                            .b = args.w,
@@ -81,10 +90,11 @@ bool linear_blas(Context& ctx, const LinearArgs& args) {
 // Without the bias.
 void multiply(Context& ctx, const LinearArgs& args) {
   const bool small = fits_small_linear(args);
+  const bool packed = is_packed(args.w.dtype);
   ScratchScope scratch(ctx);
   LinearArgs product = args;
-  if (is_packed(args.w.dtype) && !small) product.w = unpacked(ctx, scratch, args.w);
-  if (args.x.shape[0] <= kSmallLinearRows || !linear_blas(ctx, product)) {
+  if (packed && !small) product.w = unpacked(ctx, scratch, args.w);
+  if (args.x.shape[0] <= kSmallLinearRows || !linear_product(ctx, product, !packed)) {
     if (args.added.data != nullptr && args.added.data != args.y.data) {
       ctx.copy(args.y.data, args.added.data, bytes_of(args.y.dtype, args.y.shape));
     }

@@ -247,53 +247,6 @@ __global__ void __launch_bounds__(kStepThreads) delta_rule_step_kernel(const Del
   }
 }
 
-constexpr int kArgmaxThreads = 1024;
-
-// A thread block a row.
-__global__ void __launch_bounds__(kArgmaxThreads)
-    greedy_token_kernel(const float* logits, int stride, int vocab, std::int32_t* ids,
-                        std::int32_t* counts, volatile std::int32_t* history, int capacity) {
-  __shared__ float values[32];
-  __shared__ int indices[32];
-  wait_for_input();
-  const int b = static_cast<int>(blockIdx.x);
-  const float* row = logits + static_cast<std::int64_t>(b) * stride;
-  float best = -INFINITY;
-  int index = vocab;
-  const auto take = [&](float value, int i) {
-    if (value > best || (value == best && i < index)) best = value, index = i;
-  };
-#pragma unroll 4
-  for (int i = static_cast<int>(threadIdx.x) * 4; i < vocab; i += kArgmaxThreads * 4) {
-    float v[4];
-    load_four(v, row + i, stride % 4 == 0 && i + 4 <= vocab ? kVector : min(4, vocab - i));
-#pragma unroll
-    for (int e = 0; e < 4; ++e) {
-      if (i + e < vocab) take(v[e], i + e);
-    }
-  }
-  const auto over_warp = [&] {
-#pragma unroll
-    for (int offset = 16; offset > 0; offset /= 2) {
-      const float value = __shfl_xor_sync(0xffffffff, best, offset);
-      const int i = __shfl_xor_sync(0xffffffff, index, offset);
-      take(value, i);
-    }
-  };
-  over_warp();
-  if (threadIdx.x % 32 == 0) values[threadIdx.x / 32] = best, indices[threadIdx.x / 32] = index;
-  __syncthreads();
-  if (threadIdx.x >= 32) return;
-  best = values[threadIdx.x];
-  index = indices[threadIdx.x];
-  over_warp();
-  if (threadIdx.x != 0) return;
-  ids[b] = min(index, vocab - 1);  // a row of NaN has none
-  const int count = counts[b];
-  counts[b] = count + 1;
-  if (count < capacity) history[count * static_cast<int>(gridDim.x) + b] = index;
-}
-
 // Of the parts whose weights have one form.
 Params params_of(Context& ctx, const StepLinearArgs& args, DType form) {
   Params p{};
@@ -324,6 +277,7 @@ Params params_of(Context& ctx, const StepLinearArgs& args, DType form) {
     to.epilogue = part.epilogue;
     if (part.epilogue == StepEpilogue::kConvSilu) {
       to.conv = static_cast<const float4*>(part.conv.data);
+      to.conv_bias = static_cast<const float*>(part.conv_bias.data);
       to.conv_states = reinterpret_cast<float4* const*>(upload(ctx, part.conv_states));
     }
   }
@@ -341,15 +295,6 @@ void launch_step(Context& ctx, const Params& p) {
 }
 
 }  // namespace
-
-void greedy_token(Context& ctx, const GreedyTokenArgs& args) {
-  launch_dependent(
-      ctx, "greedy_token", greedy_token_kernel, dim3(static_cast<unsigned>(args.logits.shape[0])),
-      kArgmaxThreads, 0, args.logits.f32(), static_cast<int>(args.logits.shape[1]),
-      static_cast<int>(args.classes), static_cast<std::int32_t*>(args.ids.data),
-      static_cast<std::int32_t*>(args.counts.data),
-      static_cast<volatile std::int32_t*>(args.history), static_cast<int>(args.capacity));
-}
 
 void step_linear(Context& ctx, const StepLinearArgs& args) {
   if (add_to_program(ctx, args)) return;

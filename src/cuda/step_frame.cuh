@@ -15,7 +15,7 @@ constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / 32;
 constexpr int kBlock = 32;                // elements of K that a warp takes at once
 constexpr int kBlocks = kBlock * kWarps;  // all warps
-constexpr int kParts = 6;
+constexpr int kParts = static_cast<int>(kStepLinearParts);
 // Elements behind each row of x in shared memory: two rows of four lanes hit all banks once.
 constexpr int kPadding = 32;
 constexpr int kPrefetchBytes = 96 << 10;  // into the L2 cache, by each thread block
@@ -24,6 +24,7 @@ struct Part {
   const void* w;
   void* y;
   const float4* conv;          // [N]
+  const float* conv_bias;      // [N] or null
   float4* const* conv_states;  // [B] in device memory, each [N]
   int rows;                    // N
   int stride;                  // N'
@@ -196,6 +197,7 @@ __device__ void finish(const Params& p, const Tile& tile, int b, int column, flo
       const float4 w = part.conv[row];
       *state = make_float4(old.y, old.z, old.w, sum);
       sum = fmaf(w.w, sum, fmaf(w.z, old.w, fmaf(w.y, old.z, w.x * old.y)));
+      if (part.conv_bias != nullptr) sum += part.conv_bias[row];
       sum *= sigmoid(sum);
       break;
     }

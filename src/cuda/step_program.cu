@@ -12,15 +12,10 @@
 // does not matter to a sum as long as w and x have them in the same places, so a lane reads 16
 // bytes of each at once. Sums are those of a warp's columns in order, then of the warps in order:
 // they depend neither on B nor on the card.
-//
-// Packed weights (packed.cuh) come in whole panels of 16 rows, which are tiles. Blocks get them in
-// turn, over all parts of a program: that evens out who has one more in a part. In the ring a piece
-// is the bytes of up to two blocks of a panel, over as many rows as they fill.
 #include <algorithm>
 #include <cstring>
 
 #include "cuda/launch.cuh"
-#include "cuda/packed.cuh"
 #include "cuda/rows.cuh"
 #include "cuda/sm90.cuh"
 #include "cuda/step_program.h"
@@ -32,8 +27,9 @@ constexpr int kWarps = 8;  // that compute
 constexpr int kWorkers = kWarps * 32;
 constexpr int kThreads = kWorkers + 128;  // registers are dealt out to four warps at a time
 constexpr int kTileRows = 16;
-constexpr int kBlockColumns = 32 * kWarps;        // 32 of each warp
-constexpr int kPieceColumns = 2 * kBlockColumns;  // of a row, in a piece
+constexpr int kBlockColumns = 32 * kWarps;  // 32 of each warp
+constexpr int kPieceBlocks = 6;
+constexpr int kPieceColumns = kPieceBlocks * kBlockColumns;  // of a row, in a piece
 constexpr int kMaxBlocks = 16;
 constexpr int kMaxColumns = kMaxBlocks * kBlockColumns;
 constexpr int kF32Blocks = 8;  // of an x of float32, all of which is in registers at once
@@ -43,13 +39,11 @@ constexpr int kRowBytes = kPieceColumns * 2 + 64;
 constexpr int kPieces = 32;  // in the ring at most
 // Rows that are under way at most: as many as keep the memory busy. More would wait in queues, and
 // what blocks tell each other behind them.
-constexpr int kRowsUnderWay = 48;
+constexpr int kRowsUnderWay = 32;
 constexpr int kDim = static_cast<int>(kStepHeadDim);
 constexpr int kUnitColumns = 16;  // of a head's state
 constexpr int kUnits = 4;         // of a half of the workers, at once
 constexpr int kPhaseVectors = sizeof(StepPhase) / 16;
-static_assert(kTileRows == kPackedRows && kBlockColumns == kPackedBlock);
-static_assert(kRowBytes % 16 == 0, "no vector of a packed piece is cut where the ring ends");
 
 struct Counters {
   unsigned arrived;
@@ -73,12 +67,14 @@ struct DeltaScratch {
   float dots[kUnits][4][4];
 };
 
+constexpr int kGroupTiles = 4;  // whose sums are taken at once
+constexpr int kPhases = 3;  // in shared memory: that of the slowest warp, the fastest's, the next
+
 // kHalves: of up to eight sequences.
 template <int kHalves>
 struct Shared {
-  static constexpr int kGroupTiles = 4 / kHalves;  // whose sums are taken at once
   // An even number of rows, so that neighbours stay neighbours where the ring ends.
-  static constexpr int kRows = kHalves == 1 ? 180 : 178;
+  static constexpr int kRows = kHalves == 1 ? 62 : 56;
   alignas(128) unsigned char ring[kRows * kRowBytes];
   union {
     float sums[kGroupTiles][kWarps][8 * kHalves][kSumStride];
@@ -87,9 +83,9 @@ struct Shared {
   alignas(16) float norm[kMaxF32Columns];  // its weights; a warp writes what it reads
   float group_squares[kMaxF32Columns / 32][8 * kHalves];
   float warp_squares[kWarps][8 * kHalves];
-  StepPhase phases[2];          // of the workers: this one and the next
-  Slice slices[2][kStepParts];  // of their parts
-  StepPhase coming[2];          // of the warp that asks for weights
+  StepPhase phases[kPhases];          // of the workers
+  Slice slices[kPhases][kStepParts];  // of their parts
+  StepPhase coming[2];                // of the warp that asks for weights
   std::uint64_t full[kPieces];
   std::uint64_t empty[kPieces];
 };
@@ -99,17 +95,9 @@ __device__ inline int tiles_of(const StepPart& part, const Slice& slice) {
   return part.epilogue == StepEpilogue::kGlu ? 2 * tiles : tiles;
 }
 
-__device__ inline Slice slice_of(const StepPart& part) {
-  if (is_packed(part.form)) {
-    const auto blocks = static_cast<int>(gridDim.x);
-    int first = static_cast<int>(blockIdx.x) - part.turn;
-    if (first < 0) first += blocks;
-    const int panels = (part.rows + kTileRows - 1) / kTileRows;
-    const int own = first < panels ? (panels - first + blocks - 1) / blocks : 0;
-    return {first * kTileRows, own * kTileRows};
-  }
-  const unsigned first = static_cast<unsigned>(part.rows) * blockIdx.x / gridDim.x;
-  const unsigned end = static_cast<unsigned>(part.rows) * (blockIdx.x + 1) / gridDim.x;
+__device__ inline Slice slice_of(int rows) {
+  const unsigned first = static_cast<unsigned>(rows) * blockIdx.x / gridDim.x;
+  const unsigned end = static_cast<unsigned>(rows) * (blockIdx.x + 1) / gridDim.x;
   return {static_cast<int>(first), static_cast<int>(end - first)};
 }
 
@@ -117,36 +105,9 @@ __device__ inline Slice slice_of(const StepPart& part) {
 __device__ inline Slice rows_of_tile(const StepPart& part, const Slice& slice, int tile) {
   const bool glu = part.epilogue == StepEpilogue::kGlu;
   const int begin = (glu ? tile / 2 : tile) * kTileRows;
-  const int behind = glu && tile % 2 == 1 ? part.rows : 0;  // the rows of p
-  if (is_packed(part.form)) {
-    const int first = slice.first + begin * static_cast<int>(gridDim.x);
-    return {first + behind, min(kTileRows, part.rows - first)};
-  }
-  return {slice.first + begin + behind, min(kTileRows, slice.rows - begin)};
+  return {slice.first + begin + (glu && tile % 2 == 1 ? part.rows : 0),
+          min(kTileRows, slice.rows - begin)};
 }
-
-__device__ inline int packed_block_bytes(DType form) {
-  return form == DType::kQ4 ? PackedForm<true>::kBlockBytes : PackedForm<false>::kBlockBytes;
-}
-
-// `columns` columns of a tile's rows as they lie in the ring: its rows, and the bytes of one.
-struct Piece {
-  int rows;
-  int bytes;  // of all
-  int row_bytes;
-
-  __device__ Piece(DType form, int tile_rows, int columns) {
-    if (is_packed(form)) {
-      bytes = columns / kPackedBlock * packed_block_bytes(form);
-      rows = (bytes + kRowBytes - 1) / kRowBytes;
-      row_bytes = kRowBytes;
-    } else {
-      rows = tile_rows;
-      row_bytes = columns * 2;
-      bytes = rows * row_bytes;
-    }
-  }
-};
 
 // Where the next piece begins.
 struct Place {
@@ -174,7 +135,7 @@ __device__ inline void copy_row(void* to, const void* from, int bytes, std::uint
       : "memory");
 }
 
-template <int kHalves, bool kPacked>
+template <int kHalves>
 __device__ void stream_weights(const StepPhase* phases, int count, Shared<kHalves>& shared) {
   constexpr int kRows = Shared<kHalves>::kRows;
   const int lane = static_cast<int>(threadIdx.x) % 32;
@@ -203,21 +164,14 @@ __device__ void stream_weights(const StepPhase* phases, int count, Shared<kHalve
     if (phase.heads > 0) continue;
     for (int p = 0; p < phase.count; ++p) {
       const StepPart& part = phase.parts[p];
-      const DType form = kPacked ? part.form : DType::kBF16;
-      const Slice slice = slice_of(part);
+      const Slice slice = slice_of(part.rows);
       const int tiles = tiles_of(part, slice);
       for (int tile = 0; tile < tiles; ++tile) {
         const Slice rows = rows_of_tile(part, slice, tile);
-        const auto* from = static_cast<const std::byte*>(part.w);
-        if (is_packed(form)) {
-          from += static_cast<std::int64_t>(rows.first / kPackedRows) * (phase.k / kPackedBlock) *
-                  packed_block_bytes(form);
-        } else {
-          from += static_cast<std::int64_t>(rows.first) * phase.k * 2;
-        }
+        const bf16* from = part.w + static_cast<std::int64_t>(rows.first + lane) * phase.k;
         for (int column = 0; column < phase.k; column += kPieceColumns) {
-          const Piece piece(form, rows.rows, min(kPieceColumns, phase.k - column));
-          while (free_rows < piece.rows || place.piece - oldest == kPieces) {
+          const int bytes = 2 * min(kPieceColumns, phase.k - column);
+          while (free_rows < rows.rows || place.piece - oldest == kPieces) {
             const int slot = oldest % kPieces;
             sm90::barrier_wait(&shared.empty[slot], oldest / kPieces & 1);
             const int freed = __shfl_sync(0xffffffff, rows_of_slot, slot);
@@ -228,29 +182,24 @@ __device__ void stream_weights(const StepPhase* phases, int count, Shared<kHalve
             }
             ++oldest;
           }
-          free_rows -= piece.rows;
-          while (under_way + piece.rows > kRowsUnderWay) {
+          free_rows -= rows.rows;
+          while (under_way + rows.rows > kRowsUnderWay) {
             const int slot = arriving % kPieces;
             sm90::barrier_wait(&shared.full[slot], arriving / kPieces & 1);
             under_way -= __shfl_sync(0xffffffff, rows_of_slot, slot);
             ++arriving;
           }
-          under_way += piece.rows;
-          if (lane == place.slot()) rows_of_slot = piece.rows;
+          under_way += rows.rows;
+          if (lane == place.slot()) rows_of_slot = rows.rows;
           std::uint64_t* barrier = &shared.full[place.slot()];
-          if (lane == 0) sm90::barrier_arrive_expect(barrier, piece.bytes);
+          if (lane == 0) sm90::barrier_arrive_expect(barrier, rows.rows * bytes);
           __syncwarp();
-          if (lane < piece.rows) {
+          if (lane < rows.rows) {
             int row = place.row + lane;
             if (row >= kRows) row -= kRows;
-            const bool packed = is_packed(form);
-            const std::byte* source =
-                packed ? from + lane * kRowBytes : from + (lane * phase.k + column) * 2;
-            const int bytes = min(piece.row_bytes, piece.bytes - lane * piece.row_bytes);
-            copy_row(shared.ring + row * kRowBytes, source, bytes, barrier, policy);
+            copy_row(shared.ring + row * kRowBytes, from + column, bytes, barrier, policy);
           }
-          if (is_packed(form)) from += piece.bytes;
-          place.template advance<kRows>(piece.rows);
+          place.template advance<kRows>(rows.rows);
         }
       }
     }
@@ -261,50 +210,75 @@ __device__ inline void sync_workers() {
   asm volatile("bar.sync 1, %0;" ::"n"(kWorkers) : "memory");
 }
 
+__device__ inline void multiply(float (&c)[4], std::uint32_t a0, std::uint32_t a1, std::uint32_t a2,
+                                std::uint32_t a3, std::uint32_t b0, std::uint32_t b1) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, "
+      "{%8,%9}, {%0,%1,%2,%3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+
 __device__ inline std::uint32_t pack(float x, float y) {
   const __nv_bfloat162 both = __floats2bfloat162_rn(x, y);
   return reinterpret_cast<const std::uint32_t&>(both);
 }
 
-// kPacked: whether weights may be packed.
-template <int kHalves, bool kPacked>
+// Barriers of a block between the workers and the warp that tells the other blocks what they have
+// finished: it waits for these while the workers prepare the next phase.
+constexpr int kFinished = 4;
+constexpr int kReleased = 5;
+
+__device__ inline void meet_blocks(int count, Counters* counters) {
+  const bool first = threadIdx.x % 32 == 0;
+  for (int index = 1; index <= count; ++index) {
+    asm volatile("bar.sync %0, %1;" ::"n"(kFinished), "n"(kWorkers + 32) : "memory");
+    if (index == count) break;
+    if (first) {
+      asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(&counters->arrived) : "memory");
+      const unsigned all = static_cast<unsigned>(index) * gridDim.x;
+      unsigned arrived;
+      do {
+        asm volatile("ld.acquire.gpu.global.u32 %0, [%1];"
+                     : "=r"(arrived)
+                     : "l"(&counters->arrived)
+                     : "memory");
+      } while (arrived < all);
+    }
+    __syncwarp();
+    asm volatile("bar.arrive %0, %1;" ::"n"(kReleased), "n"(kWorkers + 32) : "memory");
+  }
+  if (first && atomicAdd(&counters->exited, 1) == gridDim.x - 1) {
+    // All blocks have passed the last barrier.
+    counters->arrived = 0;
+    counters->exited = 0;
+  }
+}
+
+template <int kHalves>
 class Worker {
  public:
-  __device__ Worker(const StepPhase* phases, int count, int batch, Counters* counters,
-                    Shared<kHalves>& shared)
-      : phases_(phases), count_(count), batch_(batch), counters_(counters), shared_(shared) {}
+  __device__ Worker(const StepPhase* phases, int count, int batch, Shared<kHalves>& shared)
+      : phases_(phases), count_(count), batch_(batch), shared_(shared) {}
 
   __device__ void run() {
     prefetch_phase(0);
     keep_phase(0);
     sync_workers();
     for (int index = 0; index < count_; ++index) {
-      const StepPhase& phase = shared_.phases[index % 2];
+      const StepPhase& phase = shared_.phases[index % kPhases];
       prefetch_phase(index + 1);
       if (phase.heads > 0) {
         delta(phase, index);
       } else {
-        linear(phase, shared_.slices[index % 2], index);
+        linear(phase, shared_.slices[index % kPhases], index);
       }
-      sync_workers();
-      if (thread_ != 0) continue;
-      if (index + 1 < count_) {
-        asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(&counters_->arrived)
-                     : "memory");
-      } else if (atomicAdd(&counters_->exited, 1) == gridDim.x - 1) {
-        // All blocks have passed the last barrier.
-        counters_->arrived = 0;
-        counters_->exited = 0;
-      }
+      asm volatile("bar.arrive %0, %1;" ::"n"(kFinished), "n"(kWorkers + 32) : "memory");
     }
   }
 
  private:
-  static constexpr int kGroupTiles = Shared<kHalves>::kGroupTiles;
-  static constexpr int kOutputs = 2;  // of a thread, of a group of tiles
-  // Whether a piece of w is read while the one before it is multiplied: with two halves there is
-  // enough to multiply, and no register to spare; nor is there with packed ones.
-  static constexpr bool kReadAhead = kHalves == 1 && !kPacked;
+  static constexpr int kOutputs = 2 * kHalves;  // of a thread, of a group of tiles
 
   // x of the warp's columns, a block a vector.
   using Operands = uint4[kHalves][kMaxBlocks];
@@ -324,37 +298,26 @@ class Worker {
     if (thread_ < kPhaseVectors) {
       next_vector_ = __ldg(reinterpret_cast<const uint4*>(phases_ + index) + thread_);
     } else if (thread_ >= 32 && thread_ < 32 + kStepParts) {
-      const StepPart& part = phases_[index].parts[thread_ - 32];
-      next_part_.rows = __ldg(&part.rows);
-      next_part_.turn = __ldg(&part.turn);
-      next_part_.form =
-          static_cast<DType>(__ldg(reinterpret_cast<const std::uint8_t*>(&part.form)));
+      next_rows_ = __ldg(&phases_[index].parts[thread_ - 32].rows);
     }
   }
   __device__ void keep_phase(int index) {
     if (index >= count_) return;
     if (thread_ < kPhaseVectors) {
-      reinterpret_cast<uint4*>(&shared_.phases[index % 2])[thread_] = next_vector_;
+      reinterpret_cast<uint4*>(&shared_.phases[index % kPhases])[thread_] = next_vector_;
     } else if (thread_ >= 32 && thread_ < 32 + kStepParts) {
-      shared_.slices[index % 2][thread_ - 32] = slice_of(next_part_);
+      shared_.slices[index % kPhases][thread_ - 32] = slice_of(next_rows_);
     }
   }
 
   // For what the phase before left behind.
   __device__ void wait_for_blocks(int index) {
     keep_phase(index + 1);
-    if (index == 0) return;
-    if (thread_ == 0) {
-      const unsigned all = static_cast<unsigned>(index) * gridDim.x;
-      unsigned arrived;
-      do {
-        asm volatile("ld.acquire.gpu.global.u32 %0, [%1];"
-                     : "=r"(arrived)
-                     : "l"(&counters_->arrived)
-                     : "memory");
-      } while (arrived < all);
+    if (index == 0) {
+      sync_workers();
+    } else {
+      asm volatile("bar.sync %0, %1;" ::"n"(kReleased), "n"(kWorkers + 32) : "memory");
     }
-    sync_workers();
   }
 
   // ---- step_linear ----
@@ -577,16 +540,6 @@ class Worker {
         in_part = tiles_of(phase.parts[part], slices[part]);
       }
       const int rows = rows_of_tile(phase.parts[part], slices[part], tile).rows;
-      if constexpr (kPacked) {
-        const DType form = phase.parts[part].form;
-        if (is_packed(form)) {
-          float c[kHalves][4] = {};
-          form == DType::kQ4 ? multiply_panel<true>(phase.k, x, c)
-                             : multiply_panel<false>(phase.k, x, c);
-          keep_sums(t - first_tile, c);
-          continue;
-        }
-      }
       // Rows behind the last are the last; their sums are not used.
       const int low_row = min(lane_ / 4, rows - 1);
       const int high_row = min(lane_ / 4 + 8, rows - 1);
@@ -596,115 +549,64 @@ class Worker {
         if (row >= kRows) row -= kRows;
         return columns + row * kRowBytes;
       };
-      // Two chains of sums, of alternate blocks.
-      float c[2][kHalves][4] = {};
-      uint4 w[2][2][2];  // by piece, block, low and high rows
-      int slots[2];
-      const auto read_piece = [&](int piece) {
-        const int turn = piece % 2;
-        slots[turn] = place_.slot();
+      float c[2][kHalves][4] = {};  // two chains of sums, of alternate blocks
+#pragma unroll
+      for (int piece = 0; piece * kPieceBlocks < kMaxBlocks; ++piece) {
+        const int first = piece * kPieceBlocks;
+        const int blocks = min(kPieceBlocks, phase.k / kBlockColumns - first);
+        if (blocks <= 0) break;
+        const int slot = place_.slot();
         const unsigned char* low = row_at(low_row);
         const unsigned char* high = row_at(high_row);
-        sm90::barrier_wait(&shared_.full[slots[turn]], place_.parity());
+        sm90::barrier_wait(&shared_.full[slot], place_.parity());
+        constexpr int kLastBlocks = kMaxBlocks % kPieceBlocks;
+        if (blocks == kPieceBlocks) {
+          multiply_blocks<kPieceBlocks>(c, low, high, x, first);
+        } else if (blocks == kLastBlocks) {
+          multiply_blocks<kLastBlocks>(c, low, high, x, first);
+        } else {
 #pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          if (i == 1 && piece * kPieceColumns + kBlockColumns >= phase.k) break;
-          w[turn][i][0] = *reinterpret_cast<const uint4*>(low + i * kBlockColumns * 2);
-          w[turn][i][1] = *reinterpret_cast<const uint4*>(high + i * kBlockColumns * 2);
-        }
-        place_.template advance<kRows>(rows);
-      };
-      if (kReadAhead) read_piece(0);
-#pragma unroll
-      for (int piece = 0; piece < kMaxBlocks / 2; ++piece) {
-        if (piece * kPieceColumns >= phase.k) break;
-        if (!kReadAhead) read_piece(piece);
-        if (kReadAhead && (piece + 1) * kPieceColumns < phase.k) read_piece(piece + 1);
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          if (i == 1 && piece * kPieceColumns + kBlockColumns >= phase.k) break;
-          const uint4& low = w[piece % 2][i][0];
-          const uint4& high = w[piece % 2][i][1];
-#pragma unroll
-          for (int h = 0; h < kHalves; ++h) {
-            const uint4& b = x[h][2 * piece + i];
-            multiply(c[i][h], low.x, high.x, low.y, high.y, b.x, b.y);
-            multiply(c[i][h], low.z, high.z, low.w, high.w, b.z, b.w);
+          for (int i = 0; i < kPieceBlocks; ++i) {
+            if (i < blocks) multiply_block(c[i % 2], low, high, x, first, i);
           }
         }
         __syncwarp();
-        if (lane_ == 0) sm90::barrier_arrive(&shared_.empty[slots[piece % 2]]);
+        if (lane_ == 0) sm90::barrier_arrive(&shared_.empty[slot]);
+        place_.template advance<kRows>(rows);
       }
 #pragma unroll
       for (int h = 0; h < kHalves; ++h) {
+        auto& sums = shared_.sums[t - first_tile][warp_];
+        const int b = h * 8 + lane_ % 4 * 2;
 #pragma unroll
-        for (int e = 0; e < 4; ++e) c[0][h][e] += c[1][h][e];
-      }
-      keep_sums(t - first_tile, c[0]);
-    }
-  }
-
-  __device__ void keep_sums(int tile, const float (&c)[kHalves][4]) const {
-#pragma unroll
-    for (int h = 0; h < kHalves; ++h) {
-      auto& sums = shared_.sums[tile][warp_];
-      const int b = h * 8 + lane_ % 4 * 2;
-#pragma unroll
-      for (int e = 0; e < 4; ++e) sums[b + e % 2][lane_ / 4 + e / 2 * 8] = c[h][e];
-    }
-  }
-
-  // The sums of a packed tile: those of each block, of integers, times the scales of its rows.
-  template <bool kFourBits>
-  __device__ void multiply_panel(int k, const Operands& x, float (&c)[kHalves][4]) {
-    using Form = PackedForm<kFourBits>;
-    constexpr int kRows = Shared<kHalves>::kRows;
-    PackedOperand<kFourBits> w[2][2];  // by piece and block
-    int slots[2];
-    const auto read_piece = [&](int piece) {
-      const int turn = piece % 2;
-      slots[turn] = place_.slot();
-      const auto at = [&](int offset) {
-        offset += place_.row * kRowBytes;
-        if (offset >= kRows * kRowBytes) offset -= kRows * kRowBytes;
-        return shared_.ring + offset;
-      };
-      sm90::barrier_wait(&shared_.full[slots[turn]], place_.parity());
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        if (i == 1 && piece * kPieceColumns + kBlockColumns >= k) break;
-        const int block = i * Form::kBlockBytes;
-        const unsigned char* values =
-            at(block + Form::kHeadBytes + warp_ * Form::kStepBytes + lane_ * Form::kLaneBytes);
-        PackedOperand<kFourBits>& operand = w[turn][i];
-        operand.scales = *reinterpret_cast<const float2*>(at(block + lane_ / 4 * 8));
-        if constexpr (kFourBits) {
-          operand.values = *reinterpret_cast<const uint2*>(values);
-          operand.factors = *reinterpret_cast<const std::uint16_t*>(
-              at(block + static_cast<int>(kScaleBytes) + warp_ / 2 * 16 + lane_ / 4 * 2));
-        } else {
-          operand.values = *reinterpret_cast<const uint4*>(values);
+        for (int e = 0; e < 4; ++e) {
+          sums[b + e % 2][lane_ / 4 + e / 2 * 8] = c[0][h][e] + c[1][h][e];
         }
       }
-      const Piece of(kFourBits ? DType::kQ4 : DType::kQ8, kTileRows,
-                     min(kPieceColumns, k - piece * kPieceColumns));
-      place_.template advance<kRows>(of.rows);
-    };
-    if (kReadAhead) read_piece(0);
-#pragma unroll
-    for (int piece = 0; piece < kMaxBlocks / 2; ++piece) {
-      if (piece * kPieceColumns >= k) break;
-      if (!kReadAhead) read_piece(piece);
-      if (kReadAhead && (piece + 1) * kPieceColumns < k) read_piece(piece + 1);
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        if (i == 1 && piece * kPieceColumns + kBlockColumns >= k) break;
-        add_packed(
-            w[piece % 2][i], warp_, [&](int h) { return x[h][2 * piece + i]; }, c);
-      }
-      __syncwarp();
-      if (lane_ == 0) sm90::barrier_arrive(&shared_.empty[slots[piece % 2]]);
     }
+  }
+
+  // c += w xᵀ of block `i` of a piece whose first is `first`; w in the ring.
+  __device__ static void multiply_block(float (&c)[kHalves][4], const unsigned char* low,
+                                        const unsigned char* high, const Operands& x, int first,
+                                        int i) {
+    if (first + i >= kMaxBlocks) return;
+    const uint4 w_low = *reinterpret_cast<const uint4*>(low + i * kBlockColumns * 2);
+    const uint4 w_high = *reinterpret_cast<const uint4*>(high + i * kBlockColumns * 2);
+#pragma unroll
+    for (int h = 0; h < kHalves; ++h) {
+      const uint4& b = x[h][first + i];
+      multiply(c[h], w_low.x, w_high.x, w_low.y, w_high.y, b.x, b.y);
+      multiply(c[h], w_low.z, w_high.z, w_low.w, w_high.w, b.z, b.w);
+    }
+  }
+
+  // Without a branch in between, w of all blocks is under way at once.
+  template <int kCount>
+  __device__ static void multiply_blocks(float (&c)[2][kHalves][4], const unsigned char* low,
+                                         const unsigned char* high, const Operands& x, int first) {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) multiply_block(c[i % 2], low, high, x, first, i);
   }
 
   __device__ float sum_of(int tile, const Output& out) const {
@@ -741,6 +643,7 @@ class Worker {
       case StepEpilogue::kConvSilu:
         *out.conv_state = make_float4(old.y, old.z, old.w, sum);
         sum = fmaf(taps.w, sum, fmaf(taps.z, old.w, fmaf(taps.y, old.z, taps.x * old.y)));
+        if (part.conv_bias != nullptr) sum += __ldg(part.conv_bias + out.row);
         sum *= sigmoid(sum);
         break;
     }
@@ -905,17 +808,16 @@ class Worker {
   const StepPhase* phases_;
   int count_;
   int batch_;
-  Counters* counters_;
   Shared<kHalves>& shared_;
   int thread_ = static_cast<int>(threadIdx.x);
   int warp_ = static_cast<int>(threadIdx.x) / 32;
   int lane_ = static_cast<int>(threadIdx.x) % 32;
   Place place_;
   uint4 next_vector_;
-  StepPart next_part_;  // what its slice depends on
+  int next_rows_ = 0;
 };
 
-template <int kHalves, bool kPacked>
+template <int kHalves>
 __global__ void __launch_bounds__(kThreads, 1)
     step_program_kernel(const StepPhase* phases, int count, int batch, Counters* counters) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)  // elsewhere it is never launched
@@ -931,10 +833,14 @@ __global__ void __launch_bounds__(kThreads, 1)
   __syncthreads();
   if (threadIdx.x >= kWorkers) {
     sm90::shrink_registers<40>();
-    if (threadIdx.x < kWorkers + 32) stream_weights<kHalves, kPacked>(phases, count, shared);
+    if (threadIdx.x < kWorkers + 32) {
+      stream_weights<kHalves>(phases, count, shared);
+    } else if (threadIdx.x < kWorkers + 64) {
+      meet_blocks(count, counters);
+    }
   } else {
     sm90::grow_registers<232>();
-    Worker<kHalves, kPacked>(phases, count, batch, counters, shared).run();
+    Worker<kHalves>(phases, count, batch, shared).run();
   }
 #endif
 }
@@ -958,6 +864,7 @@ bool fits(const StepLinearArgs& args) {
   const std::int64_t k = args.x.shape[1];
   if (args.x.shape[0] > kStepLinearRows || k % kBlockColumns != 0 || k > kMaxColumns) return false;
   for (const StepLinearPart& part : args.parts) {
+    if (is_packed(part.w.dtype)) return false;
     if (part.epilogue == StepEpilogue::kGlu && args.parts.size() > 1) return false;
   }
   if (args.x.dtype == DType::kF32 && k > kMaxF32Columns) return false;
@@ -966,9 +873,9 @@ bool fits(const StepLinearArgs& args) {
   return args.x.dtype == DType::kF32 && (width == k || width == kDim);
 }
 
-template <int kHalves, bool kPacked>
+template <int kHalves>
 void launch(Context& ctx, const StepProgram& program, const StepPhase* phases, Counters* counters) {
-  const auto kernel = step_program_kernel<kHalves, kPacked>;
+  const auto kernel = step_program_kernel<kHalves>;
   constexpr std::size_t kBytes = sizeof(Shared<kHalves>);
   static_assert(kBytes <= std::size_t{227} * 1024);
   check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
@@ -1007,21 +914,15 @@ bool add_to_program(Context& ctx, const StepLinearArgs& args) {
   for (std::size_t i = 0; i < args.parts.size(); ++i) {
     const StepLinearPart& from = args.parts[i];
     StepPart& part = phase.parts[i];
-    part.w = from.w.data;
-    part.form = from.w.dtype;
+    part.w = static_cast<const bf16*>(from.w.data);
     part.y = from.y.data;
     part.rows = static_cast<int>(outputs_of(from));
     part.stride = static_cast<int>(from.y.shape[1]);
     part.y_is_bf16 = from.y.dtype == DType::kBF16;
     part.epilogue = from.epilogue;
-    if (is_packed(part.form)) {
-      program->packed = true;
-      part.turn = program->turn;
-      const int panels = (part.rows + kTileRows - 1) / kTileRows;
-      program->turn = (program->turn + panels) % ctx.stream().multiprocessors();
-    }
     if (from.epilogue == StepEpilogue::kConvSilu) {
       part.conv = static_cast<const float4*>(from.conv.data);
+      part.conv_bias = static_cast<const float*>(from.conv_bias.data);
       part.conv_states = reinterpret_cast<float4* const*>(upload(ctx, from.conv_states));
     }
   }
@@ -1051,12 +952,12 @@ void run_step_program(Context& ctx) {
   if (program != nullptr && !program->phases.empty()) {
     const auto* phases = upload(ctx, std::span<const StepPhase>(program->phases));
     auto* counters = static_cast<Counters*>(program->counters.view().data);
-    const auto run = program->packed ? (program->batch <= 8 ? launch<1, true> : launch<2, true>)
-                                     : (program->batch <= 8 ? launch<1, false> : launch<2, false>);
-    run(ctx, *program, phases, counters);
+    if (program->batch <= 8) {
+      launch<1>(ctx, *program, phases, counters);
+    } else {
+      launch<2>(ctx, *program, phases, counters);
+    }
     program->phases.clear();
-    program->packed = false;
-    program->turn = 0;
   }
 }
 

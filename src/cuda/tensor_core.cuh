@@ -43,6 +43,16 @@ __device__ inline std::uint32_t pack(float low, float high) {
   return reinterpret_cast<const std::uint32_t&>(pair);
 }
 
+__device__ inline float2 unpack(std::uint32_t pair) {
+  return __bfloat1622float2(reinterpret_cast<const __nv_bfloat162&>(pair));
+}
+
+// The pair of an operand times two factors.
+__device__ inline std::uint32_t scale_pair(std::uint32_t pair, const float2& scale) {
+  const float2 x = unpack(pair);
+  return pack(x.x * scale.x, x.y * scale.y);
+}
+
 // The accumulator of a product as the left operand of the next.
 template <int kTiles>
 __device__ void to_operand(std::uint32_t (&operand)[kTiles / 2][4], const float (&acc)[kTiles][4]) {

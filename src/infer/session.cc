@@ -112,8 +112,12 @@ std::vector<State> Session::prefill(std::vector<float>& logits) const {
   states.reserve(prompts.size());
   pointers.reserve(prompts.size());
   for (std::size_t p = 0; p < prompts.size(); ++p) {
-    states.push_back(options.initial_states.empty() ? model.new_state()
-                                                    : options.initial_states[p]);
+    // Each on its own: a conditional expression would be a const State, to be copied.
+    if (options.initial_states.empty()) {
+      states.push_back(model.new_state());
+    } else {
+      states.push_back(options.initial_states[p]);
+    }
   }
   for (State& state : states) pointers.push_back(&state);
   logits.resize(prompts.size() * vocab_size);

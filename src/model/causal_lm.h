@@ -106,8 +106,12 @@ class CausalLM {
                         std::span<const std::int32_t> labels, float scale, std::span<float> loss,
                         Gradients& gradients, const BackwardOptions& options) const;
 
-  // Whether forward does the same launches for every token: no layer's memory grows.
+  // Whether no layer's memory grows with the tokens read.
   bool replayable() const;
+  // Room for so many more tokens, so that forward allocates none for them.
+  void reserve(SequenceState& state, std::int64_t tokens) const;
+  // A token more was read by running a recorded step.
+  void advance(SequenceState& state) const;
 
   SequenceState new_state(Device device = Device::kCpu, DType activation_dtype = DType::kF32) const;
 

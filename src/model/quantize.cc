@@ -19,7 +19,7 @@ namespace {
 namespace fs = std::filesystem;
 
 constexpr const char* kMethod = "deltafox";
-constexpr std::int64_t kVersion = 1;
+constexpr std::int64_t kSchemeVersion = 1;
 constexpr std::size_t kMaxSmallFile = std::size_t{256} << 20;
 
 // How a parameter is written.
@@ -72,7 +72,7 @@ std::string with_quantization(const std::string& config, DType dtype) {
   return fmt::format(
       "{}{}\n  \"quantization_config\": {{\"quant_method\": \"{}\", \"version\": {}, \"weights\": "
       "\"{}\"}}\n}}\n",
-      text, empty ? "" : ",", kMethod, kVersion, dtype == DType::kQ8 ? "int8" : "int4");
+      text, empty ? "" : ",", kMethod, kSchemeVersion, dtype == DType::kQ8 ? "int8" : "int4");
 }
 
 void refuse_existing(const fs::path& directory) {
@@ -93,9 +93,9 @@ std::optional<DType> quantization_of(const io::JsonObject& config) {
   scheme->choice("quant_method", "", {kMethod});
   const std::string weights = scheme->choice("weights", "", {"int8", "int4"});
   const std::int64_t version = scheme->integer("version", 0, 0, 1 << 20);
-  if (version != kVersion) {
+  if (version != kSchemeVersion) {
     fail("{}: key 'quantization_config.version': {} is not known, only {}", config.file(), version,
-         kVersion);
+         kSchemeVersion);
   }
   return weights == "int8" ? DType::kQ8 : DType::kQ4;
 }

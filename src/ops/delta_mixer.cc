@@ -34,6 +34,14 @@ void delta_inputs(Context& ctx, const DeltaInputsArgs& args) {
   check("delta_inputs", "projected", args.projected, {tokens, 3 * heads * keys}, args.q.dtype);
   check_convolutions("delta_inputs", args.convolutions, heads * keys, args.sequences.count());
   check("delta_inputs", "beta", args.beta, {tokens, heads});
+  if (args.x.data != nullptr) {
+    const std::int64_t width = args.x.shape[1];
+    if (width % 8 != 0 || heads > kDeltaInputsHeads) {
+      fail("delta_inputs: {} columns or {} heads do not fit", width, heads);
+    }
+    check("delta_inputs", "x", args.x, {tokens, width}, DType::kBF16);
+    check("delta_inputs", "b_proj", args.b_proj, {heads, width}, DType::kBF16);
+  }
   check_activation(ctx, "delta_inputs", "q", args.q, {tokens, heads, keys});
   check("delta_inputs", "k", args.k, args.q.shape, args.q.dtype);
   check("delta_inputs", "v", args.v, args.q.shape, args.q.dtype);

@@ -1,7 +1,8 @@
 // The DeltaNet mixer between its products, for GPUs: what is bound by memory there, in one pass.
 //
 // delta_inputs: what the delta rule reads,
-//   [q | k | v] = silu(short_conv(projected)) with W = 4 (ops/short_conv.h), β = σ(β),
+//   [q | k | v] = silu(short_conv(projected)) with W = 4 (ops/short_conv.h),
+//   β = σ(β), or σ(x b_projᵀ) where x is given,
 //   then q and k of each head at length one: x · rsqrt(Σx² + 1e-6).
 // delta_token: one token of each sequence through all of it: delta_inputs, delta_rule
 //   (ops/delta_rule.h), rms_norm of each head; heads of kDeltaTokenHead.
@@ -18,6 +19,7 @@ namespace deltafox {
 
 constexpr std::int64_t kDeltaConvWidth = 4;    // W
 constexpr std::int64_t kDeltaTokenHead = 128;  // K and V of delta_token
+constexpr std::int64_t kDeltaInputsHeads = 16;
 
 struct DeltaConvolutions {
   ConstTensorView q, k, v;                              // weights, each [H·K, W]
@@ -28,10 +30,12 @@ struct DeltaInputsArgs {
   ConstTensorView projected;  // [T, 3·H·K]: q, k, v before the convolutions
   DeltaConvolutions convolutions;
   Sequences sequences;
-  TensorView beta;  // [T, H] F32, in place
-  TensorView q;     // [T, H, K], K a power of two from 8 to 256
-  TensorView k;     // [T, H, K]
-  TensorView v;     // [T, H, K]
+  ConstTensorView x = {};       // [T, C] BF16, C a multiple of 8, with
+  ConstTensorView b_proj = {};  // [H, C] BF16, H at most kDeltaInputsHeads; or no data
+  TensorView beta;              // [T, H] F32, in place without x
+  TensorView q;                 // [T, H, K], K a power of two from 8 to 256
+  TensorView k;                 // [T, H, K]
+  TensorView v;                 // [T, H, K]
 };
 
 struct DeltaTokenArgs {

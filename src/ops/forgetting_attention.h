@@ -32,6 +32,9 @@ struct ForgettingAttentionArgs {
   // [H] the bound of |q·k| / √D of each head. No data: the norm of the query times the greatest
   // norm of the keys so far, which the caches must keep.
   std::span<const float> score_bounds = {};
+  // The CPU may round q, k, v and the softmax's weights to bfloat16 where it has tiles for such
+  // products; sums, scores and the softmax are float32 in any case.
+  bool bf16_products = false;
   TensorView o;         // [T, H, D]
   TensorView lse = {};  // [T, H] F32, ln Σ_j e^s_ij for the backward; or no data
 };

@@ -39,7 +39,12 @@ void linear_glu(Context& ctx, const LinearGluArgs& args) {
   const std::int64_t rows = args.x.shape[0];
   check_activation(ctx, "linear_glu", "x", args.x, {rows, args.w.shape[1]});
   check_activation(ctx, "linear_glu", "y", args.y, {rows, args.w.shape[0] / 2});
-  if (ctx.device() == Device::kCuda && cuda::linear_glu(ctx, args)) return;
+  {
+    const OpTimer timer("linear_glu");
+    if (ctx.device() == Device::kCuda ? cuda::linear_glu(ctx, args) : cpu::linear_glu(ctx, args)) {
+      return;
+    }
+  }
   ScratchScope scratch(ctx);
   const TensorView gate_up = scratch.activation({rows, args.w.shape[0]});
   linear(ctx, {.x = args.x, .w = args.w, .y = gate_up});

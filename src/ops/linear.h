@@ -64,6 +64,8 @@ namespace cpu {
 // Whether products with BF16 matrices, and their gradients, are faster than with F32.
 bool has_fast_bf16_products();
 void linear(Context& ctx, const LinearArgs& args);
+// False where no kernel computes it in one pass.
+bool linear_glu(Context& ctx, const LinearGluArgs& args);
 void linear_backward(Context& ctx, const LinearBackwardArgs& args);
 }  // namespace cpu
 namespace cuda {

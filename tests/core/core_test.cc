@@ -1,9 +1,12 @@
 // Buffer, Scratch, ThreadPool.
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <atomic>
 #include <numeric>
+#include <random>
 #include <thread>
+#include <vector>
 
 #include "core/context.h"
 #include "deltafox/error.h"
@@ -20,6 +23,32 @@ TEST(Buffer, IsZeroedAlignedAndCopiesItsContents) {
     const Buffer copy = buffer;
     buffer.data()[bytes - 1] = std::byte{8};
     EXPECT_EQ(copy.data()[bytes - 1], std::byte{7});
+  }
+}
+
+// Of a size that is cut from larger pieces, in any order of use.
+TEST(Buffer, IsZeroedAndItsOwnWhereSeveralSharePages) {
+  std::mt19937 random(1);
+  std::vector<Buffer> buffers;
+  std::vector<std::byte> marks;
+  for (int round = 0; round < 300; ++round) {
+    if (buffers.size() == 40 || (!buffers.empty() && random() % 3 == 0)) {
+      const std::size_t i = random() % buffers.size();
+      std::swap(buffers[i], buffers.back());
+      std::swap(marks[i], marks.back());
+      const auto* bytes = buffers.back().data();
+      const auto all_marked = [&](std::byte byte) { return byte == marks.back(); };
+      ASSERT_TRUE(std::all_of(bytes, bytes + buffers.back().size(), all_marked));
+      buffers.pop_back();
+      marks.pop_back();
+      continue;
+    }
+    Buffer& buffer = buffers.emplace_back((300 + 100 * (random() % 3)) * 1024);
+    ASSERT_EQ(reinterpret_cast<std::uintptr_t>(buffer.data()) % 64, 0U);
+    const auto zero = [](std::byte byte) { return byte == std::byte{0}; };
+    ASSERT_TRUE(std::all_of(buffer.data(), buffer.data() + buffer.size(), zero));
+    marks.push_back(static_cast<std::byte>(1 + random() % 255));
+    std::fill(buffer.data(), buffer.data() + buffer.size(), marks.back());
   }
 }
 

@@ -9,6 +9,7 @@
 #include "ops/gate.h"
 #include "ops/log_sigmoid.h"
 #include "ops/rms_norm.h"
+#include "support/activations.h"
 #include "support/tensors.h"
 
 namespace deltafox {
@@ -55,8 +56,7 @@ class CudaBackward : public EachDType {};
 TEST_P(CudaBackward, ActivationsAndGates) {
   Random random(1);
   Gpu gpu(GetParam());
-  for (const Activation kind : {Activation::kIdentity, Activation::kSilu, Activation::kSigmoid,
-                                Activation::kRelu, Activation::kEluPlusOne}) {
+  for (const Activation kind : test::kActivations) {
     const Shape shape{3, random.integer(1, 99)};
     Tensor x = random.normal_tensor(shape);
     Tensor gate = random.normal_tensor(shape);

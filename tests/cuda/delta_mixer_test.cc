@@ -132,8 +132,9 @@ Inputs plain_inputs(Side& side, const std::vector<std::int64_t>& cu, std::int64_
   return inputs;
 }
 
+// Beta from its logits, or with `from_x` from x.
 Inputs gpu_inputs(Gpu& gpu, Side& side, const std::vector<std::int64_t>& cu, std::int64_t heads,
-                  std::int64_t keys) {
+                  std::int64_t keys, bool from_x = false) {
   const Shape shape{cu.back(), heads, keys};
   Inputs inputs{Tensor(gpu.dtype(), shape, Device::kCuda),
                 Tensor(gpu.dtype(), shape, Device::kCuda),
@@ -141,6 +142,8 @@ Inputs gpu_inputs(Gpu& gpu, Side& side, const std::vector<std::int64_t>& cu, std
   ops::delta_inputs(gpu.ctx(), {.projected = side.projected.view(),
                                 .convolutions = side.convolutions(),
                                 .sequences = Sequences(cu),
+                                .x = from_x ? side.x.view() : TensorView{},
+                                .b_proj = side.b_proj.view(),
                                 .beta = side.beta.view(),
                                 .q = inputs.q.view(),
                                 .k = inputs.k.view(),
@@ -176,6 +179,23 @@ TEST_P(CudaDeltaMixer, InputsEqualPlainOnRaggedBatches) {
   }
 }
 
+TEST(CudaDeltaMixerBeta, BetaFromXEqualsPlain) {
+  Random random(4);
+  Gpu gpu(DType::kBF16);
+  for (const auto& [heads, longest] :
+       {std::pair<std::int64_t, std::int64_t>{12, 60}, {16, 5}, {3, 900}}) {
+    SCOPED_TRACE(testing::Message() << heads << " heads");
+    const std::vector<std::int64_t> cu = random.lengths(4, longest);
+    Side host = random_side(random, cu.back(), 4, heads, 8);
+    Side device = upload(gpu, host);
+    gpu_inputs(gpu, device, cu, heads, 8, true);
+    reference::linear({.x = host.x.view(), .w = host.b_proj.view(), .y = host.beta.view()});
+    reference::activation({.activation = Activation::kSigmoid, .x = host.beta.view()});
+    // Tensor cores cut sums off where others round.
+    expect_close(gpu.download(device.beta), host.beta, 0x1p-17);
+  }
+}
+
 // Rows are dealt out to blocks by the number of tokens, and sequences to launches by their number.
 TEST_P(CudaDeltaMixer, InputsDependOnTheirSequenceAlone) {
   Random random(2);
@@ -185,7 +205,8 @@ TEST_P(CudaDeltaMixer, InputsDependOnTheirSequenceAlone) {
   const std::vector<std::int64_t> cu{0, 2400, 2437, 2438};
   Side host = random_side(random, cu.back(), 3, kHeads, kKeys);
   Side device = upload(gpu, host);
-  const Inputs all = gpu_inputs(gpu, device, cu, kHeads, kKeys);
+  const bool from_x = gpu.dtype() == DType::kBF16;
+  const Inputs all = gpu_inputs(gpu, device, cu, kHeads, kKeys, from_x);
   Side alone;
   const auto row = static_cast<std::ptrdiff_t>(cu[1]);
   alone.projected = Tensor(DType::kF32, {37, 3 * kHeads * kKeys});
@@ -198,10 +219,11 @@ TEST_P(CudaDeltaMixer, InputsDependOnTheirSequenceAlone) {
   alone.recurrent.push_back(host.recurrent[1]);
   alone.beta = Tensor(DType::kF32, {37, kHeads});
   alone.x = Tensor(DType::kF32, {37, kWidth});
+  std::copy_n(host.x.f32() + row * kWidth, 37 * kWidth, alone.x.f32());
   alone.b_proj = host.b_proj;
   alone.norm = host.norm;
   Side device_alone = upload(gpu, alone);
-  const Inputs one = gpu_inputs(gpu, device_alone, {0, 37}, kHeads, kKeys);
+  const Inputs one = gpu_inputs(gpu, device_alone, {0, 37}, kHeads, kKeys, from_x);
   const auto expect_part = [&](const Tensor& part, const Tensor& whole) {
     const Tensor got = gpu.download(part);
     const Tensor of = gpu.download(whole);
@@ -212,6 +234,12 @@ TEST_P(CudaDeltaMixer, InputsDependOnTheirSequenceAlone) {
   expect_part(one.q, all.q);
   expect_part(one.k, all.k);
   expect_part(one.v, all.v);
+  if (!from_x) return;
+  const Tensor beta = gpu.download(device.beta);
+  const Tensor beta_alone = gpu.download(device_alone.beta);
+  for (std::int64_t i = 0; i < 37 * kHeads; ++i) {
+    ASSERT_EQ(beta_alone.f32()[i], beta.f32()[row * kHeads + i]) << i;
+  }
 }
 
 TEST_P(CudaDeltaMixer, ATokenEqualsPlain) {

@@ -3,7 +3,6 @@
 
 #include <array>
 #include <cmath>
-#include <cstring>
 
 #include "cuda/gpu.h"
 #include "ops/delta_rule.h"
@@ -160,6 +159,46 @@ TEST_P(CudaProduct, ARowOfManyDoesNotDependOnTheOthers) {
   const Tensor all = gated(2000);
   const Tensor some = gated(1029);
   for (std::int64_t i = 0; i < 1029 * kOutputs; ++i) ASSERT_EQ(some.f32()[i], all.f32()[i]) << i;
+}
+
+// Blocks that share a tile, in four parts of K and in two, and those that have whole ones; y and K
+// end within a tile.
+TEST_P(CudaLinear, SumsOfManyRowsEqualPlainAndDoNotDependOnTheOthers) {
+  Random random(12);
+  Gpu gpu(GetParam());
+  struct Case {
+    std::int64_t tokens, fewer, outputs, k;
+  };
+  for (const Case& c : {Case{500, 257, 396, 520},
+                        {512, 300, 96, 264},
+                        {901, 513, 1160, 328},
+                        {2100, 2050, 1400, 264},
+                        {4100, 4097, 40, 200}}) {
+    SCOPED_TRACE(testing::Message() << c.tokens << " x " << c.outputs << " x " << c.k);
+    Tensor x = random.normal_tensor({c.tokens, c.k});
+    Tensor w = random.normal_tensor({c.outputs, c.k}, 1 / std::sqrt(static_cast<float>(c.k)));
+    Tensor sums = random.normal_tensor({c.tokens, c.outputs});
+    const Tensor gpu_x = gpu.upload(x, gpu.dtype());
+    const Tensor gpu_w = gpu.upload(w, gpu.dtype());
+    const auto added = [&](std::int64_t rows) {
+      Tensor y = gpu.upload(sums);
+      const Shape shape{rows, c.outputs};
+      ops::linear(gpu.ctx(), {.x = {gpu_x.view().data, gpu.dtype(), {rows, c.k}},
+                              .w = gpu_w.view(),
+                              .y = {y.view().data, DType::kF32, shape},
+                              .accumulate = true});
+      return gpu.download(y);
+    };
+    const Tensor all = added(c.tokens);
+    const Tensor some = added(c.fewer);
+    const std::int64_t size = c.fewer * c.outputs;
+    for (std::int64_t i = 0; i < size; ++i) ASSERT_EQ(some.f32()[i], all.f32()[i]) << i;
+    for (std::int64_t i = size; i < c.tokens * c.outputs; ++i) {
+      ASSERT_EQ(some.f32()[i], sums.f32()[i]) << i;
+    }
+    reference::linear({.x = x.view(), .w = w.view(), .y = sums.view(), .accumulate = true});
+    expect_close(all, sums, tolerance(DType::kF32, c.k));
+  }
 }
 
 // Rows of a bucket: 1 to 16, 17 to 32, 33 to 64 and so on.
@@ -566,33 +605,6 @@ TEST_P(CudaStepOfForm, AProgramDoesNotDependOnTheBatch) {
 INSTANTIATE_TEST_SUITE_P(Forms, CudaStepOfForm,
                          testing::Values(DType::kBF16, DType::kQ8, DType::kQ4),
                          [](const auto& p) { return std::string(name_of(p.param)); });
-
-TEST(CudaStep, GreedyTokenIsTheFirstOfTheLargest) {
-  Random random(5);
-  Gpu gpu(DType::kF32);
-  constexpr std::int64_t kStride = 5004;  // what lies behind the classes does not count
-  Tensor logits = random.normal_tensor({3, kStride});
-  for (const int i : {40, 4999, 4100, 5001}) logits.f32()[i] = 9;
-  logits.f32()[kStride] = 9;
-  logits.f32()[2 * kStride + 4999] = 9;
-  logits.f32()[2 * kStride + 5000] = 10;
-  const Tensor gpu_logits = gpu.upload(logits);
-  Tensor ids = device(DType::kI32, {3});
-  Tensor counts = device(DType::kI32, {3});
-  const auto memory = cuda::allocate_shared(2 * 3 * 4);
-  auto* history = static_cast<std::int32_t*>(memory.get());
-  for (int call = 0; call < 3; ++call) {  // the last one finds no room
-    ops::greedy_token(gpu.ctx(), {.logits = gpu_logits.view(),
-                                  .classes = 5000,
-                                  .ids = ids.view(),
-                                  .counts = counts.view(),
-                                  .history = history,
-                                  .capacity = 2});
-  }
-  gpu.ctx().synchronize();
-  const std::int32_t expected[] = {40, 0, 4999, 40, 0, 4999};
-  EXPECT_EQ(std::memcmp(history, expected, sizeof expected), 0);
-}
 
 }  // namespace
 }  // namespace deltafox

@@ -207,11 +207,7 @@ TEST_P(CudaModel, RecordedGreedyStepsEqualStepsAndSavedStatesGoOn) {
   }
 }
 
-INSTANTIATE_TEST_SUITE_P(Golden, CudaModel, testing::ValuesIn(Golden::cases()), [](const auto& p) {
-  std::string name = p.param;
-  std::replace(name.begin(), name.end(), '-', '_');
-  return name;
-});
+INSTANTIATE_TEST_SUITE_P(Golden, CudaModel, testing::ValuesIn(Golden::cases()), Golden::test_name);
 
 }  // namespace
 }  // namespace deltafox

@@ -172,6 +172,14 @@ TEST_P(GoldenModel, AnyNumberOfThreadsGivesTheSameBits) {
   EXPECT_EQ(test::logits(one, rows_, one_states), test::logits(four, rows_, four_states));
 }
 
+TEST_P(GoldenModel, CopiedWeightsGiveTheSameBits) {
+  const Model copied = Model::load(golden_.directory(), {.copy_weights = true});
+  std::vector<State> states(rows_.size(), model_.new_state());
+  std::vector<State> copied_states(rows_.size(), copied.new_state());
+  EXPECT_EQ(test::logits(model_, rows_, states), test::logits(copied, rows_, copied_states));
+  EXPECT_EQ(copied.info().weight_bytes, model_.info().weight_bytes);
+}
+
 TEST_P(GoldenModel, ForkingAndSavingAStateChangesNothing) {
   constexpr std::ptrdiff_t kHead = 20;
   const std::vector<std::int32_t>& sequence = rows_.front();
@@ -194,11 +202,7 @@ TEST_P(GoldenModel, ForkingAndSavingAStateChangesNothing) {
 }
 
 INSTANTIATE_TEST_SUITE_P(Golden, GoldenModel, testing::ValuesIn(Golden::cases()),
-                         [](const auto& param) {
-                           std::string name = param.param;
-                           std::replace(name.begin(), name.end(), '-', '_');
-                           return name;
-                         });
+                         Golden::test_name);
 
 }  // namespace
 }  // namespace deltafox

@@ -4,6 +4,7 @@
 
 #include <cmath>
 
+#include "core/float_convert.h"
 #include "ops/forgetting_attention.h"
 #include "ops/gate.h"
 #include "ops/kv_append.h"
@@ -11,17 +12,13 @@
 #include "ops/rope.h"
 #include "ops/token_shift.h"
 #include "support/random.h"
+#include "support/tensors.h"
 
 namespace deltafox {
 namespace {
 
+using test::expect_near;
 using test::Random;
-
-void expect_near(const Tensor& got, const Tensor& expected, float tolerance) {
-  for (std::int64_t i = 0; i < got.view().shape.size(); ++i) {
-    ASSERT_NEAR(got.f32()[i], expected.f32()[i], tolerance) << "element " << i;
-  }
-}
 
 class AttentionOps : public testing::Test {
  protected:
@@ -175,6 +172,7 @@ struct AttentionCase {
                                .sequences = Sequences(sequences),
                                .caches = of_sequences,
                                .log_pruning_tolerance = tolerance,
+                               .bf16_products = bf16_products,
                                .o = {const_cast<void*>(out.data), DType::kF32, out.shape}});
     for (KvCache* cache : of_sequences) cache->drop_unseen();
   }
@@ -189,6 +187,7 @@ struct AttentionCase {
   Tensor q, k, v, log_gates, o;
   std::vector<KvCache> caches;
   std::optional<float> tolerance;
+  bool bf16_products = false;
 };
 
 TEST_F(AttentionOps, AttentionEqualsPlain) {
@@ -209,11 +208,39 @@ TEST_F(AttentionOps, AttentionEqualsPlain) {
   }
 }
 
+// With q, k and v that are bfloat16 already, and still are when scaled by 1 / √D, what products of
+// bfloat16 round is the weights, by 2^-9 at most: outputs then are off by 2^-9 max|v|.
+TEST_F(AttentionOps, AttentionByProductsOfBf16EqualsPlain) {
+  for (int round = 0; round < 24; ++round) {
+    const std::int64_t kv_heads = random_.integer(1, 2);
+    const std::int64_t heads = kv_heads * random_.integer(1, 3);
+    KvLayout layout{.kv_heads = kv_heads, .head_dim = round % 2 == 0 ? 16 : 64};
+    if (round % 3 != 0) layout.gate_heads = heads;
+    if (round % 4 == 1) layout.window = random_.integer(1, 100);
+    AttentionCase c(random_, random_.lengths(3, 400), heads, layout);
+    float greatest = 0;
+    for (Tensor* tensor : {&c.q, &c.k, &c.v}) {
+      for (std::int64_t i = 0; i < tensor->view().shape.size(); ++i) {
+        tensor->f32()[i] = bf16_to_f32(f32_to_bf16(tensor->f32()[i]));
+        greatest = std::max(greatest, std::abs(tensor->f32()[i]));
+      }
+    }
+    AttentionCase plain = c;
+    c.bf16_products = true;
+    c.run_all(ctx_,
+              [&](const ForgettingAttentionArgs& args) { ops::forgetting_attention(ctx_, args); });
+    plain.run_all(
+        ctx_, [](const ForgettingAttentionArgs& args) { reference::forgetting_attention(args); });
+    expect_near(c.o, plain.o, greatest / 512 + 2e-5F);
+  }
+}
+
 TEST_F(AttentionOps, AnySplitGivesTheSameBits) {
-  for (const bool windowed : {false, true}) {
+  for (int kind = 0; kind < 4; ++kind) {
     KvLayout layout{.kv_heads = 1, .head_dim = 24, .gate_heads = 2};
-    if (windowed) layout.window = 70;
-    const AttentionCase fresh(random_, {0, 300}, 2, layout);
+    if (kind % 2 == 1) layout.window = 70;
+    AttentionCase fresh(random_, {0, 300}, 2, layout);
+    fresh.bf16_products = kind >= 2;
     AttentionCase whole = fresh;
     const auto attention = [&](const ForgettingAttentionArgs& args) {
       ops::forgetting_attention(ctx_, args);
@@ -232,20 +259,57 @@ TEST_F(AttentionOps, AnySplitGivesTheSameBits) {
   }
 }
 
+// A single query of few heads is cut into tasks of stretches of keys, the queries of a prompt are
+// not: the sums are the same.
+TEST_F(AttentionOps, StretchesOfALongSequenceGiveTheSameBitsTogetherAndApart) {
+  constexpr std::int64_t kLength = 2300;
+  constexpr std::int64_t kHead = 2250;
+  for (int kind = 0; kind < 4; ++kind) {
+    KvLayout layout{.kv_heads = 1, .head_dim = 20, .gate_heads = 1};
+    if (kind % 2 == 1) layout.window = 1500;
+    AttentionCase whole(random_, {0, kLength}, 1, layout, 0.001F);
+    whole.bf16_products = kind >= 2;
+    AttentionCase split = whole;
+    const auto attention = [&](const ForgettingAttentionArgs& args) {
+      ops::forgetting_attention(ctx_, args);
+    };
+    whole.run_all(ctx_, attention);
+    KvCache* const cache = &split.caches[0];
+    const std::int64_t head[] = {0, kHead};
+    split.run(ctx_, attention, 0, kHead, head, {&cache, 1});
+    for (std::int64_t t = kHead; t < kLength; ++t) {
+      const std::int64_t one[] = {0, 1};
+      split.run(ctx_, attention, t, t + 1, one, {&cache, 1});
+    }
+    expect_near(split.o, whole.o, 0);
+    AttentionCase plain = split;
+    plain.caches.assign(1, KvCache(layout));
+    plain.run_all(
+        ctx_, [](const ForgettingAttentionArgs& args) { reference::forgetting_attention(args); });
+    if (!whole.bf16_products) expect_near(split.o, plain.o, 2e-5F);
+  }
+}
+
 TEST_F(AttentionOps, ASequenceDoesNotDependOnItsBatchNorOnThreads) {
   const KvLayout layout{.kv_heads = 2, .head_dim = 32, .gate_heads = 2};
-  AttentionCase batch(random_, {0, 70, 200, 201}, 2, layout);
-  AttentionCase alone = batch;
-  batch.run_all(
-      ctx_, [&](const ForgettingAttentionArgs& args) { ops::forgetting_attention(ctx_, args); });
-  ThreadPool one(1);
-  Context one_ctx(one);
-  const std::int64_t sequence[] = {0, 130};
-  KvCache* const cache = &alone.caches[1];
-  alone.run(one_ctx,
-            [&](const ForgettingAttentionArgs& args) { ops::forgetting_attention(one_ctx, args); },
-            70, 200, sequence, {&cache, 1});
-  for (std::int64_t i = 70 * 64; i < 200 * 64; ++i) ASSERT_EQ(alone.o.f32()[i], batch.o.f32()[i]);
+  for (const bool bf16_products : {false, true}) {
+    AttentionCase batch(random_, {0, 70, 600, 601}, 2, layout);
+    batch.bf16_products = bf16_products;
+    AttentionCase alone = batch;
+    batch.run_all(
+        ctx_, [&](const ForgettingAttentionArgs& args) { ops::forgetting_attention(ctx_, args); });
+    ThreadPool one(1);
+    Context one_ctx(one);
+    const std::int64_t sequence[] = {0, 530};
+    KvCache* const cache = &alone.caches[1];
+    const auto attention = [&](const ForgettingAttentionArgs& args) {
+      ops::forgetting_attention(one_ctx, args);
+    };
+    alone.run(one_ctx, attention, 70, 600, sequence, {&cache, 1});
+    for (std::int64_t i = 70 * 64; i < 600 * 64; ++i) {
+      ASSERT_EQ(alone.o.f32()[i], batch.o.f32()[i]);
+    }
+  }
 }
 
 // Sums of a hundred thousand log gates: a float32 sum would be wrong by some hundredths there.

@@ -13,6 +13,7 @@
 #include "ops/rope.h"
 #include "ops/short_conv.h"
 #include "ops/token_shift.h"
+#include "support/activations.h"
 #include "support/gradients.h"
 
 namespace deltafox {
@@ -21,10 +22,6 @@ namespace {
 using test::dot;
 using test::GradientCheck;
 using test::Random;
-
-constexpr Activation kActivations[] = {Activation::kIdentity, Activation::kSilu,
-                                       Activation::kSigmoid, Activation::kRelu,
-                                       Activation::kEluPlusOne};
 
 // Away from the kink of ReLU, which finite differences must not cross.
 Tensor away_from_zero(Tensor x) {
@@ -52,7 +49,7 @@ void check(Random& random, std::vector<test::Input> inputs, Fast fast, Plain pla
 
 TEST(Backward, Activation) {
   Random random(1);
-  for (const Activation activation : kActivations) {
+  for (const Activation activation : test::kActivations) {
     Tensor x = away_from_zero(random.normal_tensor({random.integer(1, 50), random.integer(1, 99)}));
     const Tensor dy = random.normal_tensor(x.view().shape);
     check(
@@ -152,7 +149,7 @@ TEST(Backward, ForgetGate) {
 
 TEST(Backward, FeatureMap) {
   Random random(6);
-  for (const Activation activation : kActivations) {
+  for (const Activation activation : test::kActivations) {
     for (const FeatureNorm norm : {FeatureNorm::kNone, FeatureNorm::kL2, FeatureNorm::kSum}) {
       Tensor x =
           away_from_zero(random.normal_tensor({random.integer(1, 9), 3, random.integer(1, 70)}));

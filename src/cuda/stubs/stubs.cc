@@ -3,6 +3,8 @@
 #include "core/error.h"
 #include "ops/activation.h"
 #include "ops/adamw.h"
+#include "ops/attention_step.h"
+#include "ops/choose_token.h"
 #include "ops/cross_entropy.h"
 #include "ops/delta_mixer.h"
 #include "ops/delta_rule.h"
@@ -109,6 +111,12 @@ void adamw_step(Context& /*ctx*/, const AdamWStepArgs& /*args*/) {
 double sum_of_squares(Context& /*ctx*/, const ConstTensorView& /*x*/) {
   fail_without_cuda();
 }
+void attention_step(Context& /*ctx*/, const AttentionStepArgs& /*args*/) {
+  fail_without_cuda();
+}
+void choose_token(Context& /*ctx*/, const ChooseTokenArgs& /*args*/) {
+  fail_without_cuda();
+}
 void cross_entropy(Context& /*ctx*/, const CrossEntropyArgs& /*args*/) {
   fail_without_cuda();
 }
@@ -147,6 +155,9 @@ void gate_backward(Context& /*ctx*/, const GateBackwardArgs& /*args*/) {
   fail_without_cuda();
 }
 void gla(Context& /*ctx*/, const GlaArgs& /*args*/) {
+  fail_without_cuda();
+}
+void gla_step(Context& /*ctx*/, const GlaStepArgs& /*args*/) {
   fail_without_cuda();
 }
 void gla_backward(Context& /*ctx*/, const GlaBackwardArgs& /*args*/) {
@@ -188,6 +199,9 @@ void rope_backward(Context& /*ctx*/, const RopeBackwardArgs& /*args*/) {
 void selective_scan(Context& /*ctx*/, const SelectiveScanArgs& /*args*/) {
   fail_without_cuda();
 }
+void selective_scan_backward(Context& /*ctx*/, const SelectiveScanBackwardArgs& /*args*/) {
+  fail_without_cuda();
+}
 void short_conv(Context& /*ctx*/, const ShortConvArgs& /*args*/) {
   fail_without_cuda();
 }
@@ -198,6 +212,9 @@ bool short_conv_backward_has_norm(const ShortConvBackwardArgs& /*args*/) {
   fail_without_cuda();
 }
 void ssd(Context& /*ctx*/, const SsdArgs& /*args*/) {
+  fail_without_cuda();
+}
+void ssd_step(Context& /*ctx*/, const SsdStepArgs& /*args*/) {
   fail_without_cuda();
 }
 void ssd_backward(Context& /*ctx*/, const SsdBackwardArgs& /*args*/) {
@@ -223,9 +240,6 @@ void run_step_program(Context& /*ctx*/) {
   fail_without_cuda();
 }
 void end_step_program(Context& /*ctx*/) {
-  fail_without_cuda();
-}
-void greedy_token(Context& /*ctx*/, const GreedyTokenArgs& /*args*/) {
   fail_without_cuda();
 }
 

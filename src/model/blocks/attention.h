@@ -119,6 +119,12 @@ class AttentionMixer {
                std::span<State* const> states, const TensorView& hidden, Saved* saved = nullptr,
                const ConstTensorView& residual = {}) const;
 
+  // The fused way of a GPU for one token of each of a few sequences: hidden [B, C] +=
+  // mixer(rms_norm(hidden) with the weight `norm` and `eps`).
+  bool has_step() const;
+  void step(Context& ctx, const ConstTensorView& norm, float eps, std::span<State* const> states,
+            const TensorView& hidden) const;
+
   // saved.output, which forward does not keep, in scratch memory.
   void restore_output(Context& ctx, ScratchScope& scratch, Saved& saved) const {
     saved.output = output(ctx, scratch, saved);
@@ -180,6 +186,12 @@ class AttentionMixer {
   TensorView log_gates(Context& ctx, ScratchScope& scratch, const ConstTensorView& x) const;
   // The bounds of |q·k| / √D that the norms' weights give, [H]; empty without them.
   std::span<const float> score_bounds(ScratchScope& scratch) const;
+  // The states' caches, with room for the tokens to come; `positions` are those of the first.
+  static std::span<KvCache*> extended(ScratchScope& scratch, const Sequences& sequences,
+                                      std::span<State* const> states,
+                                      std::span<std::int64_t> positions);
+  // Once all that looks at them was launched.
+  static void drop_unseen(const Context& ctx, std::span<KvCache* const> caches);
   // o [T, H, D], and lse [T, H] if it has data
   void attend(Context& ctx, const TensorView& q, const TensorView& k, const TensorView& v,
               const TensorView& gates, const Sequences& sequences, std::span<State* const> states,

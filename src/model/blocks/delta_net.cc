@@ -61,11 +61,13 @@ ConstTensorView DeltaNetMixer::normed(Context& ctx, ScratchScope& scratch,
 }
 
 DeltaNetMixer::Inputs DeltaNetMixer::inputs(Context& ctx, ScratchScope& scratch,
+                                            const ConstTensorView& of_beta,
                                             const Sequences& sequences,
                                             std::span<State* const> states, const Saved& saved,
-                                            bool backward) const {
+                                            bool keep, bool backward) const {
   Inputs in;
-  if (weights_.b_proj) in.beta = copy_of(ctx, scratch, saved.beta_logits);
+  if (weights_.b_proj)
+    in.beta = keep ? copy_of(ctx, scratch, saved.beta_logits) : saved.beta_logits;
   if (saved.joined.data != nullptr) {
     in.q = scratch.like(saved.o);
     in.k = scratch.like(saved.o);
@@ -73,6 +75,8 @@ DeltaNetMixer::Inputs DeltaNetMixer::inputs(Context& ctx, ScratchScope& scratch,
     ops::delta_inputs(ctx, {.projected = saved.joined,
                             .convolutions = convolutions(ctx, scratch, sequences, states),
                             .sequences = sequences,
+                            .x = of_beta,
+                            .b_proj = weights_.b_proj->value,
                             .beta = in.beta,
                             .q = in.q,
                             .k = in.k,
@@ -178,14 +182,24 @@ void DeltaNetMixer::forward(Context& ctx, const ConstTensorView& x, const Sequen
     kept.k_projected = projected(weights_.k_proj);
     kept.v_projected = projected(weights_.v_proj);
   }
-  if (weights_.b_proj) {
+  // Where nothing needs its logits, beta is computed with what else the rule reads.
+  const bool beta_within = saved == nullptr && kept.joined.data != nullptr &&
+                           input.dtype == DType::kBF16 &&
+                           weights_.b_proj->value.dtype == DType::kBF16 &&
+                           input.shape[1] % 8 == 0 && heads <= kDeltaInputsHeads;
+  if (beta_within) {
+    kept.beta_logits = scratch.tensor({tokens, heads});
+  } else if (weights_.b_proj) {
     kept.beta_logits = project(ctx, kept_scratch, input, weights_.b_proj->value, {}, DType::kF32);
   }
   if (weights_.g_proj) kept.gate = projected(*weights_.g_proj);
   kept.o = kept_scratch.activation({tokens, heads, config_.value_dim / heads});
+  // Where nothing else reads o, a GPU writes it normed.
+  const bool norm_within = ctx.device() == Device::kCuda && saved == nullptr && !weights_.g_proj;
   {
     ScratchScope input_scratch(ctx);
-    const Inputs in = inputs(ctx, input_scratch, sequences, states, kept, false);
+    const Inputs in = inputs(ctx, input_scratch, beta_within ? input : ConstTensorView{}, sequences,
+                             states, kept, saved != nullptr, false);
     const Shape state{heads, config_.key_dim / heads, config_.value_dim / heads};
     ops::delta_rule(ctx, {.q = in.q,
                           .k = in.k,
@@ -194,10 +208,15 @@ void DeltaNetMixer::forward(Context& ctx, const ConstTensorView& x, const Sequen
                           .sequences = sequences,
                           .states = state_pointers(ctx, input_scratch, sequences, states,
                                                    &State::recurrent, state),
-                          .o = kept.o});
+                          .bf16_products = weights_.q_proj.value.dtype != DType::kF32,
+                          .o = kept.o,
+                          .norm = norm_within ? weights_.o_norm.value : ConstTensorView{},
+                          .norm_eps = config_.norm_eps});
   }
   if (hidden.data != nullptr) {
-    add_output(ctx, output(ctx, scratch, kept), weights_.o_proj, {}, residual, hidden);
+    const TensorView o =
+        norm_within ? kept.o.reshaped({tokens, config_.value_dim}) : output(ctx, scratch, kept);
+    add_output(ctx, o, weights_.o_proj, {}, residual, hidden);
   }
   if (saved != nullptr) *saved = kept;
 }
@@ -329,7 +348,7 @@ void DeltaNetMixer::inputs_backward(Context& ctx, const ConstTensorView& input,
                                     const TensorView& d_o, const TensorView& dinput,
                                     Gradients& gradients) const {
   ScratchScope scratch(ctx);
-  const Inputs in = inputs(ctx, scratch, sequences, {}, saved, true);
+  const Inputs in = inputs(ctx, scratch, {}, sequences, {}, saved, true, true);
   const TensorView dq = scratch.like(in.q);  // [T, H, K]
   const TensorView dk = scratch.like(in.k);  // [T, H, K]
   const TensorView dv = scratch.like(in.v);  // [T, H, V]

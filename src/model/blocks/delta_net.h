@@ -154,9 +154,11 @@ class DeltaNetMixer {
                    const Sequences& sequences, std::span<State* const> states) const;
   // x [T, C] through the norm, with norm_first.
   ConstTensorView normed(Context& ctx, ScratchScope& scratch, const ConstTensorView& x) const;
-  // From the projections in `saved`.
-  Inputs inputs(Context& ctx, ScratchScope& scratch, const Sequences& sequences,
-                std::span<State* const> states, const Saved& saved, bool backward) const;
+  // From the projections in `saved`, of which the logits of beta stay what they are with `keep`;
+  // with `of_beta` [T, C] they are not there, and beta is computed from that.
+  Inputs inputs(Context& ctx, ScratchScope& scratch, const ConstTensorView& of_beta,
+                const Sequences& sequences, std::span<State* const> states, const Saved& saved,
+                bool keep, bool backward) const;
   // What o_proj reads [T, H·V], from o.
   TensorView output(Context& ctx, ScratchScope& scratch, const Saved& saved) const;
 

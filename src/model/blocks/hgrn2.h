@@ -69,6 +69,12 @@ class Hgrn2Mixer {
                std::span<State* const> states, const TensorView& hidden, Saved* saved = nullptr,
                const ConstTensorView& residual = {}) const;
 
+  // The fused way of a GPU for one token of each of a few sequences: hidden [B, C] +=
+  // mixer(rms_norm(hidden) with the weight `norm` and `eps`).
+  bool has_step() const;
+  void step(Context& ctx, const ConstTensorView& norm, float eps, std::span<State* const> states,
+            const TensorView& hidden) const;
+
   // saved.output, which forward does not keep, in scratch memory.
   void restore_output(Context& ctx, ScratchScope& scratch, Saved& saved) const {
     saved.output = output(ctx, scratch, saved);
