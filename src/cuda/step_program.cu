@@ -1074,9 +1074,7 @@ void run_step_program(Context& ctx) {
     const auto run = program->packed ? (program->batch <= 8 ? launch<1, true> : launch<2, true>)
                                      : (program->batch <= 8 ? launch<1, false> : launch<2, false>);
     run(ctx, *program, phases, counters);
-    program->phases.clear();
-    program->packed = false;
-    program->turn = 0;
+    program->clear();
   }
 }
 

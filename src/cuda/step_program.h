@@ -53,6 +53,12 @@ struct StepProgram {
   bool packed = false;  // whether any weights are
   int turn = 0;         // of the next packed weights
   Tensor counters;      // of the barrier between thread blocks; zero between launches
+
+  void clear() {
+    phases.clear();
+    packed = false;
+    turn = 0;
+  }
 };
 
 // Whether the phase was taken; else the caller launches it.
