@@ -12,10 +12,15 @@
 // does not matter to a sum as long as w and x have them in the same places, so a lane reads 16
 // bytes of each at once. Sums are those of a warp's columns in order, then of the warps in order:
 // they depend neither on B nor on the card.
+//
+// Packed weights (packed.cuh) come in whole panels of 16 rows, which are tiles. Blocks get them in
+// turn, over all parts of a program: that evens out who has one more in a part. In the ring a piece
+// is the bytes of some blocks of a panel, over as many rows as they fill.
 #include <algorithm>
 #include <cstring>
 
 #include "cuda/launch.cuh"
+#include "cuda/packed.cuh"
 #include "cuda/rows.cuh"
 #include "cuda/sm90.cuh"
 #include "cuda/step_program.h"
@@ -44,6 +49,8 @@ constexpr int kDim = static_cast<int>(kStepHeadDim);
 constexpr int kUnitColumns = 16;  // of a head's state
 constexpr int kUnits = 4;         // of a half of the workers, at once
 constexpr int kPhaseVectors = sizeof(StepPhase) / 16;
+static_assert(kTileRows == kPackedRows && kBlockColumns == kPackedBlock);
+static_assert(kRowBytes % 16 == 0, "no vector of a packed piece is cut where the ring ends");
 
 struct Counters {
   unsigned arrived;
@@ -95,9 +102,17 @@ __device__ inline int tiles_of(const StepPart& part, const Slice& slice) {
   return part.epilogue == StepEpilogue::kGlu ? 2 * tiles : tiles;
 }
 
-__device__ inline Slice slice_of(int rows) {
-  const unsigned first = static_cast<unsigned>(rows) * blockIdx.x / gridDim.x;
-  const unsigned end = static_cast<unsigned>(rows) * (blockIdx.x + 1) / gridDim.x;
+__device__ inline Slice slice_of(const StepPart& part) {
+  if (is_packed(part.form)) {
+    const auto blocks = static_cast<int>(gridDim.x);
+    int first = static_cast<int>(blockIdx.x) - part.turn;
+    if (first < 0) first += blocks;
+    const int panels = (part.rows + kTileRows - 1) / kTileRows;
+    const int own = first < panels ? (panels - first + blocks - 1) / blocks : 0;
+    return {first * kTileRows, own * kTileRows};
+  }
+  const unsigned first = static_cast<unsigned>(part.rows) * blockIdx.x / gridDim.x;
+  const unsigned end = static_cast<unsigned>(part.rows) * (blockIdx.x + 1) / gridDim.x;
   return {static_cast<int>(first), static_cast<int>(end - first)};
 }
 
@@ -105,9 +120,36 @@ __device__ inline Slice slice_of(int rows) {
 __device__ inline Slice rows_of_tile(const StepPart& part, const Slice& slice, int tile) {
   const bool glu = part.epilogue == StepEpilogue::kGlu;
   const int begin = (glu ? tile / 2 : tile) * kTileRows;
-  return {slice.first + begin + (glu && tile % 2 == 1 ? part.rows : 0),
-          min(kTileRows, slice.rows - begin)};
+  const int behind = glu && tile % 2 == 1 ? part.rows : 0;  // the rows of p
+  if (is_packed(part.form)) {
+    const int first = slice.first + begin * static_cast<int>(gridDim.x);
+    return {first + behind, min(kTileRows, part.rows - first)};
+  }
+  return {slice.first + begin + behind, min(kTileRows, slice.rows - begin)};
 }
+
+__device__ inline int packed_block_bytes(DType form) {
+  return form == DType::kQ4 ? PackedForm<true>::kBlockBytes : PackedForm<false>::kBlockBytes;
+}
+
+// `columns` columns of a tile's rows as they lie in the ring: its rows, and the bytes of one.
+struct Piece {
+  int rows;
+  int bytes;  // of all
+  int row_bytes;
+
+  __device__ Piece(DType form, int tile_rows, int columns) {
+    if (is_packed(form)) {
+      bytes = columns / kPackedBlock * packed_block_bytes(form);
+      rows = (bytes + kRowBytes - 1) / kRowBytes;
+      row_bytes = kRowBytes;
+    } else {
+      rows = tile_rows;
+      row_bytes = columns * 2;
+      bytes = rows * row_bytes;
+    }
+  }
+};
 
 // Where the next piece begins.
 struct Place {
@@ -135,7 +177,7 @@ __device__ inline void copy_row(void* to, const void* from, int bytes, std::uint
       : "memory");
 }
 
-template <int kHalves>
+template <int kHalves, bool kPacked>
 __device__ void stream_weights(const StepPhase* phases, int count, Shared<kHalves>& shared) {
   constexpr int kRows = Shared<kHalves>::kRows;
   const int lane = static_cast<int>(threadIdx.x) % 32;
@@ -164,14 +206,21 @@ __device__ void stream_weights(const StepPhase* phases, int count, Shared<kHalve
     if (phase.heads > 0) continue;
     for (int p = 0; p < phase.count; ++p) {
       const StepPart& part = phase.parts[p];
-      const Slice slice = slice_of(part.rows);
+      const DType form = kPacked ? part.form : DType::kBF16;
+      const Slice slice = slice_of(part);
       const int tiles = tiles_of(part, slice);
       for (int tile = 0; tile < tiles; ++tile) {
         const Slice rows = rows_of_tile(part, slice, tile);
-        const bf16* from = part.w + static_cast<std::int64_t>(rows.first + lane) * phase.k;
+        const auto* from = static_cast<const std::byte*>(part.w);
+        if (is_packed(form)) {
+          from += static_cast<std::int64_t>(rows.first / kPackedRows) * (phase.k / kPackedBlock) *
+                  packed_block_bytes(form);
+        } else {
+          from += static_cast<std::int64_t>(rows.first) * phase.k * 2;
+        }
         for (int column = 0; column < phase.k; column += kPieceColumns) {
-          const int bytes = 2 * min(kPieceColumns, phase.k - column);
-          while (free_rows < rows.rows || place.piece - oldest == kPieces) {
+          const Piece piece(form, rows.rows, min(kPieceColumns, phase.k - column));
+          while (free_rows < piece.rows || place.piece - oldest == kPieces) {
             const int slot = oldest % kPieces;
             sm90::barrier_wait(&shared.empty[slot], oldest / kPieces & 1);
             const int freed = __shfl_sync(0xffffffff, rows_of_slot, slot);
@@ -182,24 +231,28 @@ __device__ void stream_weights(const StepPhase* phases, int count, Shared<kHalve
             }
             ++oldest;
           }
-          free_rows -= rows.rows;
-          while (under_way + rows.rows > kRowsUnderWay) {
+          free_rows -= piece.rows;
+          while (under_way + piece.rows > kRowsUnderWay) {
             const int slot = arriving % kPieces;
             sm90::barrier_wait(&shared.full[slot], arriving / kPieces & 1);
             under_way -= __shfl_sync(0xffffffff, rows_of_slot, slot);
             ++arriving;
           }
-          under_way += rows.rows;
-          if (lane == place.slot()) rows_of_slot = rows.rows;
+          under_way += piece.rows;
+          if (lane == place.slot()) rows_of_slot = piece.rows;
           std::uint64_t* barrier = &shared.full[place.slot()];
-          if (lane == 0) sm90::barrier_arrive_expect(barrier, rows.rows * bytes);
+          if (lane == 0) sm90::barrier_arrive_expect(barrier, piece.bytes);
           __syncwarp();
-          if (lane < rows.rows) {
+          if (lane < piece.rows) {
             int row = place.row + lane;
             if (row >= kRows) row -= kRows;
-            copy_row(shared.ring + row * kRowBytes, from + column, bytes, barrier, policy);
+            const std::byte* source =
+                from + (is_packed(form) ? lane * kRowBytes : (lane * phase.k + column) * 2);
+            const int bytes = min(piece.row_bytes, piece.bytes - lane * piece.row_bytes);
+            copy_row(shared.ring + row * kRowBytes, source, bytes, barrier, policy);
           }
-          place.template advance<kRows>(rows.rows);
+          if (is_packed(form)) from += piece.bytes;
+          place.template advance<kRows>(piece.rows);
         }
       }
     }
@@ -208,15 +261,6 @@ __device__ void stream_weights(const StepPhase* phases, int count, Shared<kHalve
 
 __device__ inline void sync_workers() {
   asm volatile("bar.sync 1, %0;" ::"n"(kWorkers) : "memory");
-}
-
-__device__ inline void multiply(float (&c)[4], std::uint32_t a0, std::uint32_t a1, std::uint32_t a2,
-                                std::uint32_t a3, std::uint32_t b0, std::uint32_t b1) {
-  asm volatile(
-      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, "
-      "{%8,%9}, {%0,%1,%2,%3};"
-      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
 
 __device__ inline std::uint32_t pack(float x, float y) {
@@ -255,7 +299,8 @@ __device__ inline void meet_blocks(int count, Counters* counters) {
   }
 }
 
-template <int kHalves>
+// kPacked: whether weights may be packed.
+template <int kHalves, bool kPacked>
 class Worker {
  public:
   __device__ Worker(const StepPhase* phases, int count, int batch, Shared<kHalves>& shared)
@@ -298,7 +343,11 @@ class Worker {
     if (thread_ < kPhaseVectors) {
       next_vector_ = __ldg(reinterpret_cast<const uint4*>(phases_ + index) + thread_);
     } else if (thread_ >= 32 && thread_ < 32 + kStepParts) {
-      next_rows_ = __ldg(&phases_[index].parts[thread_ - 32].rows);
+      const StepPart& part = phases_[index].parts[thread_ - 32];
+      next_part_.rows = __ldg(&part.rows);
+      next_part_.turn = __ldg(&part.turn);
+      next_part_.form =
+          static_cast<DType>(__ldg(reinterpret_cast<const std::uint8_t*>(&part.form)));
     }
   }
   __device__ void keep_phase(int index) {
@@ -306,7 +355,7 @@ class Worker {
     if (thread_ < kPhaseVectors) {
       reinterpret_cast<uint4*>(&shared_.phases[index % kPhases])[thread_] = next_vector_;
     } else if (thread_ >= 32 && thread_ < 32 + kStepParts) {
-      shared_.slices[index % kPhases][thread_ - 32] = slice_of(next_rows_);
+      shared_.slices[index % kPhases][thread_ - 32] = slice_of(next_part_);
     }
   }
 
@@ -540,6 +589,16 @@ class Worker {
         in_part = tiles_of(phase.parts[part], slices[part]);
       }
       const int rows = rows_of_tile(phase.parts[part], slices[part], tile).rows;
+      if constexpr (kPacked) {
+        const DType form = phase.parts[part].form;
+        if (is_packed(form)) {
+          float c[kHalves][4] = {};
+          form == DType::kQ4 ? multiply_panel<true>(phase.k, x, c)
+                             : multiply_panel<false>(phase.k, x, c);
+          keep_sums(t - first_tile, c);
+          continue;
+        }
+      }
       // Rows behind the last are the last; their sums are not used.
       const int low_row = min(lane_ / 4, rows - 1);
       const int high_row = min(lane_ / 4 + 8, rows - 1);
@@ -576,14 +635,68 @@ class Worker {
       }
 #pragma unroll
       for (int h = 0; h < kHalves; ++h) {
-        auto& sums = shared_.sums[t - first_tile][warp_];
-        const int b = h * 8 + lane_ % 4 * 2;
 #pragma unroll
-        for (int e = 0; e < 4; ++e) {
-          sums[b + e % 2][lane_ / 4 + e / 2 * 8] = c[0][h][e] + c[1][h][e];
-        }
+        for (int e = 0; e < 4; ++e) c[0][h][e] += c[1][h][e];
       }
+      keep_sums(t - first_tile, c[0]);
     }
+  }
+
+  __device__ void keep_sums(int tile, const float (&c)[kHalves][4]) const {
+#pragma unroll
+    for (int h = 0; h < kHalves; ++h) {
+      auto& sums = shared_.sums[tile][warp_];
+      const int b = h * 8 + lane_ % 4 * 2;
+#pragma unroll
+      for (int e = 0; e < 4; ++e) sums[b + e % 2][lane_ / 4 + e / 2 * 8] = c[h][e];
+    }
+  }
+
+  // The sums of a packed tile: those of each block, of integers, times the scales of its rows.
+  template <bool kFourBits>
+  __device__ void multiply_panel(int k, const Operands& x, float (&c)[kHalves][4]) {
+    constexpr int kRows = Shared<kHalves>::kRows;
+#pragma unroll
+    for (int piece = 0; piece * kPieceBlocks < kMaxBlocks; ++piece) {
+      const int first = piece * kPieceBlocks;
+      const int blocks = min(kPieceBlocks, k / kBlockColumns - first);
+      if (blocks <= 0) break;
+      const int slot = place_.slot();
+      sm90::barrier_wait(&shared_.full[slot], place_.parity());
+#pragma unroll
+      for (int i = 0; i < kPieceBlocks; ++i) {
+        if (i >= blocks || first + i >= kMaxBlocks) break;
+        add_packed(
+            operand_at<kFourBits>(i), warp_, [&](int h) { return x[h][first + i]; }, c);
+      }
+      __syncwarp();
+      if (lane_ == 0) sm90::barrier_arrive(&shared_.empty[slot]);
+      const Piece of(kFourBits ? DType::kQ4 : DType::kQ8, kTileRows, blocks * kBlockColumns);
+      place_.template advance<kRows>(of.rows);
+    }
+  }
+
+  // What the lane has of block `i` of the piece at hand.
+  template <bool kFourBits>
+  __device__ PackedOperand<kFourBits> operand_at(int i) const {
+    using Form = PackedForm<kFourBits>;
+    constexpr int kRingBytes = Shared<kHalves>::kRows * kRowBytes;
+    const auto at = [&](int offset) {
+      offset += place_.row * kRowBytes + i * Form::kBlockBytes;
+      return shared_.ring + (offset >= kRingBytes ? offset - kRingBytes : offset);
+    };
+    const unsigned char* values =
+        at(Form::kHeadBytes + warp_ * Form::kStepBytes + lane_ * Form::kLaneBytes);
+    PackedOperand<kFourBits> operand;
+    operand.scales = *reinterpret_cast<const float2*>(at(lane_ / 4 * 8));
+    if constexpr (kFourBits) {
+      operand.values = *reinterpret_cast<const uint2*>(values);
+      operand.factors = *reinterpret_cast<const std::uint16_t*>(
+          at(static_cast<int>(kScaleBytes) + warp_ / 2 * 16 + lane_ / 4 * 2));
+    } else {
+      operand.values = *reinterpret_cast<const uint4*>(values);
+    }
+    return operand;
   }
 
   // c += w xᵀ of block `i` of a piece whose first is `first`; w in the ring.
@@ -814,10 +927,10 @@ class Worker {
   int lane_ = static_cast<int>(threadIdx.x) % 32;
   Place place_;
   uint4 next_vector_;
-  int next_rows_ = 0;
+  StepPart next_part_;  // what its slice depends on
 };
 
-template <int kHalves>
+template <int kHalves, bool kPacked>
 __global__ void __launch_bounds__(kThreads, 1)
     step_program_kernel(const StepPhase* phases, int count, int batch, Counters* counters) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)  // elsewhere it is never launched
@@ -834,13 +947,13 @@ __global__ void __launch_bounds__(kThreads, 1)
   if (threadIdx.x >= kWorkers) {
     sm90::shrink_registers<40>();
     if (threadIdx.x < kWorkers + 32) {
-      stream_weights<kHalves>(phases, count, shared);
+      stream_weights<kHalves, kPacked>(phases, count, shared);
     } else if (threadIdx.x < kWorkers + 64) {
       meet_blocks(count, counters);
     }
   } else {
     sm90::grow_registers<232>();
-    Worker<kHalves>(phases, count, batch, shared).run();
+    Worker<kHalves, kPacked>(phases, count, batch, shared).run();
   }
 #endif
 }
@@ -864,7 +977,6 @@ bool fits(const StepLinearArgs& args) {
   const std::int64_t k = args.x.shape[1];
   if (args.x.shape[0] > kStepLinearRows || k % kBlockColumns != 0 || k > kMaxColumns) return false;
   for (const StepLinearPart& part : args.parts) {
-    if (is_packed(part.w.dtype)) return false;
     if (part.epilogue == StepEpilogue::kGlu && args.parts.size() > 1) return false;
   }
   if (args.x.dtype == DType::kF32 && k > kMaxF32Columns) return false;
@@ -873,9 +985,9 @@ bool fits(const StepLinearArgs& args) {
   return args.x.dtype == DType::kF32 && (width == k || width == kDim);
 }
 
-template <int kHalves>
+template <int kHalves, bool kPacked>
 void launch(Context& ctx, const StepProgram& program, const StepPhase* phases, Counters* counters) {
-  const auto kernel = step_program_kernel<kHalves>;
+  const auto kernel = step_program_kernel<kHalves, kPacked>;
   constexpr std::size_t kBytes = sizeof(Shared<kHalves>);
   static_assert(kBytes <= std::size_t{227} * 1024);
   check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
@@ -914,12 +1026,19 @@ bool add_to_program(Context& ctx, const StepLinearArgs& args) {
   for (std::size_t i = 0; i < args.parts.size(); ++i) {
     const StepLinearPart& from = args.parts[i];
     StepPart& part = phase.parts[i];
-    part.w = static_cast<const bf16*>(from.w.data);
+    part.w = from.w.data;
+    part.form = from.w.dtype;
     part.y = from.y.data;
     part.rows = static_cast<int>(outputs_of(from));
     part.stride = static_cast<int>(from.y.shape[1]);
     part.y_is_bf16 = from.y.dtype == DType::kBF16;
     part.epilogue = from.epilogue;
+    if (is_packed(part.form)) {
+      program->packed = true;
+      part.turn = program->turn;
+      const int panels = (part.rows + kTileRows - 1) / kTileRows;
+      program->turn = (program->turn + panels) % ctx.stream().multiprocessors();
+    }
     if (from.epilogue == StepEpilogue::kConvSilu) {
       part.conv = static_cast<const float4*>(from.conv.data);
       part.conv_bias = static_cast<const float*>(from.conv_bias.data);
@@ -952,12 +1071,10 @@ void run_step_program(Context& ctx) {
   if (program != nullptr && !program->phases.empty()) {
     const auto* phases = upload(ctx, std::span<const StepPhase>(program->phases));
     auto* counters = static_cast<Counters*>(program->counters.view().data);
-    if (program->batch <= 8) {
-      launch<1>(ctx, *program, phases, counters);
-    } else {
-      launch<2>(ctx, *program, phases, counters);
-    }
-    program->phases.clear();
+    const auto run = program->packed ? (program->batch <= 8 ? launch<1, true> : launch<2, true>)
+                                     : (program->batch <= 8 ? launch<1, false> : launch<2, false>);
+    run(ctx, *program, phases, counters);
+    program->clear();
   }
 }
 

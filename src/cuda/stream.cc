@@ -259,7 +259,7 @@ bool Stream::open_program() {
 }
 
 void Stream::close_program() {
-  program_->phases.clear();
+  program_->clear();
   program_open_ = false;
 }
 

@@ -11,7 +11,7 @@
 // not depend on the tokens beside it.
 //
 // On a GPU w and x are both F32 or both BF16, or w is packed and x BF16: weights are then integers
-// times a scale up to 16 rows of x, and rounded to bfloat16 above. y is F32 or of the Context's
+// times a scale for a few rows of x, and rounded to bfloat16 for more. y is F32 or of the Context's
 // activation dtype. There
 // rows of y (and of dy) may be longer than N: what lies behind is not touched. Rows that start
 // aligned make products with an odd N, such as a vocabulary's, several times as fast.

@@ -87,7 +87,7 @@ class CudaWideDecoding : public testing::TestWithParam<std::string> {
   }
   Model load(DType dtype) const {
     return Model::load(directory_.path("model"),
-                       {.dtype = dtype, .threads = 1, .device = Device::kCuda});
+                       {.dtype = dtype, .threads = 4, .device = Device::kCuda});
   }
   static Ids tokens(std::size_t count) {
     Ids ids;
@@ -117,7 +117,7 @@ std::vector<std::vector<float>> steps_of(const Model& model, std::size_t first, 
 }
 
 TEST_P(CudaWideDecoding, ASequenceGetsTheSameInEveryBatchOfABucket) {
-  for (const DType dtype : {DType::kBF16, DType::kF32}) {
+  for (const DType dtype : {DType::kBF16, DType::kF32, DType::kQ8}) {
     const Model model = load(dtype);
     const auto vocab = static_cast<std::size_t>(model.info().vocab_size);
     std::size_t smallest = 1;
@@ -159,17 +159,20 @@ std::vector<float> logits_of(const Model& model, const Ids& ids) {
 TEST_P(CudaWideDecoding, StepsAreAsExactAsReadingAllAtOnce) {
   const Ids ids = tokens(150);  // three pages of a cache
   const std::vector<float> exact = logits_of(load(DType::kF32), ids);
-  const Model model = load(DType::kBF16);
-  const std::vector<float> whole = logits_of(model, ids);
-  State state = model.new_state();
-  State* pointer = &state;
-  std::vector<float> steps;
-  std::vector<float> row(kVocab);
-  for (const std::int32_t id : ids) {
-    model.step({&id, 1}, {&pointer, 1}, row);
-    steps.insert(steps.end(), row.begin(), row.end());
+  for (const DType dtype : {DType::kBF16, DType::kQ8, DType::kQ4}) {
+    SCOPED_TRACE(name_of(dtype));
+    const Model model = load(dtype);
+    const std::vector<float> whole = logits_of(model, ids);
+    State state = model.new_state();
+    State* pointer = &state;
+    std::vector<float> steps;
+    std::vector<float> row(kVocab);
+    for (const std::int32_t id : ids) {
+      model.step({&id, 1}, {&pointer, 1}, row);
+      steps.insert(steps.end(), row.begin(), row.end());
+    }
+    EXPECT_LE(relative_error(steps, exact), 2 * relative_error(whole, exact));
   }
-  EXPECT_LE(relative_error(steps, exact), 2 * relative_error(whole, exact));
 }
 
 TEST_P(CudaWideDecoding, RecordedStepsLeaveTheStatesThatStepsLeave) {

@@ -291,7 +291,7 @@ bool AttentionMixer::has_step() const {
                          config_.log_pruning_tolerance && config_.qk_norm == QkNorm::kNone;
   return (config_.head_dim == 64 || config_.head_dim == 128) && !key_norms &&
          config_.hidden_size % 256 == 0 && width % 256 == 0 &&
-         weights_.q_proj.value.dtype == DType::kBF16;
+         weights_.q_proj.value.dtype != DType::kF32;
 }
 
 void AttentionMixer::step(Context& ctx, const ConstTensorView& norm, float eps,

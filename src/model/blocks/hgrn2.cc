@@ -104,7 +104,7 @@ void Hgrn2Mixer::forward(Context& ctx, const ConstTensorView& x, const Sequences
 
 bool Hgrn2Mixer::has_step() const {
   return !config_.use_short_conv && weights_.g_norm && config_.hidden_size % 256 == 0 &&
-         weights_.q_proj.value.dtype == DType::kBF16;
+         weights_.q_proj.value.dtype != DType::kF32;
 }
 
 void Hgrn2Mixer::step(Context& ctx, const ConstTensorView& norm, float eps,

@@ -106,7 +106,7 @@ bool Mamba2Mixer::has_step() const {
   return !weights_.in_bias && config_.conv_size == kStepConvWidth &&
          config_.conv_activation == Activation::kSilu && config_.num_groups == 1 &&
          config_.hidden_size % 256 == 0 && config_.inner() % 256 == 0 &&
-         weights_.in_proj.value.dtype == DType::kBF16;
+         weights_.in_proj.value.dtype != DType::kF32;
 }
 
 void Mamba2Mixer::step(Context& ctx, const ConstTensorView& norm, float eps,
