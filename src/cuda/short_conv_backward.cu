@@ -1,11 +1,10 @@
 // Backward of the short convolution (ops/short_conv.h) and of delta_inputs (ops/delta_mixer.h),
 // which is three of them at once: one pass over x and dy, bound by memory. A thread walks kRows
-// rows of four channels with the last inputs and the last gradients of sums in registers; three
+// rows of eight channels with the last inputs and the last gradients of sums in registers; three
 // more rows give what the last of its rows get. Sums for the filter are taken row by row within a
 // block's rows, then block by block.
 #include <algorithm>
 #include <span>
-#include <type_traits>
 
 #include "cuda/batches.h"
 #include "cuda/column_sums.cuh"
@@ -20,7 +19,7 @@ namespace {
 constexpr int kThreads = 64;
 constexpr int kRows = 64;     // of a sequence that a block walks
 constexpr int kWidth = 4;     // taps of the fast kernel
-constexpr int kChannels = 4;  // its channels, of a thread
+constexpr int kChannels = 8;  // its channels, of a thread
 
 // One convolution, blockIdx.z of a launch.
 struct Part {
@@ -76,38 +75,11 @@ struct Rows {
   }
 };
 
-// Four neighbouring elements as they lie in memory: converted when they are used.
-template <typename T>
-struct Four {
-  using Bits = std::conditional_t<sizeof(T) == 2, uint2, uint4>;
-  Bits bits;
-
-  __device__ void load(const T* from) { bits = *reinterpret_cast<const Bits*>(from); }
-  __device__ void get(float (&to)[4]) const {
-    if constexpr (sizeof(T) == 2) {
-      to[0] = __uint_as_float(bits.x << 16), to[1] = __uint_as_float(bits.x & 0xffff0000U);
-      to[2] = __uint_as_float(bits.y << 16), to[3] = __uint_as_float(bits.y & 0xffff0000U);
-    } else {
-      to[0] = __uint_as_float(bits.x), to[1] = __uint_as_float(bits.y);
-      to[2] = __uint_as_float(bits.z), to[3] = __uint_as_float(bits.w);
-    }
-  }
-};
-
-// Sums over the threads of a head, `lanes` of them, the same in all; a head of more than a warp is
-// the whole block.
+// Sums over the threads of a head, `lanes` of them, the same in all.
 __device__ float2 head_sum(float2 sums, int lanes) {
-  for (int offset = min(lanes, 32) / 2; offset > 0; offset /= 2) {
+  for (int offset = lanes / 2; offset > 0; offset /= 2) {
     sums.x += __shfl_xor_sync(0xffffffffU, sums.x, offset);
     sums.y += __shfl_xor_sync(0xffffffffU, sums.y, offset);
-  }
-  if (lanes > 32) {
-    static_assert(kThreads == 64);
-    __shared__ float2 halves[2];
-    __syncthreads();
-    if (threadIdx.x % 32 == 0) halves[threadIdx.x / 32] = sums;
-    __syncthreads();
-    sums = make_float2(halves[0].x + halves[1].x, halves[0].y + halves[1].y);
   }
   return sums;
 }
@@ -130,7 +102,7 @@ __device__ void beta_gradient(const Params& p, const Rows& rows) {
 
 // kSilu: known as it is compiled, the activations of a row's channels are computed side by side.
 template <typename T, bool kSilu, bool kNorm, bool kBias>
-__global__ void __launch_bounds__(kThreads, sizeof(T) == 2 ? 8 : 6)
+__global__ void __launch_bounds__(kThreads, sizeof(T) == 2 && !kBias ? 6 : 4)
     width_4_kernel(const __grid_constant__ Params p, const __grid_constant__ SequenceBatch batch) {
   const int own_channel = static_cast<int>(blockIdx.x * kThreads + threadIdx.x) * kChannels;
   const bool exists = own_channel < p.channels;  // all threads of a warp take part in its sums
@@ -147,7 +119,11 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 2 ? 8 : 6)
   float bias[kChannels] = {};
 #pragma unroll
   for (int c = 0; c < kChannels; ++c) load_four(w[c], part.w + (channel + c) * kWidth, kVector);
-  if constexpr (kBias) load_four(bias, part.bias + channel, kVector);
+  if constexpr (kBias) {
+    Eight<float> bits;
+    bits.load(part.bias + channel);
+    bits.get(bias);
+  }
   // Of row t, at [(t − begin) % 4]: the input, and the gradient of the sum before the activation.
   float x[kWidth][kChannels] = {};
   float ds[kWidth][kChannels] = {};
@@ -155,31 +131,33 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 2 ? 8 : 6)
   for (int i = 1; i < kWidth; ++i) {
     const int t = rows.begin - kWidth + i;
     if (t < 0) continue;
-    Four<T> bits;
+    Eight<T> bits;
     bits.load(x_rows + t * p.x_stride);
     bits.get(x[i]);
   }
   float dw[kChannels][kWidth] = {};
   float dbias[kChannels] = {};
-  // Four rows are under way: one is asked for as soon as the registers of the one four before are
-  // free.
-  Four<T> x_bits[kWidth];
-  Four<T> dy_bits[kWidth];
-  const auto fetch = [&](int r, int t) {
-    x_bits[r] = {};  // zeros behind the end
-    dy_bits[r] = {};
-    if (t >= rows.length) return;
-    x_bits[r].load(x_rows + t * p.x_stride);
-    dy_bits[r].load(dy_rows + static_cast<std::ptrdiff_t>(t) * p.channels);
-  };
+  // Two rows are under way while two are worked on.
+  constexpr int kAhead = kWidth / 2;
+  Eight<T> x_bits[2][kAhead];
+  Eight<T> dy_bits[2][kAhead];
+  const auto fetch = [&](int half, int t) {
 #pragma unroll
-  for (int r = 0; r < kWidth; ++r) fetch(r, rows.begin + r);
+    for (int r = 0; r < kAhead; ++r) {
+      x_bits[half][r] = {};  // zeros behind the end
+      dy_bits[half][r] = {};
+      if (t + r >= rows.length) continue;
+      x_bits[half][r].load(x_rows + (t + r) * p.x_stride);
+      dy_bits[half][r].load(dy_rows + static_cast<std::ptrdiff_t>(t + r) * p.channels);
+    }
+  };
+  fetch(0, rows.begin);
   for (int t = rows.begin; t < rows.end + kWidth - 1; t += kWidth) {
 #pragma unroll
     for (int r = 0; r < kWidth; ++r) {
-      x_bits[r].get(x[r]);
-      dy_bits[r].get(ds[r]);
-      fetch(r, t + r + kWidth);
+      if (r % kAhead == 0) fetch(1 - r / kAhead, t + r + kAhead);
+      x_bits[r / kAhead][r % kAhead].get(x[r]);
+      dy_bits[r / kAhead][r % kAhead].get(ds[r]);
       float act[kChannels];
       float slope[kChannels];
       float2 sums = make_float2(0, 0);  // of act², and of act · dy
@@ -226,7 +204,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 2 ? 8 : 6)
           dx[c] = fmaf(w[c][i], ds[(r + kWidth - i) % kWidth][c], dx[c]);
         }
       }
-      if (exists) store_four(dx_rows + to * p.dx_stride, dx, kVector);
+      if (exists) Eight<T>::store(dx_rows + to * p.dx_stride, dx);
     }
   }
   if (!exists) return;
@@ -235,7 +213,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 2 ? 8 : 6)
 #pragma unroll
     for (int c = 0; c < kChannels; ++c) store_four(part.dw + (sums + c) * kWidth, dw[c], kVector);
   }
-  if (kBias && part.dbias != nullptr) store_four(part.dbias + sums, dbias, kVector);
+  if (kBias && part.dbias != nullptr) Eight<float>::store(part.dbias + sums, dbias);
 }
 
 // Any width and any number of channels, one a thread.
@@ -310,7 +288,7 @@ bool has_width_4(const ShortConvBackwardArgs& args) {
 bool short_conv_backward_has_norm(const ShortConvBackwardArgs& args) {
   const std::int64_t lanes = args.norm_width / kChannels;
   return has_width_4(args) && args.bias.data == nullptr && args.norm_width % kChannels == 0 &&
-         lanes <= kThreads && (lanes & (lanes - 1)) == 0;
+         lanes <= 32 && (lanes & (lanes - 1)) == 0;
 }
 
 namespace {
