@@ -6,16 +6,14 @@
 // two warp groups multiply 64 rows of x each, straight from shared memory, and store their part of
 // p, p' and y by way of shared memory while the loads of the next tile are under way. Sums run over
 // K in order.
-#include <cuda.h>
-
 #include <algorithm>
 #include <initializer_list>
 
 #include "cuda/glu_product.h"
 #include "cuda/launch.cuh"
 #include "cuda/rows.cuh"
-#include "cuda/sm90.cuh"
 #include "cuda/tensor_core.cuh"
+#include "cuda/tile_copies.cuh"
 
 namespace deltafox::cuda {
 namespace {
@@ -54,53 +52,6 @@ struct GluProductParams {
 
 // What is stored.
 enum class Stored { kOutput, kGateUp, kBoth };
-
-__device__ inline std::uint32_t cluster_rank() {
-  std::uint32_t rank;
-  asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
-  return rank;
-}
-
-__device__ inline void sync_cluster() {
-  asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;\n" ::: "memory");
-}
-
-__device__ inline void arrive_at(std::uint64_t* barrier, int rank) {
-  asm volatile(
-      "{\n.reg .b32 there;\n"
-      "mapa.shared::cluster.u32 there, %0, %1;\n"
-      "mbarrier.arrive.shared::cluster.b64 _, [there];\n"
-      "}\n" ::"r"(sm90::shared_address(barrier)),
-      "r"(rank)
-      : "memory");
-}
-
-__device__ inline void load_tile(void* to, const CUtensorMap& map, int column, int row,
-                                 std::uint64_t* barrier) {
-  asm volatile(
-      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, "
-      "%3}], [%4];" ::"r"(sm90::shared_address(to)),
-      "l"(&map), "r"(column), "r"(row), "r"(sm90::shared_address(barrier))
-      : "memory");
-}
-
-// To both blocks of the pair.
-__device__ inline void load_shared_tile(void* to, const CUtensorMap& map, int column, int row,
-                                        std::uint64_t* barrier) {
-  asm volatile(
-      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::"
-      "cluster [%0], [%1, {%2, %3}], [%4], %5;" ::"r"(sm90::shared_address(to)),
-      "l"(&map), "r"(column), "r"(row), "r"(sm90::shared_address(barrier)),
-      "h"(static_cast<std::uint16_t>((1 << kPair) - 1))
-      : "memory");
-}
-
-__device__ inline void store_tile(const CUtensorMap& map, int column, int row, const void* from) {
-  asm volatile(
-      "cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%1, %2}], [%3];" ::"l"(&map),
-      "r"(column), "r"(row), "r"(sm90::shared_address(from))
-      : "memory");
-}
 
 // To about 20 bits: the result is rounded to bfloat16.
 __device__ inline float gated(float gate, float up) {
@@ -253,45 +204,10 @@ __global__ void __launch_bounds__(kThreads, 1)
 #endif
 }
 
-using Encode = decltype(&cuTensorMapEncodeTiled);
-
-Encode encoder() {
-  static const Encode function = [] {
-    void* address = nullptr;
-    cudaDriverEntryPointQueryResult result{};
-    check(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &address, 12000,
-                                           cudaEnableDefault, &result),
-          "cudaGetDriverEntryPoint");
-    return reinterpret_cast<Encode>(address);
-  }();
-  return function;
-}
-
-// Tiles of `tile_rows` rows by 64 columns of a BF16 matrix of which `columns` are used.
-CUtensorMap map_of(const ConstTensorView& matrix, std::int64_t columns, int tile_rows) {
-  CUtensorMap map{};
-  const cuuint64_t sizes[] = {static_cast<cuuint64_t>(columns),
-                              static_cast<cuuint64_t>(matrix.shape[0])};
-  const cuuint64_t strides[] = {static_cast<cuuint64_t>(matrix.shape[1]) * 2};
-  const cuuint32_t box[] = {kDepth, static_cast<cuuint32_t>(tile_rows)};
-  const cuuint32_t steps[] = {1, 1};
-  const CUresult status =
-      encoder()(&map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2, const_cast<void*>(matrix.data), sizes,
-                strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-                CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-  if (status != CUDA_SUCCESS) fail_cuda(cudaErrorInvalidValue, "cuTensorMapEncodeTiled");
-  return map;
-}
-
-bool aligned(const ConstTensorView& matrix) {
-  return reinterpret_cast<std::uintptr_t>(matrix.data) % 16 == 0 &&
-         matrix.shape[1] * static_cast<std::int64_t>(size_of(matrix.dtype)) % 16 == 0;
-}
-
 bool fits(Context& ctx, std::initializer_list<ConstTensorView> matrices, std::int64_t outputs) {
   for (const ConstTensorView& matrix : matrices) {
     if (matrix.data == nullptr) continue;
-    if (matrix.dtype != DType::kBF16 || !aligned(matrix)) return false;
+    if (matrix.dtype != DType::kBF16 || !has_tiles(matrix)) return false;
   }
   return ctx.stream().major() == 9 && outputs % 8 == 0;
 }
