@@ -396,7 +396,7 @@ void launch(Context& ctx, Kernel kernel, dim3 grid, unsigned threads, int bytes,
 bool delta_rule_scans(const DeltaRuleProblem& problem, int length, int tokens_bucket,
                       int multiprocessors) {
   constexpr int kLeastChunks = 3;
-  constexpr int kMostChunks = 64;  // a scan takes 0.5 µs a chunk, segments less of many
+  constexpr int kMostChunks = 48;  // a scan takes 0.9 µs a chunk, segments less of many
   // What is left between kernels passes by memory, and pays only where walks would leave at least
   // three quarters of the card idle, if the batch has the fewest chunks of its bucket.
   constexpr int kLeastIdle = 4;
