@@ -13,6 +13,9 @@ fuzz_seconds=10
 # What runs threads of ours, for ThreadSanitizer.
 thread_tests='Thread|^model\.Golden|^infer\.Generate|^train\.Train'
 
+# What takes too long under AddressSanitizer.
+long_tests='^apps\.Bench\.OfAModelReports|OnTheWholeVocabulary$'
+
 mode=${1:-}
 case $mode in
   '' | --force | --quick) ;;
@@ -203,7 +206,8 @@ check 'links of the documentation' tools/check_links.py
 check 'clang-tidy' tools/tidy.py build/cpu
 
 check 'build of cpu-asan' build cpu-asan
-run_tests cpu-asan
+run_tests cpu-asan -E "$long_tests"
+left_out+=('the benchmark of a model and filters of a whole vocabulary under AddressSanitizer')
 fuzz_all
 
 check 'build of cpu-tsan' build cpu-tsan --target test_core test_ops test_io test_model test_infer test_train

@@ -20,12 +20,14 @@
 #include "ops/activation.h"
 #include "ops/adamw.h"
 #include "ops/cross_entropy.h"
+#include "ops/delta_mixer.h"
 #include "ops/embedding.h"
 #include "ops/gate.h"
 #include "ops/gla.h"
 #include "ops/linear.h"
 #include "ops/rms_norm.h"
 #include "ops/rope.h"
+#include "ops/selective_scan.h"
 #include "ops/short_conv.h"
 #include "ops/ssd.h"
 #include "ops/token_shift.h"
@@ -174,6 +176,19 @@ void norms(Bench& bench) {
                                             .rounded = rounded.view(),
                                             .dw = dw.view()});
              });
+  const Tensor y = bench.normal(DType::kBF16, stream);
+  const Tensor scales = bench.uniform({bench.tokens()}, 0.5F, 1);
+  bench.time("rms_norm of the stream from its output, dx +=, rounded", elements * (2 + 2 + 8 + 2),
+             0, [&](Context& ctx) {
+               ops::rms_norm_backward(ctx, {.y = y.view(),
+                                            .scales = scales.view(),
+                                            .w = w.view(),
+                                            .dy = dy.view(),
+                                            .dx = dx.view(),
+                                            .accumulate_dx = true,
+                                            .rounded = rounded.view(),
+                                            .dw = dw.view()});
+             });
   const Shape wide{bench.tokens() / 2, 2 * kHidden};
   const Tensor wide_w = bench.normal(DType::kF32, {2 * kHidden});
   Tensor wide_dw = bench.zeros(DType::kF32, {2 * kHidden});
@@ -263,6 +278,60 @@ void elementwise(Bench& bench) {
                             .dgate_up = dgate_up.view(),
                             .y = y.view()});
   });
+}
+
+// What an MLP does besides its plain products.
+void gated_products(Bench& bench) {
+  const Shape gate_up_shape{bench.tokens(), 2 * kIntermediate};
+  const double product = 2.0 * static_cast<double>(bench.tokens() * kHidden * kIntermediate);
+  const Tensor x = bench.normal(DType::kBF16, {bench.tokens(), kHidden});
+  const Tensor w = bench.normal(DType::kBF16, {2 * kIntermediate, kHidden});
+  const Tensor down = bench.normal(DType::kBF16, {kHidden, kIntermediate});
+  Tensor gate_up = bench.normal(DType::kBF16, gate_up_shape);
+  Tensor y = bench.zeros(DType::kBF16, {bench.tokens(), kIntermediate});
+  bench.time("linear of gate and up", 0, 2 * product, [&](Context& ctx) {
+    ops::linear(ctx, {.x = x.view(), .w = w.view(), .y = gate_up.view()});
+  });
+  bench.time("linear_glu", 0, 2 * product, [&](Context& ctx) {
+    ops::linear_glu(ctx, {.x = x.view(), .w = w.view(), .y = y.view()});
+  });
+  bench.time("linear_glu, gate and up kept", 0, 2 * product, [&](Context& ctx) {
+    ops::linear_glu(ctx, {.x = x.view(), .w = w.view(), .gate_up = gate_up.view(), .y = y.view()});
+  });
+  bench.time("linear, dx of down", 0, product, [&](Context& ctx) {
+    ops::linear_backward(ctx, {.dy = x.view(), .x = y.view(), .w = down.view(), .dx = y.view()});
+  });
+}
+
+// Of q, k, v and beta of DeltaNet.
+void delta_inputs(Bench& bench) {
+  const std::vector<std::int64_t> cu{0, bench.tokens()};
+  const std::int64_t channels = kHeads * kHeadDim;
+  const std::int64_t columns = 3 * channels + 16;
+  const Shape heads{bench.tokens(), kHeads, kHeadDim};
+  const Tensor projected = bench.normal(DType::kBF16, {bench.tokens(), 3 * channels});
+  const Tensor logits = bench.normal(DType::kF32, {bench.tokens(), kHeads});
+  const Tensor w = bench.normal(DType::kF32, {channels, 4});
+  const Tensor d = bench.normal(DType::kBF16, heads);
+  Tensor d_projected = bench.zeros(DType::kBF16, {bench.tokens(), columns});
+  Tensor dw = bench.zeros(DType::kF32, {channels, 4});
+  bench.time("delta_inputs", static_cast<double>(bench.tokens()) * (18 * channels + 12 * kHeads), 0,
+             [&](Context& ctx) {
+               ops::delta_inputs_backward(ctx, {.projected = projected.view(),
+                                                .beta_logits = logits.view(),
+                                                .q = w.view(),
+                                                .k = w.view(),
+                                                .v = w.view(),
+                                                .sequences = Sequences(cu),
+                                                .dq = d.view(),
+                                                .dk = d.view(),
+                                                .dv = d.view(),
+                                                .dbeta = logits.view(),
+                                                .d_projected = d_projected.view(),
+                                                .dq_conv = dw.view(),
+                                                .dk_conv = dw.view(),
+                                                .dv_conv = dw.view()});
+             });
 }
 
 void sequence_ops(Bench& bench) {
@@ -530,6 +599,66 @@ void mixers(Bench& bench) {
                               .dd = sum(2)});
     });
   }
+  if (bench.wanted("selective_scan")) {
+    constexpr std::int64_t kChannels = 3072;
+    constexpr std::int64_t kStates = 16;
+    const Shape rows{bench.tokens(), kChannels};
+    const Shape selected{bench.tokens(), kStates};
+    const Shape rates{kChannels, kStates};
+    const Tensor x = bench.normal(DType::kBF16, rows);
+    const Tensor dt = bench.normal(DType::kF32, rows);
+    const Tensor dt_bias = bench.uniform({kChannels}, -5, -2);
+    const Tensor a_log = bench.uniform(rates, 0, 2);
+    const Tensor b = bench.normal(DType::kBF16, selected);
+    const Tensor c = bench.normal(DType::kBF16, selected);
+    const Tensor d = bench.normal(DType::kF32, {kChannels});
+    const Tensor gate = bench.normal(DType::kBF16, rows);
+    const Tensor dy = bench.normal(DType::kBF16, rows);
+    Tensor y = bench.zeros(DType::kBF16, rows);
+    Tensor dx = bench.zeros(DType::kBF16, rows);
+    Tensor dgate = bench.zeros(DType::kBF16, rows);
+    Tensor ddt = bench.zeros(DType::kF32, rows);
+    Tensor db = bench.zeros(DType::kBF16, selected);
+    Tensor dc = bench.zeros(DType::kBF16, selected);
+    Tensor d_dt_bias = bench.zeros(DType::kF32, {kChannels});
+    Tensor d_a_log = bench.zeros(DType::kF32, rates);
+    Tensor dd = bench.zeros(DType::kF32, {kChannels});
+    Tensor state = bench.zeros(DType::kF32, {kStates, kChannels});
+    std::vector<float*> states{state.f32()};
+    bench.time("selective_scan forward", 0, 0, [&](Context& ctx) {
+      ops::selective_scan(ctx, {.x = x.view(),
+                                .dt = dt.view(),
+                                .dt_bias = dt_bias.view(),
+                                .a_log = a_log.view(),
+                                .b = b.view(),
+                                .c = c.view(),
+                                .d = d.view(),
+                                .gate = gate.view(),
+                                .sequences = Sequences(cu),
+                                .states = states,
+                                .y = y.view()});
+    });
+    bench.time("selective_scan", 0, 0, [&](Context& ctx) {
+      ops::selective_scan_backward(ctx, {.x = x.view(),
+                                         .dt = dt.view(),
+                                         .dt_bias = dt_bias.view(),
+                                         .a_log = a_log.view(),
+                                         .b = b.view(),
+                                         .c = c.view(),
+                                         .d = d.view(),
+                                         .gate = gate.view(),
+                                         .sequences = Sequences(cu),
+                                         .dy = dy.view(),
+                                         .dx = dx.view(),
+                                         .ddt = ddt.view(),
+                                         .d_dt_bias = d_dt_bias.view(),
+                                         .d_a_log = d_a_log.view(),
+                                         .db = db.view(),
+                                         .dc = dc.view(),
+                                         .dd = dd.view(),
+                                         .dgate = dgate.view()});
+    });
+  }
 }
 
 }  // namespace
@@ -540,6 +669,8 @@ int main(int argc, char** argv) {
                         argc > 2 ? argv[2] : "");
   deltafox::norms(bench);
   deltafox::elementwise(bench);
+  deltafox::gated_products(bench);
+  deltafox::delta_inputs(bench);
   deltafox::sequence_ops(bench);
   deltafox::embedding(bench);
   deltafox::loss(bench);

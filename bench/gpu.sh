@@ -23,7 +23,7 @@ for name in delta_net fox_pro transformer_llama mamba2; do
     --runs 5 --json >"$out/prefill_$name.json"
   rm -r "$model"
 done
-for name in delta_net fox_pro transformer_llama mamba2 hgrn2; do
+for name in delta_net fox_pro transformer_llama mamba2 hgrn2 samba; do
   "$build"/bench/bench_training "$name-760m" 16384 5 "$(nproc)" cuda ops >"$out/train_$name.json"
 done
 "$build"/bench/bench_cuda_kernels >"$out/kernels.json"

@@ -45,7 +45,7 @@ int main() {
   std::vector<std::int32_t> ids(4096);
   for (std::int32_t& id : ids) id = static_cast<std::int32_t>(random() % kVocab);
   ProcessorScratch scratch(kVocab);
-  std::vector<double> weights;
+  std::vector<std::uint64_t> weights;
   Row filtered = logits;
   top_k(filtered, 50, scratch);
 

@@ -17,6 +17,8 @@ set(CMAKE_CUDA20_EXTENSION_COMPILE_OPTION "-std=c++20")
 file(GLOB cuda_sources CONFIGURE_DEPENDS ${CMAKE_CURRENT_SOURCE_DIR}/src/cuda/*.cu
      ${CMAKE_CURRENT_SOURCE_DIR}/src/cuda/*.cc)
 add_library(deltafox_cuda OBJECT ${cuda_sources})
+# Its weights of tokens are the CPU's, to the bit.
+set_source_files_properties(src/cuda/choose_token.cu PROPERTIES COMPILE_OPTIONS --fmad=false)
 target_include_directories(deltafox_cuda PRIVATE src include)
 target_compile_options(deltafox_cuda PRIVATE
   $<$<COMPILE_LANGUAGE:CXX>:-Wall -Wextra -Wshadow>
@@ -29,5 +31,7 @@ if(DELTAFOX_WERROR)
 endif()
 target_link_libraries(deltafox_cuda PRIVATE fmt::fmt CUDA::toolkit)
 target_sources(deltafox PRIVATE $<TARGET_OBJECTS:deltafox_cuda>)
+# Nothing else sees the toolkit's headers.
+set_target_properties(CUDA::cudart_static CUDA::cublasLt PROPERTIES INTERFACE_INCLUDE_DIRECTORIES "")
 target_link_libraries(deltafox PUBLIC
   $<BUILD_INTERFACE:CUDA::cudart_static> $<BUILD_INTERFACE:CUDA::cublasLt>)

@@ -2,8 +2,11 @@
 """Runs clang-tidy over the sources of a build that is up to date: tools/tidy.py build/cpu [--tests]
 
 The tests' sources, which take as long as all others together, are checked with --tests only.
-A file that was clean is checked again only when it, a header of ours that it includes, its compile
-command, .clang-tidy or clang-tidy changed. What was clean is remembered in build/tidy/.
+Nearly all of the time goes into the headers of libraries, so the files of a folder are read together,
+up to GROUP of them, as the builds with CMAKE_UNITY_BUILD compile them; kernels, each compiled for
+instruction sets of its own, are read alone. A group that was clean is checked again only when one of
+its files, a header of ours that they include, its compile command, .clang-tidy or clang-tidy changed.
+What was clean is remembered in build/tidy/.
 """
 
 import hashlib
@@ -12,14 +15,16 @@ import os
 import shlex
 import subprocess
 import sys
+from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 STAMPS = ROOT / "build" / "tidy"
 TIDY = "clang-tidy-14"
+GROUP = 12
 # The kernels are compiled once for every instruction set; one is enough to read them.
-EXTRA = ["--extra-arg=-DHWY_COMPILE_ONLY_STATIC"]
+EXTRA = ["--extra-arg=-DHWY_COMPILE_ONLY_STATIC", "--checks=-bugprone-suspicious-include"]
 
 
 def dependencies(build):
@@ -50,7 +55,7 @@ def main():
     common = [version, *rules, *EXTRA]
     made_from = dependencies(build)
 
-    jobs = {}  # stamp file -> source
+    groups = defaultdict(list)  # folder, target, flags -> sources and what they were made from
     seen = set()
     for entry in json.loads((build / "compile_commands.json").read_text()):
         source = Path(entry["file"])
@@ -60,23 +65,38 @@ def main():
             continue
         seen.add(source)
         arguments = shlex.split(entry["command"])
-        output = arguments[arguments.index("-o") + 1]
-        read = {(build / name).resolve() for name in made_from.get(output, [])}
-        ours = sorted(path for path in read | {source} if path.is_relative_to(ROOT))
-        key = digest([*common, entry["command"], *(path.read_bytes() for path in ours)])
-        name = str(source.relative_to(ROOT)).replace("/", "_")
-        jobs[STAMPS / f"{name}-{key[:16]}"] = source
+        place = arguments.index("-o")
+        read = {(build / name).resolve() for name in made_from.get(arguments[place + 1], [])}
+        ours = {path for path in read | {source} if path.is_relative_to(ROOT)}
+        flags = arguments[1:place] + arguments[place + 2 :]
+        flags = [flag for flag in flags if flag not in ("-c", str(source))]
+        target = arguments[place + 1].partition(".dir/")[0]
+        alone = source if source.parent == ROOT / "src" / "cpu" else None
+        groups[source.parent, target, alone, *flags].append((source, ours))
+
+    jobs = {}  # stamp file -> sources, flags
+    for (folder, _, _, *flags), members in groups.items():
+        for part in range(0, len(members), GROUP):
+            sources = [source for source, _ in members[part : part + GROUP]]
+            ours = set().union(*(read for _, read in members[part : part + GROUP]))
+            contents = [path.read_bytes() for path in sorted(ours)]
+            key = digest([*common, *flags, *map(str, sources), *contents])
+            name = str(folder.relative_to(ROOT)).replace("/", "_")
+            jobs[STAMPS / f"{name}-{key[:16]}"] = sources, flags
 
     STAMPS.mkdir(parents=True, exist_ok=True)
-    for stamp in STAMPS.iterdir():
-        if stamp not in jobs:
-            stamp.unlink()
-    todo = {stamp: source for stamp, source in jobs.items() if not stamp.exists()}
+    for path in STAMPS.iterdir():
+        if path not in jobs:
+            path.unlink()
+    todo = {stamp: job for stamp, job in jobs.items() if not stamp.exists()}
 
     def run(job):
-        stamp, source = job
+        stamp, (sources, flags) = job
+        before = [word for source in sources[:-1] for word in ("-include", str(source))]
         result = subprocess.run(
-            [TIDY, "-p", str(build), "--quiet", *EXTRA, str(source)], capture_output=True, text=True
+            [TIDY, "--quiet", *EXTRA, str(sources[-1]), "--", *flags, *before],
+            capture_output=True,
+            text=True,
         )
         if result.returncode == 0:
             stamp.touch()
@@ -84,11 +104,14 @@ def main():
         print(result.stdout or result.stderr, end="", flush=True)
         return False
 
-    # The longest files first, so that the end does not wait for one of them.
-    order = sorted(todo.items(), key=lambda job: -job[1].stat().st_size)
+    # The longest first, so that the end does not wait for one of them.
+    order = sorted(todo.items(), key=lambda job: -len(job[1][0]))
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
         clean = list(pool.map(run, order))
-    print(f"tidy: {len(jobs)} files, {len(todo)} checked now, {clean.count(False)} with problems")
+    print(
+        f"tidy: {len(seen)} files in {len(jobs)} groups;"
+        f" {len(todo)} groups checked now, {clean.count(False)} with problems"
+    )
     return 0 if all(clean) else 1
 
 

@@ -12,6 +12,7 @@
 
 #include "bench.h"
 #include "common.h"
+#include "core/device.h"
 #include "core/error.h"
 #include "core/op_times.h"
 #include "core/read_bandwidth.h"
@@ -219,7 +220,13 @@ void BenchModelCommand::check() const {
 
 void BenchModelCommand::run() const {
   check();
-  const Model model = model_options.load(model_options.directory());
+  // What a process pays once, whatever it loads, is timed by itself.
+  const double context_seconds =
+      model_options.device() == Device::kCuda ? seconds_of([] { cuda::make_stream(); }) : 0;
+  std::optional<Model> loaded;
+  const double load_seconds =
+      seconds_of([&] { loaded.emplace(model_options.load(model_options.directory())); });
+  const Model& model = *loaded;
   const ModelInfo& info = model.info();
   const ReadBandwidth memory;
   ThreadPool pool(model_options.threads());  // beside the model's own: its threads sleep meanwhile
@@ -240,12 +247,14 @@ void BenchModelCommand::run() const {
                        {"parameters", info.num_parameters},
                        {"dtype", dtype},
                        {"threads", pool.size()},
+                       {"context_seconds", context_seconds},
+                       {"load_seconds", load_seconds},
                        {"runs", runs},
                        {"cases", cases}});
   }
-  std::string text =
-      fmt::format("{}, {} parameters, {}, {} threads, medians of {} runs\n", info.directory,
-                  format_count(info.num_parameters), dtype, pool.size(), runs);
+  std::string text = fmt::format(
+      "{}, {} parameters, {}, {} threads, loaded in {:.3f} s, medians of {} runs\n", info.directory,
+      format_count(info.num_parameters), dtype, pool.size(), load_seconds, runs);
   for (const Measured& one : all) text += to_text(one, generated);
   write_stdout(text);
 }

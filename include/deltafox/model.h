@@ -19,6 +19,9 @@
 
 namespace deltafox {
 
+class Decoder;        // model/decoder.h
+struct TokenOptions;  // ops/choose_token.h
+
 struct LoadOptions {
   // How the weight matrices are kept: as stored when empty; kF32 is the exact mode, kQ8 and kQ4 are
   // int8 and int4 (docs/quantization.md). Vectors (norms, convolutions, biases) are float32, and so
@@ -31,7 +34,8 @@ struct LoadOptions {
   // which steps read faster: worth it for more than some fifty tokens. The same bits either way.
   bool copy_weights = false;
   // On a GPU matrices and activations are bfloat16 where they are stored so or `dtype` says so,
-  // else float32; the residual stream, gates, states and statistics are float32.
+  // else float32; with kQ8 and kQ4 activations are bfloat16. The residual stream, gates, states and
+  // statistics are float32.
   Device device = Device::kCpu;
   std::string revision = "main";
 };
@@ -85,8 +89,8 @@ struct AttentionStats {
   std::int64_t skipped_blocks = 0;  // of them, by adaptive computation pruning
 };
 
-// A weight as the model keeps it: row-major, or packed (is_packed(dtype)). The data live as long as
-// a copy of the model does.
+// A weight as the model keeps it: row-major, or packed (is_packed(dtype), on a GPU in an order of
+// its own). The data live as long as a copy of the model does.
 struct Weight {
   std::string name;  // as in the checkpoint
   DType dtype = DType::kF32;
@@ -164,6 +168,10 @@ class Model {
   void greedy(std::span<const std::int32_t> input_ids, std::span<State* const> states,
               std::int64_t steps, const IdsSink& on_ids) const;
 
+  // For generate(): what decodes and chooses tokens on a GPU; null on the CPU.
+  std::unique_ptr<Decoder> decoder(const TokenOptions& options,
+                                   std::span<const std::int32_t> eos_token_ids) const;
+
   // As forward, with the logits of every token handed to `sink` in pieces, so that no [T,N] buffer
   // is needed.
   void logits(const Batch& batch, std::span<State* const> states, const LogitsSink& sink,
@@ -184,6 +192,8 @@ class Model {
 
  private:
   struct Impl;
+  void greedy_on_gpu(std::span<const std::int32_t> input_ids, std::span<State* const> states,
+                     std::int64_t steps, const IdsSink& on_ids) const;
   explicit Model(std::shared_ptr<Impl> impl);
   std::shared_ptr<Impl> impl_;
 };

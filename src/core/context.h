@@ -82,6 +82,10 @@ class Context {
   void synchronize() {
     if (stream_) cuda::synchronize(*stream_);
   }
+  // While a step is recorded that adds a token to each sequence: where in the GPU's memory the
+  // number of its runs so far will be. What depends on positions adds it to those of the recording.
+  const std::int32_t* recorded_runs() const { return recorded_runs_; }
+  void set_recorded_runs(const std::int32_t* runs) { recorded_runs_ = runs; }
   // Between any two of host and device; see cuda::copy.
   void copy(void* to, const void* from, std::size_t bytes);
   // Zeroes memory of the Context's device.
@@ -96,6 +100,7 @@ class Context {
   Scratch tensor_scratch_;
   Scratch kept_scratch_;
   Statistics statistics_;
+  const std::int32_t* recorded_runs_ = nullptr;
 };
 
 // Hands out scratch memory that lives as long as it does; or, with `keep`, tensors that live as

@@ -12,21 +12,29 @@
 HWY_BEFORE_NAMESPACE();
 namespace deltafox::cpu::HWY_NAMESPACE {
 
+// As invertible_weight.
+HWY_INLINE VF32 invertible(VF32 w) {
+  const VF32 least = hn::Set(kF32, kLeastNormWeight);
+  return hn::IfThenElse(hn::Lt(hn::Abs(w), least), least, w);
+}
+
 // y = x · scale [· w] [· act(gate)]
+template <bool kInvertible>
 HWY_INLINE void scale_row(const float* x, float scale, const float* w, const float* gate,
                           Activation activation, float* y, std::int64_t width) {
   const VF32 scales = hn::Set(kF32, scale);
+  const auto weights = [](VF32 v) HWY_ATTR { return kInvertible ? invertible(v) : v; };
   for_row(
       width,
       [&](std::int64_t i) HWY_ATTR {
         VF32 v = hn::Mul(load(x + i), scales);
-        if (w != nullptr) v = hn::Mul(v, load(w + i));
+        if (w != nullptr) v = hn::Mul(v, weights(load(w + i)));
         if (gate != nullptr) v = hn::Mul(v, activate(activation, load(gate + i)));
         store(v, y + i);
       },
       [&](std::int64_t i, std::int64_t n) HWY_ATTR {
         VF32 v = hn::Mul(load_first(x + i, n), scales);
-        if (w != nullptr) v = hn::Mul(v, load_first(w + i, n));
+        if (w != nullptr) v = hn::Mul(v, weights(load_first(w + i, n)));
         if (gate != nullptr) v = hn::Mul(v, activate(activation, load_first(gate + i, n)));
         store_first(v, y + i, n);
       });
@@ -39,12 +47,17 @@ HWY_INLINE void norm_row(const RmsNormArgs& args, std::int64_t r, std::int64_t w
   if (args.w.data != nullptr) w = args.w.f32() + r % (args.w.shape[0] / width) * width;
   const float* gate = args.gate.data != nullptr ? args.gate.f32() + r * width : nullptr;
   if (args.gate_first) {
-    scale_row(x, 1, nullptr, gate, args.gate_activation, y, width);
+    scale_row<false>(x, 1, nullptr, gate, args.gate_activation, y, width);
     x = y;
     gate = nullptr;
   }
   const float mean = sum_of_squares(x, width) / static_cast<float>(width);
-  scale_row(x, 1 / std::sqrt(mean + args.eps), w, gate, args.gate_activation, y, width);
+  const float scale = 1 / std::sqrt(mean + args.eps);
+  if (args.scales.data != nullptr) {
+    args.scales.f32()[r] = scale;
+    return scale_row<true>(x, scale, w, gate, args.gate_activation, y, width);
+  }
+  scale_row<false>(x, scale, w, gate, args.gate_activation, y, width);
 }
 
 void rms_norm_target(Context& ctx, const RmsNormArgs& args) {
@@ -117,18 +130,50 @@ HWY_INLINE void norm_row_backward(const RmsNormBackwardArgs& args, std::int64_t 
   });
 }
 
+// The same from y and the scales.
+HWY_INLINE void output_row_backward(const RmsNormBackwardArgs& args, std::int64_t row,
+                                    std::int64_t width, float* dw) {
+  const std::int64_t at = row * width;
+  const float* y = args.y.f32() + at;
+  const float* dy = args.dy.f32() + at;
+  float* dx = args.dx.f32() + at;
+  const std::int64_t group = args.w.data != nullptr ? at % args.w.shape[0] : 0;
+  const float* w = args.w.data != nullptr ? args.w.f32() + group : nullptr;
+  const VF32 one = hn::Set(kF32, 1.0f);
+  VF32 dots = hn::Zero(kF32);
+  for_vectors(width, [&](std::int64_t i, auto&& load_vector, auto&& /*store_vector*/) HWY_ATTR {
+    dots = hn::MulAdd(load_vector(dy + i), load_vector(y + i), dots);
+  });
+  const VF32 scales = hn::Set(kF32, args.scales.f32()[row]);
+  const VF32 share = hn::Set(kF32, sum_of(dots) / static_cast<float>(width));
+  for_vectors(width, [&](std::int64_t i, auto&& load_vector, auto&& store_vector) HWY_ATTR {
+    const VF32 weights = w != nullptr ? invertible(load_vector(w + i)) : one;
+    const VF32 normed = hn::Div(load_vector(y + i), weights);
+    const VF32 d = load_vector(dy + i);
+    if (dw != nullptr) {
+      store_vector(hn::MulAdd(d, normed, load_vector(dw + group + i)), dw + group + i);
+    }
+    const VF32 own = hn::Mul(scales, hn::NegMulAdd(normed, share, hn::Mul(d, weights)));
+    store_vector(args.accumulate_dx ? hn::Add(load_vector(dx + i), own) : own, dx + i);
+  });
+}
+
 }  // namespace
 
 void rms_norm_backward_target(Context& ctx, const RmsNormBackwardArgs& args) {
-  const std::int64_t rows = args.x.shape[0];
-  const std::int64_t width = args.x.shape[1];
+  const std::int64_t rows = args.dy.shape[0];
+  const std::int64_t width = args.dy.shape[1];
   const bool has_dw = args.dw.data != nullptr;
   ScratchScope scratch(ctx);
   const RowSums sums(scratch, rows, width, has_dw ? args.w.shape[0] / width : 1);
   ctx.threads().parallel_for(sums.tasks(), [&](std::int64_t task) {
     float* dw = has_dw ? sums.of(task) : nullptr;
     for (std::int64_t r = sums.begin(task); r < sums.end(task); ++r) {
-      norm_row_backward(args, r, width, dw);
+      if (args.x.data == nullptr) {
+        output_row_backward(args, r, width, dw);
+      } else {
+        norm_row_backward(args, r, width, dw);
+      }
     }
   });
   if (has_dw) sums.add_to(ctx, args.dw.f32());

@@ -3,6 +3,8 @@
 // block takes one split of one head, a warp one page of it: it reads the page's keys and values
 // once, 16 bytes a lane. The last block of a head to finish adds the splits up, oldest first.
 #include "cuda/attention_kernels.cuh"
+#include "cuda/launch.cuh"
+#include "cuda/rows.cuh"
 
 namespace deltafox::cuda {
 namespace {
@@ -195,6 +197,33 @@ class Page {
   int warp_ = static_cast<int>(threadIdx.x) / 32;
 };
 
+// Stores dimension `d` of a head, which thread d holds; all threads of the block take part.
+template <typename T>
+__device__ void store_output(const AttentionParams& params, int head, std::int64_t row, int d,
+                             float x) {
+  const int dim = params.layout.dim;
+  const bool exists = d < dim;
+  const std::int64_t column = static_cast<std::int64_t>(head) * dim + d;
+  if (params.output_norm != nullptr) {
+    __shared__ float squares[kWarps];
+    const float of_warp = warp_sum(exists ? x * x : 0);
+    if (d % 32 == 0) squares[d / 32] = of_warp;
+    __syncthreads();
+    float sum = 0;
+#pragma unroll
+    for (int w = 0; w < kWarps; ++w) sum += squares[w];
+    if (exists) {
+      x = x / sqrtf(sum / static_cast<float>(dim) + params.output_norm_eps) *
+          params.output_norm[column];
+    }
+  }
+  if (!exists) return;
+  if (params.output_gate != nullptr) {
+    x *= activate(params.output_gate_activation, params.output_gate[row * dim + d]);
+  }
+  static_cast<T*>(params.o)[row * dim + d] = static_cast<T>(x);
+}
+
 // Whether the gates alone make the page's keys nothing to the query.
 template <typename T>
 __device__ bool pruned(const AttentionParams& params, const KvSequence& sequence, int p, int head,
@@ -210,9 +239,11 @@ template <typename T, int kDim>
 __global__ __launch_bounds__(kWarps *
                              32) void decode(const __grid_constant__ AttentionParams params) {
   __shared__ Shared<kDim> shared;
+  if (params.dependent) wait_for_input();
   const int index = static_cast<int>(blockIdx.z);
   const int head = static_cast<int>(blockIdx.y);
-  const KvSequence sequence = params.sequences[params.single[index]];
+  KvSequence sequence = params.sequences[params.single[index]];
+  sequence.advance(params.recorded_runs);
   const int position = sequence.length - 1;
   const int begin = params.window > 0 ? max(0, position + 1 - params.window) : 0;
   const int first_split = begin / kSplitKeys;
@@ -259,10 +290,9 @@ __global__ __launch_bounds__(kWarps *
     }
     return x;
   };
-  T* o = static_cast<T*>(params.o) + row * dim;
+  static_assert(kDim <= kWarps * 32);
   if (splits == 1) {
-    for (int d = thread; d < dim; d += kWarps * 32) o[d] = static_cast<T>(value(d) / sum);
-    return;
+    return store_output<T>(params, head, row, thread, thread < dim ? value(thread) / sum : 0);
   }
   const std::int64_t at = static_cast<std::int64_t>(index) * params.heads + head;
   float* partials = params.partials + at * params.max_splits * (kDim + 2);
@@ -293,31 +323,36 @@ __global__ __launch_bounds__(kWarps *
     total += factor * __ldcg(part + kDim + 1);
     if (thread < kDim) x += factor * __ldcg(part + thread);
   }
-  if (thread < dim) o[thread] = static_cast<T>(x / total);
+  store_output<T>(params, head, row, thread, x / total);
+}
+
+template <typename T, int kDim>
+void launch(Context& ctx, const AttentionParams& params) {
+  const dim3 grid(static_cast<unsigned>(params.max_splits), static_cast<unsigned>(params.heads),
+                  static_cast<unsigned>(params.single_count));
+  if (params.dependent) {
+    return launch_dependent(ctx, "attention", decode<T, kDim>, grid, kWarps * 32, 0, params);
+  }
+  decode<T, kDim><<<grid, kWarps * 32, 0, stream_of(ctx)>>>(params);
+  check_launch("attention");
 }
 
 template <typename T>
-void launch(const AttentionParams& params, cudaStream_t stream) {
-  const dim3 grid(static_cast<unsigned>(params.max_splits), static_cast<unsigned>(params.heads),
-                  static_cast<unsigned>(params.single_count));
+void launch(Context& ctx, const AttentionParams& params) {
   switch (padded_dim(params.layout.dim)) {
     case 32:
-      return decode<T, 32><<<grid, kWarps * 32, 0, stream>>>(params);
+      return launch<T, 32>(ctx, params);
     case 64:
-      return decode<T, 64><<<grid, kWarps * 32, 0, stream>>>(params);
+      return launch<T, 64>(ctx, params);
     default:
-      return decode<T, 128><<<grid, kWarps * 32, 0, stream>>>(params);
+      return launch<T, 128>(ctx, params);
   }
 }
 
 }  // namespace
 
-void launch_attention_decode(const AttentionParams& params, bool bf16, cudaStream_t stream) {
-  if (bf16) {
-    launch<__nv_bfloat16>(params, stream);
-  } else {
-    launch<float>(params, stream);
-  }
+void launch_attention_decode(Context& ctx, const AttentionParams& params, bool bf16) {
+  bf16 ? launch<__nv_bfloat16>(ctx, params) : launch<float>(ctx, params);
 }
 
 }  // namespace deltafox::cuda

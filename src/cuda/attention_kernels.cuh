@@ -15,7 +15,9 @@
 #include <cmath>
 #include <cstdint>
 
+#include "core/context.h"
 #include "cuda/kv_pages.cuh"
+#include "ops/activation.h"
 
 namespace deltafox::cuda {
 
@@ -35,34 +37,41 @@ struct GroupRange {
 };
 
 struct AttentionParams {
-  const void* q;                // [T, H, D]
-  void* o;                      // [T, H, D]
-  float* lse;                   // [T, H] or null
-  const KvSequence* sequences;  // [B], in device memory
+  const void* q = nullptr;                // [T, H, D]
+  void* o = nullptr;                      // [T, H, D]
+  float* lse = nullptr;                   // [T, H] or null
+  const KvSequence* sequences = nullptr;  // [B], in device memory
   KvPageLayout layout;
-  std::int32_t heads;   // H
-  std::int32_t window;  // positions a query sees; 0: all
-  float scale;          // 1 / √D
+  std::int32_t heads = 0;   // H
+  std::int32_t window = 0;  // positions a query sees; 0: all
+  float scale = 0;          // 1 / √D
 
   // Pruning; infinitely low without.
-  float log_tolerance;
-  const float* score_bounds;  // [H] in device memory, or null
+  float log_tolerance = 0;
+  const float* score_bounds = nullptr;  // [H] in device memory, or null
 
   // Queries of several tokens.
-  const AttentionTile* tiles;  // [tile_count], in device memory, the longest first
-  std::int32_t tile_count;
-  std::int32_t heads_per_turn;  // heads whose keys fit the L2 cache together; divides H
-  std::int32_t tokens;          // T
-  std::int32_t* begins;         // [H, T], written by the plan
-  GroupRange* ranges;           // [tile_count, H, tile / 64], written by the plan
-  std::int32_t* next_turn;      // [1], zeroed by the plan
+  const AttentionTile* tiles = nullptr;  // [tile_count], in device memory, the longest first
+  std::int32_t tile_count = 0;
+  std::int32_t heads_per_turn = 0;    // heads whose keys fit the L2 cache together; divides H
+  std::int32_t tokens = 0;            // T
+  std::int32_t* begins = nullptr;     // [H, T], written by the plan
+  GroupRange* ranges = nullptr;       // [tile_count, H, tile / 64], written by the plan
+  std::int32_t* next_turn = nullptr;  // [1], zeroed by the plan
 
   // Queries of one token.
-  const std::int32_t* single;  // [single_count] sequences
-  std::int32_t single_count;
-  std::int32_t max_splits;  // of the longest sequence
-  float* partials;          // [single_count, H, max_splits, kDim + 2]
-  std::int32_t* arrivals;   // [single_count, H], zero before and after
+  const std::int32_t* single = nullptr;  // [single_count] sequences
+  std::int32_t single_count = 0;
+  std::int32_t max_splits = 0;                  // of the longest sequence, as far as there is room
+  float* partials = nullptr;                    // [single_count, H, max_splits, kDim + 2]
+  std::int32_t* arrivals = nullptr;             // [single_count, H], zero before and after
+  const std::int32_t* recorded_runs = nullptr;  // see Context
+  // What a finished head goes through: o = act(gate) · norm(o).
+  const float* output_norm = nullptr;  // [H·D] or null
+  float output_norm_eps = 0;
+  const float* output_gate = nullptr;  // [T, H·D] or null
+  Activation output_gate_activation = Activation::kIdentity;
+  bool dependent = false;  // launched while the kernel before it ends
 
   __device__ int kv_head(int h) const { return h / (heads / layout.kv_heads); }
   // The turns' order: heads in groups whose keys stay in the L2 cache, within these long tiles
@@ -86,10 +95,9 @@ void launch_attention_f32(const AttentionParams& params, cudaStream_t stream);
 void launch_attention_bf16_sm80(const AttentionParams& params, cudaStream_t stream);
 void launch_attention_bf16_sm90(const AttentionParams& params, int multiprocessors,
                                 cudaStream_t stream);
-void launch_attention_decode(const AttentionParams& params, bool bf16, cudaStream_t stream);
-
-// Keys of one split of a query of one token.
-constexpr int kSplitKeys = 4 * kPageTokens;
+void launch_attention_decode(Context& ctx, const AttentionParams& params, bool bf16);
+// That with the scratch memory it needs: `single` is all that it attends for.
+void attend_to_last(Context& ctx, AttentionParams params, bool bf16);
 
 // How far a log gates' sum falls from behind token `key` of page `keys` up to token `query` of
 // `queries`: a difference of sums kept in two parts.

@@ -27,7 +27,7 @@ __global__ void __launch_bounds__(kDecayedTile, 2)
     float dg[kDecayedChunk][kGateStride];  // where all rows share a gate
   } memory;
   __shared__ __align__(16) float w[kDecayedChunk][kTokenStride];  // w_us at [s][u]
-  const DecayedChunk chunk(p.batch, static_cast<int>(blockIdx.x));
+  const Chunk chunk(p.batch, static_cast<int>(blockIdx.x), kDecayedChunk);
   const int head = static_cast<int>(blockIdx.y);
   const int thread = static_cast<int>(threadIdx.x);
   const int row = static_cast<int>(blockIdx.z) * kDecayedTile + thread;

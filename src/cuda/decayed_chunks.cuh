@@ -20,6 +20,7 @@
 #include "core/context.h"
 #include "cuda/batches.h"
 #include "cuda/check.h"
+#include "cuda/chunk.cuh"
 #include "cuda/decayed_kernels.h"
 #include "cuda/rows.cuh"
 #include "cuda/stream.h"
@@ -52,25 +53,6 @@ struct DecayedParams {
   }
 };
 
-// The tokens of a block.
-struct DecayedChunk {
-  std::ptrdiff_t begin;
-  int tokens;
-
-  __device__ DecayedChunk(const SequenceBatch& batch, int block) {
-    int low = 0;
-    int high = batch.count;
-    while (high - low > 1) {
-      const int middle = (low + high) / 2;
-      (batch.entries[middle].first_block <= block ? low : high) = middle;
-    }
-    const BatchEntry& entry = batch.entries[low];
-    const int first = (block - entry.first_block) * kDecayedChunk;
-    begin = entry.begin + first;
-    tokens = min(kDecayedChunk, entry.length - first);
-  }
-};
-
 // q, k and g of one row; behind the chunk's end nothing comes and nothing decays.
 struct RowOfChunk {
   float q[kDecayedChunk];
@@ -78,7 +60,7 @@ struct RowOfChunk {
   float g[kDecayedChunk];
 
   template <class Source>
-  __device__ void load(const Source& source, const DecayedChunk& chunk, int head, int row) {
+  __device__ void load(const Source& source, const Chunk& chunk, int head, int row) {
 #pragma unroll
     for (int t = 0; t < kDecayedChunk; ++t) {
       const bool exists = t < chunk.tokens && row < source.rows;
@@ -93,8 +75,8 @@ using ValueTile = float[kValueColumns][kTokenStride];
 
 // Columns [first, first + kValueColumns) of value(token, column), zeros where there are none.
 template <class Source, class F>
-__device__ void load_value_tile(ValueTile& to, const Source& source, const DecayedChunk& chunk,
-                                int first, const F& value) {
+__device__ void load_value_tile(ValueTile& to, const Source& source, const Chunk& chunk, int first,
+                                const F& value) {
   for (int i = static_cast<int>(threadIdx.x); i < kValueColumns * kDecayedChunk;
        i += kDecayedTile) {
     const int j = i % kValueColumns;
@@ -122,7 +104,7 @@ __global__ void __launch_bounds__(kDecayedTile)
     chunk_sums(const __grid_constant__ DecayedParams<Source> p) {
   __shared__ __align__(16) ValueTile v;
   __shared__ __align__(16) ValueTile d_o;
-  const DecayedChunk chunk(p.batch, static_cast<int>(blockIdx.x));
+  const Chunk chunk(p.batch, static_cast<int>(blockIdx.x), kDecayedChunk);
   const int head = static_cast<int>(blockIdx.y);
   const int row = static_cast<int>(blockIdx.z) * kDecayedTile + static_cast<int>(threadIdx.x);
   RowOfChunk own;
@@ -224,7 +206,7 @@ __global__ void __launch_bounds__(kDecayedTile, 3)
   // q_t ⊙ b_t at [row][t], or k_s ⊙ e_s.
   __shared__ __align__(16) float decayed[kRows][kTokenStride];
   __shared__ __align__(16) float scores[kDecayedChunk][kTokenStride];  // at [other][own]
-  const DecayedChunk chunk(p.batch, static_cast<int>(blockIdx.x));
+  const Chunk chunk(p.batch, static_cast<int>(blockIdx.x), kDecayedChunk);
   const int head = static_cast<int>(blockIdx.y);
   const int thread = static_cast<int>(threadIdx.x);
   const int column = static_cast<int>(blockIdx.z) * kDecayedTile + thread;

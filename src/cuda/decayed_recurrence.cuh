@@ -11,6 +11,7 @@
 #include "cuda/check.h"
 #include "cuda/decayed_kernels.h"
 #include "cuda/elements.cuh"
+#include "cuda/launch.cuh"
 #include "cuda/sequence_batch.h"
 
 namespace deltafox::cuda {
@@ -71,6 +72,7 @@ __global__ void __launch_bounds__(kRecurrenceThreads)
   const int columns = source.columns;
   float* state = entry.state + static_cast<std::ptrdiff_t>(head) * rows * columns;
 
+  wait_for_input();
   StateColumns<kRows> s;
   s.load(state, rows, columns, row_group, column);
   typename Source::template Row<kRows> next;
@@ -115,18 +117,14 @@ __global__ void __launch_bounds__(kRecurrenceThreads)
 }
 
 template <class Source>
-void launch_decayed_recurrence(const Source& source, int heads, const SequenceBatch& batch,
-                               cudaStream_t stream) {
+void launch_decayed_recurrence(Context& ctx, const Source& source, int heads,
+                               const SequenceBatch& batch) {
   const dim3 grid((source.columns + kRecurrenceColumns - 1) / kRecurrenceColumns, heads,
                   batch.count);
-  if (source.rows <= 4 * kRowGroups) {
-    decayed_recurrence<Source, 4><<<grid, kRecurrenceThreads, 0, stream>>>(source, batch);
-  } else if (source.rows <= 8 * kRowGroups) {
-    decayed_recurrence<Source, 8><<<grid, kRecurrenceThreads, 0, stream>>>(source, batch);
-  } else {
-    decayed_recurrence<Source, 16><<<grid, kRecurrenceThreads, 0, stream>>>(source, batch);
-  }
-  check_launch("decayed_recurrence");
+  const auto kernel = source.rows <= 4 * kRowGroups   ? decayed_recurrence<Source, 4>
+                      : source.rows <= 8 * kRowGroups ? decayed_recurrence<Source, 8>
+                                                      : decayed_recurrence<Source, 16>;
+  launch_dependent(ctx, "decayed_recurrence", kernel, grid, kRecurrenceThreads, 0, source, batch);
 }
 
 }  // namespace deltafox::cuda

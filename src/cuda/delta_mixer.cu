@@ -2,15 +2,17 @@
 //
 // delta_inputs: a thread walks some rows of eight channels of q, k or v with the last inputs in
 // registers; the lanes that share a head sum its squares row by row. The block of a sequence's
-// first rows also replaces its state, which only it reads.
+// first rows also replaces its state, which only it reads. Where β is not there yet, a block of
+// each rows computes it on the tensor cores.
 //
 // delta_token: a block owns a head of a sequence. Its state, 64 KB, is in registers, asked for
 // before the block waits for the products of the same step.
 #include <algorithm>
 
-#include "cuda/eight.cuh"
+#include "cuda/conv_window.cuh"
 #include "cuda/launch.cuh"
 #include "cuda/rows.cuh"
+#include "cuda/tensor_core.cuh"
 #include "ops/delta_mixer.h"
 
 namespace deltafox::cuda {
@@ -19,11 +21,23 @@ namespace {
 constexpr int kWidth = static_cast<int>(kDeltaConvWidth);
 constexpr float kNormEps = 1e-6F;
 
-// To about 20 bits where the result is rounded to bfloat16.
+// To about 20 bits where the result is rounded to bfloat16: __expf and __fdividef would look after
+// denormal numbers, which are zeros here.
 template <typename T>
 __device__ float silu(float x) {
-  // The rough quotient is zero where the denominator exceeds 2^126.
-  return sizeof(T) == 2 ? __fdividef(x, 1 + __expf(-x)) : x / (1 + expf(-x));
+  if constexpr (sizeof(T) == 4) return x / (1 + expf(-x));
+  constexpr float kLog2E = 1.4426950408889634F;
+  float power;
+  float quotient;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(x * -kLog2E));
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(quotient) : "f"(1 + power));
+  return x * quotient;
+}
+
+// Two roundings off where the result is rounded to bfloat16.
+template <typename T>
+__device__ float inverse_root(float x) {
+  return sizeof(T) == 2 ? rsqrtf(x) : 1 / sqrtf(x);
 }
 
 // ---- Prompts ----------------------------------------------------------------------------------
@@ -45,14 +59,78 @@ struct InputsParams {
   const float* conv[3];
   void* out[3];
   float* beta;
+  const void* x;       // [T, C] and
+  const void* b_proj;  // [H, C], or null: then beta has the logits
+  int width;           // C
   int heads;
-  int head_lanes;  // K / 8
-  int channels;    // H·K
-  int rows;        // of a block, a multiple of kWidth
-  int blocks;      // of rows
+  int head_lanes;      // K / 8
+  int channels;        // H·K
+  int blocks_of_part;  // of channels, of q, k or v
+  int rows;            // of a block, a multiple of kWidth
+  int blocks;          // of rows
   int count;
   InputSequence sequences[kLimit];
 };
+
+constexpr int kMostHeads = static_cast<int>(kDeltaInputsHeads);
+
+// β of 16 rows of a block, from row `first` of x on, `count` of which exist: the two warps have
+// half of the columns each. Which of a lane's eight neighbouring columns counts as which of the
+// tensor cores' makes no difference, as long as it is the same in x and b_proj.
+__device__ void beta_rows(const InputsParams& p, std::int64_t first, int count) {
+  constexpr int kAhead = 6;     // steps whose loads are under way at once
+  constexpr int kColumns = 32;  // of a step
+  __shared__ float parts[2][16][kMostHeads];
+  const int warp = static_cast<int>(threadIdx.x) / 32;
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  const int row = lane / 4;
+  const int steps = (p.width + kColumns - 1) / kColumns;
+  const int end = warp == 0 ? (steps + 1) / 2 : steps;
+  const auto* x = static_cast<const bf16*>(p.x) + first * p.width;
+  const auto* b_proj = static_cast<const bf16*>(p.b_proj);
+  const auto load = [&](const bf16* from, int r, int rows, int step) {
+    const int column = step * kColumns + lane % 4 * 8;
+    if (r >= rows || column >= p.width || step >= end) return make_uint4(0, 0, 0, 0);
+    return *reinterpret_cast<const uint4*>(from + static_cast<std::int64_t>(r) * p.width + column);
+  };
+  float sums[2][4] = {};  // of heads 0 to 7 and 8 to 15
+  for (int step = warp == 0 ? 0 : (steps + 1) / 2; step < end; step += kAhead) {
+    uint4 a[kAhead][2];
+    uint4 b[kAhead][2];
+#pragma unroll
+    for (int i = 0; i < kAhead; ++i) {
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        a[i][h] = load(x, row + 8 * h, count, step + i);
+        b[i][h] = load(b_proj, row + 8 * h, p.heads, step + i);
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < kAhead; ++i) {
+      const std::uint32_t low[4] = {a[i][0].x, a[i][1].x, a[i][0].y, a[i][1].y};
+      const std::uint32_t high[4] = {a[i][0].z, a[i][1].z, a[i][0].w, a[i][1].w};
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        mma_bf16(sums[h], low, b[i][h].x, b[i][h].y);
+        mma_bf16(sums[h], high, b[i][h].z, b[i][h].w);
+      }
+    }
+  }
+  __syncthreads();  // what the rows before left has been read
+#pragma unroll
+  for (int h = 0; h < 2; ++h) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      parts[warp][row + i / 2 * 8][8 * h + 2 * (lane % 4) + i % 2] = sums[h][i];
+    }
+  }
+  __syncthreads();
+  for (int i = static_cast<int>(threadIdx.x); i < count * p.heads; i += kInputThreads) {
+    const int r = i / p.heads;
+    const int head = i % p.heads;
+    p.beta[first * p.heads + i] = sigmoid(parts[0][r][head] + parts[1][r][head]);
+  }
+}
 
 template <typename T>
 __global__ void __launch_bounds__(kInputThreads)
@@ -67,17 +145,16 @@ __global__ void __launch_bounds__(kInputThreads)
   const int begin = (static_cast<int>(blockIdx.y) - sequence.first_block) * p.rows;
   const int end = min(begin + p.rows, sequence.length);
 
-  const int blocks_of_part = static_cast<int>(gridDim.x) / 3;
-  const int part = static_cast<int>(blockIdx.x) / blocks_of_part;
-  if (blockIdx.x == 0) {
-    float* beta = p.beta + static_cast<std::int64_t>(sequence.begin) * p.heads;
-    for (int i = begin * p.heads + static_cast<int>(threadIdx.x); i < end * p.heads;
-         i += kInputThreads) {
-      beta[i] = sigmoid(beta[i]);
+  const int part = static_cast<int>(blockIdx.x) / p.blocks_of_part;
+  if (part == 3) {
+    wait_for_input();
+    for (int row = begin; row < end; row += 16) {
+      beta_rows(p, sequence.begin + row, min(16, end - row));
     }
+    return;
   }
   // Lanes behind the last channel repeat it, for the sums over a warp.
-  const int wanted = static_cast<int>(blockIdx.x) % blocks_of_part * kPartChannels +
+  const int wanted = static_cast<int>(blockIdx.x) % p.blocks_of_part * kPartChannels +
                      static_cast<int>(threadIdx.x) * kChannels;
   const bool real = wanted < p.channels;
   const int channel = real ? wanted : p.channels - kChannels;
@@ -93,27 +170,17 @@ __global__ void __launch_bounds__(kInputThreads)
   for (int c = 0; c < kChannels; ++c) {
     load_four(w[c], p.conv[part] + (channel + c) * kWidth, kVector);
   }
-  if (begin == 0) {
-    float* state = sequence.states[part] + channel * kWidth;
-#pragma unroll
-    for (int c = 0; c < kChannels; ++c) {
-      float old[kWidth];
-      load_four(old, state + c * kWidth, kVector);
-#pragma unroll
-      for (int i = 1; i < kWidth; ++i) window[i][c] = old[i];
-      float now[kWidth];
-#pragma unroll
-      for (int i = 0; i < kWidth; ++i) {
-        const int row = sequence.length - kWidth + i;
-        now[i] = 0;
-        if (row >= 0) now[i] = to_float(x[row * stride + c]);
-#pragma unroll
-        for (int j = 0; j < kWidth; ++j) {
-          if (row + kWidth == j && row < 0) now[i] = old[j];
-        }
-      }
-      if (real) store_four(state + c * kWidth, now, kVector);
+  wait_for_input();
+  if (blockIdx.x == 0 && p.b_proj == nullptr) {
+    float* beta = p.beta + static_cast<std::int64_t>(sequence.begin) * p.heads;
+    for (int i = begin * p.heads + static_cast<int>(threadIdx.x); i < end * p.heads;
+         i += kInputThreads) {
+      beta[i] = sigmoid(beta[i]);
     }
+  }
+  if (begin == 0) {
+    replace_conv_state(window, sequence.states[part] + channel * kWidth, x, stride, sequence.length,
+                       real);
   } else {
 #pragma unroll
     for (int i = 1; i < kWidth; ++i) {
@@ -122,44 +189,64 @@ __global__ void __launch_bounds__(kInputThreads)
       loaded.get(window[i]);
     }
   }
-  for (int t = begin; t < end; t += kWidth) {
-    Eight<T> next[kWidth];
+  // Four rows are asked for before the four ahead of them are computed; two are normed at once.
+  constexpr int kAtOnce = 2;
+  Eight<T> next[kWidth];
+  const auto load = [&](int t) {
 #pragma unroll
     for (int r = 0; r < kWidth; ++r) next[r].load(x + min(t + r, end - 1) * stride);
+  };
+  load(begin);
+  for (int t = begin; t < end; t += kWidth) {
+    Eight<T> now[kWidth];
 #pragma unroll
-    for (int r = 0; r < kWidth; ++r) {
-      if (t + r >= end) break;
-      next[r].get(window[r]);
-      float out[kChannels];
-      float squares = 0;
+    for (int r = 0; r < kWidth; ++r) now[r] = next[r];
+    if (t + kWidth < end) load(t + kWidth);
 #pragma unroll
-      for (int c = 0; c < kChannels; ++c) {
-        float sum = 0;
+    for (int first = 0; first < kWidth; first += kAtOnce) {
+      float out[kAtOnce][kChannels];
+      float squares[kAtOnce] = {};
 #pragma unroll
-        for (int i = 0; i < kWidth; ++i) sum += w[c][i] * window[(r + 1 + i) % kWidth][c];
-        out[c] = silu<T>(sum);
-        squares = fmaf(out[c], out[c], squares);
+      for (int a = 0; a < kAtOnce; ++a) {
+        const int r = first + a;  // behind the last row it is the last once more
+        now[r].get(window[r]);
+#pragma unroll
+        for (int c = 0; c < kChannels; ++c) {
+          float sum = 0;
+#pragma unroll
+          for (int i = 0; i < kWidth; ++i) sum += w[c][i] * window[(r + 1 + i) % kWidth][c];
+          out[a][c] = silu<T>(sum);
+          squares[a] = fmaf(out[a][c], out[a][c], squares[a]);
+        }
       }
       if (part < 2) {
         for (int offset = p.head_lanes / 2; offset > 0; offset /= 2) {
-          squares += __shfl_xor_sync(0xffffffff, squares, offset);
-        }
-        const float scale = 1 / sqrtf(squares + kNormEps);
 #pragma unroll
-        for (float& element : out) element *= scale;
+          for (float& sum : squares) sum += __shfl_xor_sync(0xffffffff, sum, offset);
+        }
+#pragma unroll
+        for (int a = 0; a < kAtOnce; ++a) {
+          const float scale = inverse_root<T>(squares[a] + kNormEps);
+#pragma unroll
+          for (float& element : out[a]) element *= scale;
+        }
       }
-      if (real) Eight<T>::store(y + static_cast<std::int64_t>(t + r) * p.channels, out);
+#pragma unroll
+      for (int a = 0; a < kAtOnce; ++a) {
+        const int row = t + first + a;
+        if (real && row < end) {
+          Eight<T>::store(y + static_cast<std::int64_t>(row) * p.channels, out[a]);
+        }
+      }
     }
   }
 }
 
 template <typename T>
 void launch(Context& ctx, const InputsParams& p) {
-  const auto blocks_of_part =
-      static_cast<unsigned>((p.channels + kPartChannels - 1) / kPartChannels);
-  const dim3 grid(3 * blocks_of_part, static_cast<unsigned>(p.blocks));
-  delta_inputs_kernel<T><<<grid, kInputThreads, 0, stream_of(ctx)>>>(p);
-  check_launch("delta_inputs");
+  const dim3 grid(static_cast<unsigned>(3 * p.blocks_of_part + (p.b_proj != nullptr ? 1 : 0)),
+                  static_cast<unsigned>(p.blocks));
+  launch_dependent(ctx, "delta_inputs", delta_inputs_kernel<T>, grid, kInputThreads, 0, p);
 }
 
 // ---- One token of each sequence ---------------------------------------------------------------
@@ -319,6 +406,12 @@ void delta_inputs(Context& ctx, const DeltaInputsArgs& args) {
   p.heads = static_cast<int>(args.q.shape[1]);
   p.head_lanes = static_cast<int>(args.q.shape[2]) / kChannels;
   p.channels = p.heads * static_cast<int>(args.q.shape[2]);
+  p.blocks_of_part = (p.channels + kPartChannels - 1) / kPartChannels;
+  if (args.x.data != nullptr) {
+    p.x = args.x.data;
+    p.b_proj = args.b_proj.data;
+    p.width = static_cast<int>(args.x.shape[1]);
+  }
   // Few rows a thread fill the card, many read fewer rows twice.
   p.rows = args.sequences.tokens() <= 2048 ? 8 : 32;
   const auto run = [&] {

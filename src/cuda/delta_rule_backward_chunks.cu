@@ -120,24 +120,13 @@ template <int kSteps>
 __device__ void store_operand(const std::uint32_t (&f)[kSteps][4], bf16* to, int stride, int rows,
                               int columns) {
   const int quarter = read_thread() % 4;
-  const bool odd = quarter % 2 != 0;
-  const bool upper = quarter / 2 != 0;
 #pragma unroll
   for (int k = 0; k < kSteps; k += 2) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       // Lane q of four has columns 2q, 2q + 1 of four 8×8 matrices; it gets all of matrix q's.
       std::uint32_t m[4] = {f[k][half], f[k][half + 2], f[k + 1][half], f[k + 1][half + 2]};
-#pragma unroll
-      for (int i = 0; i < 4; i += 2) {
-        const std::uint32_t other = __shfl_xor_sync(0xffffffffU, odd ? m[i] : m[i + 1], 1);
-        (odd ? m[i] : m[i + 1]) = other;
-      }
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        const std::uint32_t other = __shfl_xor_sync(0xffffffffU, upper ? m[i] : m[i + 2], 2);
-        (upper ? m[i] : m[i + 2]) = other;
-      }
+      transpose_quads(m);
       const int column = 16 * k + 8 * quarter;
       if (8 * half < rows && column < columns) {
         *reinterpret_cast<uint4*>(to + 8 * half * stride + column) =
@@ -498,22 +487,13 @@ __device__ void load_all(const BackwardParams& p, const Segment& segment, int he
   wait_copies<0>();
 }
 
-// This warp's 16 rows of a left operand to a tile of 128 rows, in blocks of 64 columns.
-template <int kSteps>
-__device__ void store_tile(const std::uint32_t (&f)[kSteps][4], std::uint32_t tile) {
+// This warp's 16 rows of a left operand to a tile of 64 columns.
+__device__ void store_tile(const std::uint32_t (&f)[4][4], std::uint32_t tile) {
   const int thread = read_thread();
-  const int row = thread / 32 * 16 + thread % 32 / 4;
-  const int quarter = thread % 4;
+  const int lane = thread % 32;
 #pragma unroll
-  for (int k = 0; k < kSteps; ++k) {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const std::uint32_t block = tile + k / 4 * 2 * kTileBlockBytes;
-      asm volatile("st.shared.b32 [%0], %1;" ::"r"(
-                       block + piece_offset(row + i % 2 * 8, (2 * k + i / 2) % 8) + 4 * quarter),
-                   "r"(f[k][i])
-                   : "memory");
-    }
+  for (int k = 0; k < 4; ++k) {
+    store_matrices(tile + piece_offset(thread / 32 * 16 + lane % 16, 2 * k + lane / 16), f[k]);
   }
 }
 
@@ -529,42 +509,48 @@ __device__ void advance_states(const BackwardParams& p, const Segment& segment, 
                                     static_cast<int>(map_floats(kKeys)));
     load_transposed(s, p.workspace.maps + map, state_row());
   }
+  // In parts of 64 keys, lest the state and its rounded copy outgrow the registers.
+  const auto part = [&](int i) -> const float(&)[8][4] {
+    return reinterpret_cast<const float(&)[8][4]>(s[8 * i]);
+  };
   for (int c = 0; c < segment.chunks; ++c) {
     std::uint32_t f[4][4];
-    {
-      std::uint32_t sf[kKeys / 16][4];
-      float r[8][4];
-      to_operand(sf, s);
-      L::ValuesAndInverse::wait_full(barriers, c);
-      L::Keys::wait_full(barriers, c);
-      const std::uint32_t v = L::ValuesAndInverse::tile(tiles, c);
-      load_negated_columns(r, v);
+    float r[8][4];
+    L::ValuesAndInverse::wait_full(barriers, c);
+    L::Keys::wait_full(barriers, c);
+    const std::uint32_t k = L::Keys::tile(tiles, c);
+    const std::uint32_t v = L::ValuesAndInverse::tile(tiles, c);
+    load_negated_columns(r, v);
+#pragma unroll
+    for (int i = 0; i < kKeys / 64; ++i) {
+      to_operand(f, part(i));
       Products::begin(r);
-      Products::times_transposed<false>(r, sf, L::Keys::tile(tiles, c));
+      Products::times_transposed<false>(r, f, k + i * kTileBlockBytes);
       Products::commit();
       Products::wait<0>();
       Products::end(r);
-      to_operand(f, r);
-      Products::begin(r);
-      Products::times<true>(r, f, v + L::kValueTile);
-      Products::commit();
-      Products::wait<0>();
-      Products::end(r);
-      L::ValuesAndInverse::give_back(barriers, c);
-      to_operand(f, r);
     }
+    to_operand(f, r);
+    Products::begin(r);
+    Products::times<true>(r, f, v + L::kValueTile);
+    Products::commit();
+    Products::wait<0>();
+    Products::end(r);
+    L::ValuesAndInverse::give_back(barriers, c);
     L::States::wait_empty(barriers, c);
     const std::uint32_t state = L::States::tile(tiles, c);
-    {
-      std::uint32_t sf[kKeys / 16][4];
-      to_operand(sf, s);
-      store_tile(sf, state);
-    }
+    to_operand(f, r);
     store_tile(f, state + L::kStateTile);
+#pragma unroll
+    for (int i = 0; i < kKeys / 64; ++i) {
+      std::uint32_t sf[4][4];
+      to_operand(sf, part(i));
+      store_tile(sf, state + i * L::kValueTile);
+    }
     Products::publish();
     barrier_arrive(L::States::full(barriers, c));
     Products::begin(s);
-    Products::times<false>(s, f, L::Keys::tile(tiles, c));
+    Products::times<false>(s, f, k);
     Products::commit();
     Products::wait<0>();
     Products::end(s);
@@ -641,27 +627,19 @@ __device__ void query_and_key_gradients(const BackwardParams& p, const Segment& 
     const std::uint32_t u = state + L::kStateTile;
     float x[8][4];
     float y[8][4];
-    std::uint32_t n[4][4];             // tril(dO Uᵀ)
-    std::uint32_t n_transposed[4][4];  // its transpose
-    std::uint32_t m[4][4];             // M + Mᵀ
+    std::uint32_t n[4][4];  // tril(dO Uᵀ)ᵀ, then tril(dO Uᵀ)
+    std::uint32_t m[4][4];  // M + Mᵀ
     // Two products are under way at a time; one is masked and packed while the other goes on.
     Products::begin(x);
     Products::begin(y);
-    Products::tiles<true, kValueSteps, false, false>(x, d_o, u);
-    Products::commit();
     Products::tiles<true, kValueSteps, true, true>(y, u, d_o);
     Products::commit();
-    Products::wait<1>();
-    Products::end(x);
-    mask(x, [](int r, int s) { return s <= r; });
-    to_operand(n, x);
-    Products::begin(x);
     Products::tiles<true, kValueSteps, false, false>(x, d_e, u);
     Products::commit();
     Products::wait<1>();
     Products::end(y);
     mask(y, [](int r, int s) { return s >= r; });
-    to_operand(n_transposed, y);
+    to_operand(n, y);
     Products::begin(y);
     Products::tiles<true, kValueSteps, true, true>(y, u, d_e);
     Products::commit();
@@ -681,53 +659,61 @@ __device__ void query_and_key_gradients(const BackwardParams& p, const Segment& 
 
     L::Queries::wait_full(barriers, c);
     L::Keys::wait_full(barriers, c);
-    const int stride = problem.heads * problem.key_dim;
+    const std::uint32_t k = L::Keys::tile(tiles, c);
+    const std::uint32_t q = L::Queries::tile(tiles, c);
+    // Of 64 keys from 64·i on.
+    const auto store = [&](const float(&d)[8][4], int i, void* gradient) {
+      const int thread = read_thread() % 128;
+      const int first = thread / 32 * 16 + thread % 32 / 4;
+      std::uint32_t f[4][4];
+      to_operand(f, d);
+      bf16* to = static_cast<bf16*>(gradient) +
+                 ((chunk.row + first) * problem.heads + head) * problem.key_dim + 64 * i;
+      store_operand(f, to, problem.heads * problem.key_dim, chunk.rows - first,
+                    problem.key_dim - 64 * i);
+    };
+    // x: √K (U dSᵀ + tril(dO Uᵀ)ᵀ Q); y: dE Sᵀ + (M + Mᵀ) K
 #pragma unroll 1
     for (int i = 0; i < kKeys / 64; ++i) {
-      const std::uint32_t k = L::Keys::tile(tiles, c) + i * kTileBlockBytes;
-      const std::uint32_t q = L::Queries::tile(tiles, c) + i * kTileBlockBytes;
-      const std::uint32_t s = state + i * L::kValueTile;
-      const std::uint32_t ds = L::Queries::tile(tiles, c) + L::kKeyTile + i * L::kValueTile;
-      const std::ptrdiff_t to =
-          ((chunk.row + row) * problem.heads + head) * problem.key_dim + 64 * i;
-      const auto store = [&](const std::uint32_t(&f)[4][4], void* gradient) {
-        store_operand(f, static_cast<bf16*>(gradient) + to, stride, chunk.rows - row,
-                      problem.key_dim - 64 * i);
-      };
-      // x: √K dQ; y: √K (U dSᵀ + tril(dO Uᵀ)ᵀ Q), then −dK
       Products::begin(x);
       Products::begin(y);
-      Products::tiles<true, kValueSteps, true, false>(y, u, ds);
-      Products::times<false>(y, n_transposed, q);
+      Products::tiles<true, kValueSteps, true, false>(x, u, q + L::kKeyTile + i * L::kValueTile);
+      Products::times<false>(x, n, q + i * kTileBlockBytes);
+      Products::tiles<true, kValueSteps, false, false>(y, d_e, state + i * L::kValueTile);
+      Products::times<false>(y, m, k + i * kTileBlockBytes);
       Products::commit();
-      Products::tiles<true, kValueSteps, false, false>(x, d_o, s);
-      Products::times<false>(x, n, k);
-      Products::commit();
-      Products::wait<1>();
-      Products::end(y);
-      if (i == kKeys / 64 - 1) L::Queries::give_back(barriers, c);
-      scale(y, -p.scale);
-      Products::begin(y);
-      Products::tiles<false, kValueSteps, false, false>(y, d_e, s);
-      Products::times<false>(y, m, k);
-      Products::commit();
-      Products::wait<1>();
-      Products::end(x);
-      std::uint32_t f[4][4];
-      scale(x, p.scale);
-      to_operand(f, x);
-      store(f, problem.dq);
       Products::wait<0>();
+      Products::end(x);
       Products::end(y);
-      scale(y, -1);
-      to_operand(f, y);
-      if (i == kKeys / 64 - 1) {
-        L::Outputs::give_back(barriers, c);
-        L::States::give_back(barriers, c);
-        L::Keys::give_back(barriers, c);
+#pragma unroll
+      for (int j = 0; j < 8; ++j) {
+#pragma unroll
+        for (int e = 0; e < 4; ++e) x[j][e] = x[j][e] * p.scale - y[j][e];
       }
-      store(f, problem.dk);
+      store(x, i, problem.dk);
     }
+    L::Queries::give_back(barriers, c);
+    Products::begin(y);
+    Products::tiles<true, kValueSteps, false, false>(y, d_o, u);
+    Products::commit();
+    Products::wait<0>();
+    Products::end(y);
+    mask(y, [](int r, int s) { return s <= r; });
+    to_operand(n, y);
+#pragma unroll 1
+    for (int i = 0; i < kKeys / 64; ++i) {
+      Products::begin(x);
+      Products::tiles<true, kValueSteps, false, false>(x, d_o, state + i * L::kValueTile);
+      Products::times<false>(x, n, k + i * kTileBlockBytes);
+      Products::commit();
+      Products::wait<0>();
+      Products::end(x);
+      scale(x, p.scale);
+      store(x, i, problem.dq);
+    }
+    L::Outputs::give_back(barriers, c);
+    L::States::give_back(barriers, c);
+    L::Keys::give_back(barriers, c);
   }
 }
 
@@ -750,17 +736,17 @@ __global__ void __launch_bounds__(kFinishThreads, 1)
       L::States::init(barriers, kStateThreads, 128);
     }
     __syncthreads();
-    // One branch gives registers and the other takes them; what takes them divides only then.
+    // Together what the block was launched with. With these, what ptxas has of them suffices for
+    // products to run one behind the other; with less it waits after each (C7512).
     if (threadIdx.x >= kStateThreads + 128) {
-      give_registers<32>();
+      give_registers<24>();
       load_all<kKeys>(p, segment, head, tiles, barriers);
+    } else if (threadIdx.x >= kStateThreads) {
+      take_registers<136>();
+      query_and_key_gradients<kKeys>(p, segment, head, tiles, barriers);
     } else {
-      take_registers<160>();
-      if (threadIdx.x < kStateThreads) {
-        advance_states<kKeys>(p, segment, head, tiles, barriers);
-      } else {
-        query_and_key_gradients<kKeys>(p, segment, head, tiles, barriers);
-      }
+      take_registers<176>();
+      advance_states<kKeys>(p, segment, head, tiles, barriers);
     }
   }
 }

@@ -11,6 +11,7 @@ namespace deltafox::cuda {
 constexpr int kChunk = kChunkRows;
 static_assert(kChunk == kTileRows);
 constexpr int kValues = 128;  // value columns of a block
+static_assert(kValues == kNormedValues);
 constexpr int kStateThreads = 2 * 128;
 constexpr int kInverseStride = 20;
 constexpr int kInverseBlock = 16 * kInverseStride;  // floats of a 16×16 block, padded
@@ -242,6 +243,41 @@ __device__ inline void store_lower(const float (&a)[8][4], unsigned char* tile, 
   }
 }
 
+// Columns `column` and `column` + 8 of a state [keys, values], transposed.
+template <int kTiles>
+__device__ void load_state(float (&s)[kTiles][4], const float* state, int keys, int values,
+                           int column) {
+  const int lane = threadIdx.x % 32;
+#pragma unroll
+  for (int j = 0; j < kTiles; ++j) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int key = 8 * j + 2 * (lane % 4) + i % 2;
+      const int value = column + i / 2 * 8;
+      s[j][i] = key < keys && value < values
+                    ? state[static_cast<std::ptrdiff_t>(key) * values + value]
+                    : 0;
+    }
+  }
+}
+
+template <int kTiles>
+__device__ void store_state(const float (&s)[kTiles][4], float* state, int keys, int values,
+                            int column) {
+  const int lane = threadIdx.x % 32;
+#pragma unroll
+  for (int j = 0; j < kTiles; ++j) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int key = 8 * j + 2 * (lane % 4) + i % 2;
+      const int value = column + i / 2 * 8;
+      if (key < keys && value < values) {
+        state[static_cast<std::ptrdiff_t>(key) * values + value] = s[j][i];
+      }
+    }
+  }
+}
+
 // A transposed state of a map, rows `row` and `row` + 8.
 template <int kTiles>
 __device__ void load_transposed(float (&s)[kTiles][4], const float* from, int row) {
@@ -297,11 +333,10 @@ __device__ inline void load_negated_columns(float (&r)[8][4], std::uint32_t tile
   }
 }
 
-// The transpose of this warp's 16 rows of an accumulator, times `factor`, through the warp's own
-// columns of a tile to rows of memory: the tile's first element goes to `out`, and there are `rows`
-// rows and `columns` columns of it.
-__device__ inline void store_columns(const float (&o)[8][4], float factor, std::uint32_t tile,
-                                     bf16* out, int stride, int rows, int columns) {
+// The transpose of this warp's 16 rows of an accumulator, times `factor`, in its 16 columns of a
+// tile.
+__device__ inline void store_columns_in_tile(const float (&o)[8][4], float factor,
+                                             std::uint32_t tile) {
   const int thread = read_thread();
   const int lane = thread % 32;
   const int warp = thread / 32;
@@ -314,6 +349,16 @@ __device__ inline void store_columns(const float (&o)[8][4], float factor, std::
     store_matrices_transposed(
         tile + piece_offset(lane / 16 * 8 + lane % 8, 2 * warp + (lane / 8) % 2) + j * 8 * 128, m);
   }
+}
+
+// The same, and through these columns to rows of memory: the tile's first element goes to `out`,
+// and there are `rows` rows and `columns` columns of it.
+__device__ inline void store_columns(const float (&o)[8][4], float factor, std::uint32_t tile,
+                                     bf16* out, int stride, int rows, int columns) {
+  store_columns_in_tile(o, factor, tile);
+  const int thread = read_thread();
+  const int lane = thread % 32;
+  const int warp = thread / 32;
   __syncwarp();
   const int column = 8 * (2 * warp + lane % 2);
   const int first_row = lane / 2;
@@ -325,8 +370,67 @@ __device__ inline void store_columns(const float (&o)[8][4], float factor, std::
                  : "=r"(data.x), "=r"(data.y), "=r"(data.z), "=r"(data.w)
                  : "r"(tile + piece_offset(lane / 2, 2 * warp + lane % 2) + i * 16 * 128)
                  : "memory");
-    if (first_row + 16 * i < rows && column < columns) *reinterpret_cast<uint4*>(out) = data;
+    // Said outright: as an assignment it becomes four stores.
+    if (first_row + 16 * i < rows && column < columns) {
+      asm volatile("st.global.v4.b32 [%0], {%1,%2,%3,%4};" ::"l"(out), "r"(data.x), "r"(data.y),
+                   "r"(data.z), "r"(data.w)
+                   : "memory");
+    }
     out += 16 * static_cast<std::ptrdiff_t>(stride);
+  }
+}
+
+// o ← rms_norm(factor · o) · w over the values of each row, given this warp's 16 of a block's eight
+// times 16 values as transposed rows. All 256 threads take part, at the same call with the same
+// `sums` [8, 64] float32, and sums of the next call must be others. w [values] is F32.
+__device__ inline void norm_values(float (&o)[8][4], float factor, const float* w, float eps,
+                                   int values, float* sums) {
+  constexpr int kNormBarrier = 4;  // 0 is __syncthreads, 1 and 2 are the preparing groups'
+  const int lane = threadIdx.x % 32;
+  const int warp = threadIdx.x / 32;
+  float squares[16];
+#pragma unroll
+  for (int n = 0; n < 16; ++n) {
+    const float low = factor * o[n / 2][n % 2];
+    const float high = factor * o[n / 2][n % 2 + 2];
+    squares[n] = fmaf(low, low, high * high);
+  }
+  // Each step halves what a lane sums up: rows 2l and 2l + 1 are left for lane l.
+#pragma unroll
+  for (int step = 0; step < 3; ++step) {
+    const int left = 8 >> step;
+    const bool upper = (lane & 2 * left) != 0;
+#pragma unroll
+    for (int n = 0; n < 8; ++n) {
+      if (n >= left) continue;
+      const float give = upper ? squares[n] : squares[n + left];
+      const float keep = upper ? squares[n + left] : squares[n];
+      squares[n] = keep + __shfl_xor_sync(0xffffffffU, give, 2 * left);
+    }
+  }
+  const int value = 16 * warp + lane / 4;
+  const float w_low = value < values ? w[value] : 0;
+  const float w_high = value + 8 < values ? w[value + 8] : 0;
+  *reinterpret_cast<float2*>(sums + 64 * warp + 2 * lane) = make_float2(squares[0], squares[1]);
+  asm volatile("bar.sync %0, 256;" ::"n"(kNormBarrier) : "memory");
+  float2 scale = make_float2(0, 0);
+#pragma unroll
+  for (int i = 0; i < 8; ++i) {
+    const float2 part = *reinterpret_cast<const float2*>(sums + 64 * i + 2 * lane);
+    scale = make_float2(scale.x + part.x, scale.y + part.y);
+  }
+  const auto width = static_cast<float>(values);
+  // To two roundings: what comes of it is rounded to bfloat16.
+  scale.x = factor * rsqrtf(scale.x / width + eps);
+  scale.y = factor * rsqrtf(scale.y / width + eps);
+#pragma unroll
+  for (int j = 0; j < 8; ++j) {
+    const float even = __shfl_sync(0xffffffffU, scale.x, 4 * j + lane % 4);
+    const float odd = __shfl_sync(0xffffffffU, scale.y, 4 * j + lane % 4);
+    o[j][0] *= even * w_low;
+    o[j][1] *= odd * w_low;
+    o[j][2] *= even * w_high;
+    o[j][3] *= odd * w_high;
   }
 }
 

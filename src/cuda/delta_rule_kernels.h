@@ -5,9 +5,13 @@
 
 #include <cstddef>
 
+#include "core/context.h"
 #include "cuda/sequence_batch.h"
 
 namespace deltafox::cuda {
+
+// Up to so many values a head, chunks compute the norm of outputs too.
+constexpr int kNormedValues = 128;
 
 struct DeltaRuleProblem {
   const void* q = nullptr;     // [T, H, K]
@@ -19,6 +23,8 @@ struct DeltaRuleProblem {
   int heads = 0;
   int key_dim = 0;
   int value_dim = 0;
+  const float* norm = nullptr;  // [V]: o ← rms_norm(o) · norm, in chunks only; or null
+  float norm_eps = 0;
 };
 
 // The recurrence itself, row by row, in float32: any head sizes up to K = 256. The exact mode, and
@@ -41,13 +47,22 @@ int delta_rule_segments_of(const DeltaRuleProblem& problem, int length, int toke
 // card, so that what else is in a batch changes no bit.
 int delta_rule_segments(const DeltaRuleProblem& problem, int length, int multiprocessors);
 
-// Workspace bytes for the state maps of all segments but each sequence's last.
-std::size_t delta_rule_maps_bytes(const DeltaRuleProblem& problem, int maps);
+// Workspace bytes: none where no sequence has several segments.
+std::size_t delta_rule_chunks_bytes(const DeltaRuleProblem& problem, const SequenceBatch& batch);
+
+// Few chunks, by three kernels that are parallel over chunks or over values: bfloat16, K = V = 128,
+// on sm_90. Whether that is how a sequence is read is a function of what delta_rule_segments_of
+// reads.
+bool delta_rule_scans(const DeltaRuleProblem& problem, int length, int tokens_bucket,
+                      int multiprocessors);
+std::size_t delta_rule_scan_bytes(const DeltaRuleProblem& problem, const SequenceBatch& batch);
+void launch_delta_rule_scan(Context& ctx, const DeltaRuleProblem& problem,
+                            const SequenceBatch& batch, void* workspace);
 
 enum class ProductKind { kAutomatic, kWarp, kGroup };
 
 void launch_delta_rule_chunks(const DeltaRuleProblem& problem, const SequenceBatch& batch,
-                              float* maps, cudaStream_t stream,
+                              void* workspace, cudaStream_t stream,
                               ProductKind kind = ProductKind::kAutomatic);
 
 // The joins of the backward, states in order and their gradients against it. K' is K rounded up to

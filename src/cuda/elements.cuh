@@ -102,6 +102,15 @@ __device__ inline void prefetch(const void* from) {
   asm volatile("prefetch.global.L2 [%0];" ::"l"(from));
 }
 
+// What is read once.
+__device__ inline uint4 load_stream(const void* from) {
+  uint4 x;
+  asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4];"
+               : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
+               : "l"(from));
+  return x;
+}
+
 __device__ inline void add_four(float (&to)[4], const float4& x) {
   to[0] += x.x, to[1] += x.y, to[2] += x.z, to[3] += x.w;
 }

@@ -5,6 +5,8 @@
 
 #include "cuda/each_four.cuh"
 #include "cuda/eight.cuh"
+#include "cuda/launch.cuh"
+#include "cuda/packed.h"
 #include "ops/activation.h"
 #include "ops/embedding.h"
 #include "ops/gate.h"
@@ -19,6 +21,7 @@ constexpr int kThreads = kElementThreads;
 struct RmsNormParams {
   Elements x, y, gate;
   const float* w;  // or null
+  float* scales;   // [R] or null
   bool has_gate, gate_first;
   Activation activation;
   std::int64_t rows;
@@ -95,6 +98,7 @@ __global__ void __launch_bounds__(kThreads) rms_norm_kernel(const RmsNormParams 
   }
   if (!real) return;
   const float scale = 1 / sqrtf(sum / static_cast<float>(p.width) + p.eps);
+  if (p.scales != nullptr && lane == 0) p.scales[row] = scale;
   const auto finish = [&](const Bits& bits, int i) {
     float x[4];
     float act[4];
@@ -103,6 +107,7 @@ __global__ void __launch_bounds__(kThreads) rms_norm_kernel(const RmsNormParams 
     if (w != nullptr) load_four(factor, w + i, count(i));
 #pragma unroll
     for (int e = 0; e < 4; ++e) {
+      if (p.scales != nullptr) factor[e] = invertible_weight(factor[e]);
       x[e] = x[e] * scale * factor[e];
       if (p.has_gate && !p.gate_first) x[e] *= act[e];
     }
@@ -120,9 +125,22 @@ __global__ void __launch_bounds__(kThreads) rms_norm_kernel(const RmsNormParams 
   }
 }
 
-// The usual norm: no gate, one weight for all rows, whole vectors, eight elements a thread. A team
-// of threads walks rows in strides and asks for the next before it has done with one.
-template <typename X, typename Y, int kTeam>
+// act(x) in place; what is to be rounded to bfloat16 to about 20 bits. The switch is outside of the
+// loop, lest each element wait for the exponential of the one before it.
+template <bool kRough>
+__device__ void gate_values(Activation activation, float (&x)[8]) {
+  if (activation == Activation::kSilu) {
+#pragma unroll
+    for (float& e : x) e *= sigmoid<kRough>(e);
+  } else {
+#pragma unroll
+    for (float& e : x) e = activate<kRough>(activation, e);
+  }
+}
+
+// The usual norm: whole vectors, eight elements a thread, a gate of the dtype of x. A team of
+// threads walks rows in strides and asks for the next before it has done with one.
+template <typename X, typename Y, int kTeam, bool kGated>
 __global__ void __launch_bounds__(kTeam > 32 ? kTeam : kThreads)
     rms_norm_rows_kernel(const RmsNormParams p) {
   constexpr int kTeams = kTeam > 32 ? 1 : kThreads / kTeam;
@@ -134,20 +152,44 @@ __global__ void __launch_bounds__(kTeam > 32 ? kTeam : kThreads)
   const std::int64_t stride = static_cast<std::int64_t>(gridDim.x) * kTeams;
   const auto* x = static_cast<const X*>(p.x.data) + own;
   auto* y = static_cast<Y*>(p.y.data) + own;
+  const auto* gate = static_cast<const X*>(p.gate.data) + own;
+  wait_for_input();
   float w[8] = {1, 1, 1, 1, 1, 1, 1, 1};
-  if (p.w != nullptr && has_own) {
+  const auto load_weights = [&](std::int64_t row) {
+    if (p.w == nullptr || !has_own) return;
     Eight<float> loaded;
-    loaded.load(p.w + own);
+    loaded.load(p.w + row % p.groups * p.width + own);
     loaded.get(w);
-  }
+#pragma unroll
+    for (float& element : w) {
+      if (p.scales != nullptr) element = invertible_weight(element);
+    }
+  };
+  if (p.groups == 1) load_weights(0);
   Eight<X> next = {};
-  if (has_own && first < p.rows) next.load(x + first * p.width);
+  Eight<X> next_gate = {};
+  const auto load = [&](std::int64_t row) {
+    if (!has_own || row >= p.rows) return;
+    next.load(x + row * p.width);
+    if constexpr (kGated) next_gate.load(gate + row * p.width);
+  };
+  load(first);
   int turn = 0;
   // As long for all threads of a block: they take part in its sums.
   for (std::int64_t row = first; row - first % kTeams < p.rows; row += stride, turn ^= 1) {
     float v[8];
+    float act[8];
     next.get(v);
-    if (has_own && row + stride < p.rows) next.load(x + (row + stride) * p.width);
+    if constexpr (kGated) next_gate.get(act);
+    load(row + stride);
+    if (p.groups > 1) load_weights(row);
+    if constexpr (kGated) {
+      gate_values<sizeof(Y) == 2>(p.activation, act);
+#pragma unroll
+      for (int e = 0; e < 8; ++e) {
+        if (p.gate_first) v[e] *= act[e];
+      }
+    }
     float sum = 0;
 #pragma unroll
     for (const float value : v) sum = fmaf(value, value, sum);
@@ -165,30 +207,50 @@ __global__ void __launch_bounds__(kTeam > 32 ? kTeam : kThreads)
     }
     if (!has_own || row >= p.rows) continue;
     const float scale = 1 / sqrtf(sum / static_cast<float>(p.width) + p.eps);
+    if (p.scales != nullptr && own == 0) p.scales[row] = scale;
 #pragma unroll
-    for (int e = 0; e < 8; ++e) v[e] = v[e] * scale * w[e];
+    for (int e = 0; e < 8; ++e) {
+      v[e] = v[e] * scale * w[e];
+      if constexpr (kGated) {
+        if (!p.gate_first) v[e] *= act[e];
+      }
+    }
     Eight<Y>::store(y + row * p.width, v);
   }
 }
 
-template <typename X, typename Y>
+template <typename X, typename Y, bool kGated>
 void launch_rows(Context& ctx, const RmsNormParams& p) {
   const auto launch = [&](auto kernel, int team) {
     const int threads = team > 32 ? team : kThreads;
     const std::int64_t all = (p.rows + threads / team - 1) / (threads / team);
     const std::int64_t at_once = std::int64_t{2048} / threads * ctx.stream().multiprocessors();
-    kernel<<<static_cast<unsigned>(std::min(all, at_once)), threads, 0, stream_of(ctx)>>>(p);
+    launch_dependent(ctx, "rms_norm", kernel, dim3(static_cast<unsigned>(std::min(all, at_once))),
+                     static_cast<unsigned>(threads), 0, p);
   };
   if (p.width <= 64) {
-    launch(rms_norm_rows_kernel<X, Y, 8>, 8);
+    launch(rms_norm_rows_kernel<X, Y, 8, kGated>, 8);
   } else if (p.width <= 128) {
-    launch(rms_norm_rows_kernel<X, Y, 16>, 16);
+    launch(rms_norm_rows_kernel<X, Y, 16, kGated>, 16);
   } else if (p.width <= 512) {
-    launch(rms_norm_rows_kernel<X, Y, 64>, 64);
+    launch(rms_norm_rows_kernel<X, Y, 64, kGated>, 64);
   } else if (p.width <= 1536) {
-    launch(rms_norm_rows_kernel<X, Y, 192>, 192);
+    launch(rms_norm_rows_kernel<X, Y, 192, kGated>, 192);
+  } else if (p.width <= 3072) {
+    launch(rms_norm_rows_kernel<X, Y, 384, kGated>, 384);
   } else {
-    launch(rms_norm_rows_kernel<X, Y, 512>, 512);
+    launch(rms_norm_rows_kernel<X, Y, 512, kGated>, 512);
+  }
+}
+
+template <bool kGated>
+void launch_rows(Context& ctx, const RmsNormParams& p) {
+  if (p.x.is_bf16) {
+    p.y.is_bf16 ? launch_rows<bf16, bf16, kGated>(ctx, p)
+                : launch_rows<bf16, float, kGated>(ctx, p);
+  } else {
+    p.y.is_bf16 ? launch_rows<float, bf16, kGated>(ctx, p)
+                : launch_rows<float, float, kGated>(ctx, p);
   }
 }
 
@@ -348,6 +410,7 @@ void rms_norm(Context& ctx, const RmsNormArgs& args) {
       .y = Elements(args.y),
       .gate = Elements(args.gate),
       .w = static_cast<const float*>(args.w.data),
+      .scales = static_cast<float*>(args.scales.data),
       .has_gate = has_gate,
       .gate_first = has_gate && args.gate_first,
       .activation = args.gate_activation,
@@ -361,15 +424,9 @@ void rms_norm(Context& ctx, const RmsNormArgs& args) {
   };
   p.aligned = width % 4 == 0 && p.x.aligned() && p.y.aligned() && p.gate.aligned() &&
               reinterpret_cast<std::uintptr_t>(p.w) % 16 == 0;
-  if (p.aligned && !has_gate && p.groups == 1 && width % 8 == 0 && width <= kWidestRow) {
-    const bool to_bf16 = args.y.dtype == DType::kBF16;
-    if (args.x.dtype == DType::kBF16) {
-      to_bf16 ? launch_rows<bf16, bf16>(ctx, p) : launch_rows<bf16, float>(ctx, p);
-    } else {
-      to_bf16 ? launch_rows<float, bf16>(ctx, p) : launch_rows<float, float>(ctx, p);
-    }
-    check_launch("rms_norm");
-    return;
+  const bool plain_gate = !has_gate || args.gate.dtype == args.x.dtype;
+  if (p.aligned && plain_gate && width % 8 == 0 && width <= kWidestRow) {
+    return has_gate ? launch_rows<true>(ctx, p) : launch_rows<false>(ctx, p);
   }
   const auto launch = [&](auto kernel, int row_threads) {
     kernel<<<blocks_for(rows, kThreads / row_threads), kThreads, 0, stream_of(ctx)>>>(p);
@@ -385,6 +442,7 @@ void rms_norm(Context& ctx, const RmsNormArgs& args) {
 }
 
 void embedding(Context& ctx, const EmbeddingArgs& args) {
+  if (is_packed(args.table.dtype)) return packed_embedding(ctx, args);
   const std::int32_t* ids = args.ids.data();
   const Elements table(args.table);
   float* y = args.y.f32();

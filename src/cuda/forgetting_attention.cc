@@ -41,7 +41,8 @@ Work work_of(const ForgettingAttentionArgs& args, int tile_rows) {
     const std::int64_t length = args.caches[static_cast<std::size_t>(b)]->length();
     if (rows == 1 && args.lse.data == nullptr) {
       work.single.push_back(static_cast<std::int32_t>(b));
-      work.max_splits = std::max(work.max_splits, (length + kSplitKeys - 1) / kSplitKeys);
+      const auto cache = args.caches.subspan(static_cast<std::size_t>(b), 1);
+      work.max_splits = std::max(work.max_splits, most_splits(cache));
       continue;
     }
     for (std::int64_t r = 0; r < rows; r += tile_rows) {
@@ -80,25 +81,16 @@ void forgetting_attention(Context& ctx, const ForgettingAttentionArgs& args) {
       .q = args.q.data,
       .o = args.o.data,
       .lse = static_cast<float*>(args.lse.data),
-      .sequences = nullptr,
       .layout = page_layout("forgetting_attention", layout),
       .heads = static_cast<std::int32_t>(heads),
       .window = static_cast<std::int32_t>(layout.window.value_or(0)),
       .scale = 1 / std::sqrt(static_cast<float>(layout.head_dim)),
       .log_tolerance = args.log_pruning_tolerance.value_or(-std::numeric_limits<float>::infinity()),
-      .score_bounds = nullptr,
-      .tiles = nullptr,
       .tile_count = static_cast<std::int32_t>(tile_count),
       .heads_per_turn = static_cast<std::int32_t>(heads_per_turn(args)),
       .tokens = static_cast<std::int32_t>(tokens),
-      .begins = nullptr,
-      .ranges = nullptr,
-      .next_turn = nullptr,
-      .single = nullptr,
       .single_count = static_cast<std::int32_t>(single_count),
       .max_splits = static_cast<std::int32_t>(work.max_splits),
-      .partials = nullptr,
-      .arrivals = nullptr,
   };
   upload_together(ctx, [&] {
     params.sequences = upload_sequences(ctx, args.sequences, args.caches);
@@ -122,18 +114,17 @@ void forgetting_attention(Context& ctx, const ForgettingAttentionArgs& args) {
     }
     check_launch("forgetting_attention");
   }
-  if (single_count > 0) {
-    const std::int64_t partial = padded_dim(layout.head_dim) + 2;
-    params.partials = scratch.tensor({single_count, heads, work.max_splits, partial}).f32();
-    params.arrivals =
-        static_cast<std::int32_t*>(scratch.tensor({single_count, heads}, DType::kI32).data);
-    check(cudaMemsetAsync(params.arrivals, 0,
-                          static_cast<std::size_t>(single_count * heads) * sizeof(std::int32_t),
-                          stream_of(ctx)),
-          "cudaMemsetAsync");
-    launch_attention_decode(params, bf16, stream_of(ctx));
-    check_launch("forgetting_attention");
-  }
+  if (single_count > 0) attend_to_last(ctx, params, bf16);
+}
+
+void attend_to_last(Context& ctx, AttentionParams params, bool bf16) {
+  ScratchScope scratch(ctx);
+  const std::int64_t count = params.single_count;
+  const std::int64_t partial = padded_dim(params.layout.dim) + 2;
+  params.recorded_runs = ctx.recorded_runs();
+  params.partials = scratch.tensor({count, params.heads, params.max_splits, partial}).f32();
+  params.arrivals = ctx.stream().zeros(count * params.heads);
+  launch_attention_decode(ctx, params, bf16);
 }
 
 }  // namespace deltafox::cuda

@@ -81,7 +81,7 @@ void launch_gla_chunks(Context& ctx, const GlaProblem& problem, const SequenceBa
   decayed_forward(ctx, "gla", source, batch);
 }
 
-void gla_backward(Context& ctx, const GlaBackwardArgs& args) {
+void launch_gla_backward_f32(Context& ctx, const GlaBackwardArgs& args) {
   const Source source{.queries = Elements(args.q),
                       .values = Elements(args.v),
                       .outputs = Elements(nullptr, false),

@@ -3,6 +3,7 @@
 
 #include "cuda/decayed_kernels.h"
 #include "cuda/decayed_recurrence.cuh"
+#include "cuda/rows.cuh"
 
 namespace deltafox::cuda {
 namespace {
@@ -54,8 +55,49 @@ struct GlaSource {
   }
 };
 
+struct GlaStepSource {
+  const float* q;
+  const float* f;
+  const float* v;
+  float* o;
+  int heads;
+  int rows;
+  int columns;
+  float scale;
+
+  template <int kRows>
+  struct Row {
+    float q[kRows];
+    float k[kRows];
+    float g[kRows];
+    float v[4];
+
+    __device__ float decay(int r) const { return g[r]; }
+    __device__ void load(const GlaStepSource& s, std::ptrdiff_t token, int head, int row_group,
+                         int column) {
+      const std::ptrdiff_t at = token * s.heads + head;
+      const bool aligned = s.rows % 4 == 0;
+      const int first = row_group * kRows;
+      load_part(q, s.q + at * s.rows, first, s.rows, aligned);
+      load_part(g, s.f + at * s.rows, first, s.rows, aligned);
+      load_four(v, s.v + at * s.columns + column, count_columns(column, s.columns));
+#pragma unroll
+      for (int r = 0; r < kRows; ++r) {
+        q[r] *= sigmoid(q[r]);
+        k[r] = first + r < s.rows ? sigmoid(-g[r]) : 0;
+        g[r] = sigmoid(g[r]);
+      }
+    }
+  };
+
+  __device__ void prefetch_token(std::ptrdiff_t, int, int, int) const {}
+  __device__ void finish(std::ptrdiff_t token, int head, int column, float sum) const {
+    o[(token * heads + head) * columns + column] = sum * scale;
+  }
+};
+
 template <typename T>
-void launch(const GlaProblem& p, const SequenceBatch& batch, cudaStream_t stream) {
+void launch(Context& ctx, const GlaProblem& p, const SequenceBatch& batch) {
   const GlaSource<T> source{
       .q = static_cast<const T*>(p.q),
       .k = p.k,
@@ -67,13 +109,25 @@ void launch(const GlaProblem& p, const SequenceBatch& batch, cudaStream_t stream
       .columns = p.value_dim,
       .scale = 1 / std::sqrt(static_cast<float>(p.key_dim)),
   };
-  launch_decayed_recurrence(source, p.heads, batch, stream);
+  launch_decayed_recurrence(ctx, source, p.heads, batch);
 }
 
 }  // namespace
 
-void launch_gla(const GlaProblem& problem, const SequenceBatch& batch, cudaStream_t stream) {
-  problem.is_bf16 ? launch<bf16>(problem, batch, stream) : launch<float>(problem, batch, stream);
+void launch_gla_step(Context& ctx, const GlaStepProblem& p, const SequenceBatch& batch) {
+  const GlaStepSource source{.q = p.q,
+                             .f = p.f,
+                             .v = p.v,
+                             .o = p.o,
+                             .heads = p.heads,
+                             .rows = p.key_dim,
+                             .columns = p.value_dim,
+                             .scale = 1 / std::sqrt(static_cast<float>(p.key_dim))};
+  launch_decayed_recurrence(ctx, source, p.heads, batch);
+}
+
+void launch_gla(Context& ctx, const GlaProblem& problem, const SequenceBatch& batch) {
+  problem.is_bf16 ? launch<bf16>(ctx, problem, batch) : launch<float>(ctx, problem, batch);
 }
 
 }  // namespace deltafox::cuda

@@ -4,11 +4,12 @@
 // Thread blocks stay and take tiles in turn, in pairs that share the rows of w: each loads half of
 // them, those of p or those of p', for both. One warp asks for tiles of 64 columns, a few ahead;
 // two warp groups multiply 64 rows of x each, straight from shared memory, and store their part of
-// y by way of shared memory while the loads of the next tile are under way. Sums run over K in
-// order.
+// p, p' and y by way of shared memory while the loads of the next tile are under way. Sums run over
+// K in order.
 #include <cuda.h>
 
 #include <algorithm>
+#include <initializer_list>
 
 #include "cuda/glu_product.h"
 #include "cuda/launch.cuh"
@@ -35,20 +36,24 @@ constexpr int kABytes = kRows * 128;
 constexpr int kBBytes = kColumns * 128;
 constexpr int kStageBytes = kABytes + kBBytes;
 constexpr int kStages = 4;
-constexpr int kPanels = kOutputs / kPanel;
+constexpr int kPanels = kOutputs / kPanel;  // that a group has in shared memory
 constexpr int kOutputAt = kStages * kStageBytes;
 constexpr int kBarriersAt = kOutputAt + kGroups * kPanels * kPanelBytes;
 constexpr int kBytes = kBarriersAt + 2 * kStages * 8 + 1024;  // and to align
 static_assert(kBytes <= 227 * 1024);
 
 struct GluProductParams {
-  CUtensorMap x;  // [T, K]
-  CUtensorMap w;  // [2N, K]
-  CUtensorMap y;  // [T, N]
-  int rows;       // T
-  int outputs;    // N
-  int depth;      // K
+  CUtensorMap x;         // [T, K]
+  CUtensorMap w;         // [2N, K]
+  CUtensorMap gate, up;  // of [T, 2N] each a half
+  CUtensorMap y;         // [T, N]
+  int rows;              // T
+  int outputs;           // N
+  int depth;             // K
 };
+
+// What is stored.
+enum class Stored { kOutput, kGateUp, kBoth };
 
 __device__ inline std::uint32_t cluster_rank() {
   std::uint32_t rank;
@@ -118,6 +123,7 @@ struct Tile {
   }
 };
 
+template <Stored kStored>
 __global__ void __launch_bounds__(kThreads, 1)
     glu_product_kernel(const __grid_constant__ GluProductParams p) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)  // elsewhere it is never launched
@@ -151,14 +157,13 @@ __global__ void __launch_bounds__(kThreads, 1)
     if (threadIdx.x == kGroups * 128) {
       for (int index = first_tile; index < tiles; index += step) {
         const Tile tile(p, index, rank);
-        const int w_row = tile.output + rank * p.outputs;
         for (int d = 0; d < depths; ++d) {
           if (round > 0) sm90::barrier_wait(empty + stage, (round - 1) & 1);
           unsigned char* a = shared + stage * kStageBytes;
-          unsigned char* b = a + kABytes + rank * (kBBytes / 2);
+          unsigned char* b = a + kABytes + rank * (kBBytes / 2);  // this block's half
           sm90::barrier_arrive_expect(full + stage, kStageBytes);
           load_tile(a, p.x, d * kDepth, tile.row, full + stage);
-          load_shared_tile(b, p.w, d * kDepth, w_row, full + stage);
+          load_shared_tile(b, p.w, d * kDepth, tile.output + rank * p.outputs, full + stage);
           advance();
         }
       }
@@ -195,41 +200,51 @@ __global__ void __launch_bounds__(kThreads, 1)
         before = stage;
         advance();
       }
+      const int row = tile.row + group * kGroupRows;
       sm90::wgmma_wait<0>();
       sm90::pin(acc);
       release(before);
-
-      const int row = tile.row + group * kGroupRows;
-      // The stores of the tile before have read their panels.
-      if (threadIdx.x % 128 == 0) asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
-      sm90::sync_warpgroup(1 + group);
       const int matrix = lane / 8;
       const int store_row = warp * 16 + matrix % 2 * 8 + lane % 8;
+      constexpr int kUp = kOutputs / 2;  // registers on
+      const auto store = [&](const CUtensorMap& map, const auto& value) {
 #pragma unroll
-      for (int j = 0; j < kOutputs / 8; j += 2) {
-        std::uint32_t v[4];
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          const int at = 4 * (j + i / 2) + 2 * (i % 2);
-          constexpr int kUp = kOutputs / 2;  // registers on
-          v[i] = pack(gated(acc[at], acc[at + kUp]), gated(acc[at + 1], acc[at + 1 + kUp]));
-        }
-        const int chunk = (j + matrix / 2) % 8 ^ store_row % 8;
-        const unsigned char* to = output + j / 8 * kPanelBytes + store_row * 128 + chunk * 16;
-        asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(
-                         sm90::shared_address(to)),
-                     "r"(v[0]), "r"(v[1]), "r"(v[2]), "r"(v[3])
-                     : "memory");
-      }
-      sm90::fence_async_proxy();
-      sm90::sync_warpgroup(1 + group);
-      if (threadIdx.x % 128 == 0 && row < p.rows) {
         for (int panel = 0; panel < kPanels; ++panel) {
-          if (tile.output + panel * kPanel >= p.outputs) break;
-          store_tile(p.y, tile.output + panel * kPanel, row, output + panel * kPanelBytes);
+          unsigned char* to = output + panel * kPanelBytes;
+          // What was stored from this panel last has been read.
+          if (threadIdx.x % 128 == 0) {
+            asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(kPanels - 1) : "memory");
+          }
+          sm90::sync_warpgroup(1 + group);
+#pragma unroll
+          for (int j = 0; j < kPanel / 8; j += 2) {
+            std::uint32_t v[4];
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+              const int at = 4 * (panel * kPanel / 8 + j + i / 2) + 2 * (i % 2);
+              v[i] = pack(value(at), value(at + 1));
+            }
+            const int chunk = (j + matrix / 2) ^ store_row % 8;
+            asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(
+                             sm90::shared_address(to + store_row * 128 + chunk * 16)),
+                         "r"(v[0]), "r"(v[1]), "r"(v[2]), "r"(v[3])
+                         : "memory");
+          }
+          sm90::fence_async_proxy();
+          sm90::sync_warpgroup(1 + group);
+          if (threadIdx.x % 128 == 0) {
+            const int column = tile.output + panel * kPanel;
+            if (row < p.rows && column < p.outputs) store_tile(map, column, row, to);
+            asm volatile("cp.async.bulk.commit_group;" ::: "memory");
+          }
         }
-        asm volatile("cp.async.bulk.commit_group;" ::: "memory");
+      };
+      if constexpr (kStored != Stored::kOutput) {
+        store(p.gate, [&](int at) { return acc[at]; });
+        store(p.up, [&](int at) { return acc[at + kUp]; });
       }
+      if constexpr (kStored != Stored::kGateUp)
+        store(p.y, [&](int at) { return gated(acc[at], acc[at + kUp]); });
     }
     if (threadIdx.x % 128 == 0) asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
   }
@@ -273,23 +288,17 @@ bool aligned(const ConstTensorView& matrix) {
          matrix.shape[1] * static_cast<std::int64_t>(size_of(matrix.dtype)) % 16 == 0;
 }
 
-}  // namespace
-
-bool glu_product(Context& ctx, const ConstTensorView& x, const ConstTensorView& w,
-                 const TensorView& y) {
-  const std::int64_t outputs = w.shape[0] / 2;
-  for (const ConstTensorView& matrix : {x, w, ConstTensorView(y)}) {
+bool fits(Context& ctx, std::initializer_list<ConstTensorView> matrices, std::int64_t outputs) {
+  for (const ConstTensorView& matrix : matrices) {
+    if (matrix.data == nullptr) continue;
     if (matrix.dtype != DType::kBF16 || !aligned(matrix)) return false;
   }
-  if (ctx.stream().major() != 9 || outputs % 8 != 0) return false;
-  GluProductParams p{};
-  p.x = map_of(x, x.shape[1], kRows);
-  p.w = map_of(w, w.shape[1], kColumns / 2);
-  p.y = map_of(y, outputs, kGroupRows);
-  p.rows = static_cast<int>(x.shape[0]);
-  p.outputs = static_cast<int>(outputs);
-  p.depth = static_cast<int>(x.shape[1]);
-  const auto kernel = glu_product_kernel;
+  return ctx.stream().major() == 9 && outputs % 8 == 0;
+}
+
+template <Stored kStored>
+void launch(Context& ctx, const char* op, const GluProductParams& p) {
+  const auto kernel = glu_product_kernel<kStored>;
   check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes),
         "cudaFuncSetAttribute");
   const int pairs = (p.rows + kPair * kRows - 1) / (kPair * kRows);
@@ -307,7 +316,35 @@ bool glu_product(Context& ctx, const ConstTensorView& x, const ConstTensorView& 
   config.stream = stream_of(ctx);
   config.attrs = attributes;
   config.numAttrs = 2;
-  check(cudaLaunchKernelEx(&config, kernel, p), "linear_glu");
+  check(cudaLaunchKernelEx(&config, kernel, p), op);
+}
+
+}  // namespace
+
+bool glu_product(Context& ctx, const ConstTensorView& x, const ConstTensorView& w,
+                 const TensorView& gate_up, const TensorView& y) {
+  const std::int64_t outputs = w.shape[0] / 2;
+  if (!fits(ctx, {x, w, gate_up, y}, outputs)) return false;
+  GluProductParams p{};
+  p.x = map_of(x, x.shape[1], kRows);
+  p.w = map_of(w, w.shape[1], kColumns / 2);
+  p.rows = static_cast<int>(x.shape[0]);
+  p.outputs = static_cast<int>(outputs);
+  p.depth = static_cast<int>(x.shape[1]);
+  if (y.data != nullptr) p.y = map_of(y, outputs, kGroupRows);
+  if (gate_up.data == nullptr) {
+    launch<Stored::kOutput>(ctx, "linear_glu", p);
+    return true;
+  }
+  ConstTensorView up = gate_up;
+  up.data = static_cast<const bf16*>(up.data) + outputs;
+  p.gate = map_of(gate_up, outputs, kGroupRows);
+  p.up = map_of(up, outputs, kGroupRows);
+  if (y.data == nullptr) {
+    launch<Stored::kGateUp>(ctx, "linear_glu", p);
+  } else {
+    launch<Stored::kBoth>(ctx, "linear_glu", p);
+  }
   return true;
 }
 

@@ -1,13 +1,14 @@
-// y = silu(p) · p' with [p | p'] = x wᵀ of many bfloat16 rows on sm_90, in one pass.
+// y = silu(p) · p' and [p | p'] = x wᵀ of many bfloat16 rows on sm_90, in one pass.
 #pragma once
 
 #include "core/context.h"
 
 namespace deltafox::cuda {
 
-// y [T, N], x [T, K] and w [2N, K], all BF16. False where the card, the dtypes or alignments do not
+// y [T, N] and gate_up = [p | p'] [T, 2N], either of them or no data; x [T, K] and w [2N, K]; all
+// BF16. False where the card, the dtypes or alignments do not
 // fit. A row's result does not depend on T.
 bool glu_product(Context& ctx, const ConstTensorView& x, const ConstTensorView& w,
-                 const TensorView& y);
+                 const TensorView& gate_up, const TensorView& y);
 
 }  // namespace deltafox::cuda

@@ -17,6 +17,7 @@ void kv_append(Context& ctx, const KvAppendArgs& args) {
                       .log_gates = static_cast<const float*>(args.log_gates.data),
                       .sequences = nullptr,
                       .sequence_count = static_cast<std::int32_t>(args.sequences.count()),
+                      .recorded_runs = ctx.recorded_runs(),
                       .layout = page_layout("kv_append", layout)};
   const bool bf16 = layout.dtype == DType::kBF16;
   if (all_single(args.sequences)) {

@@ -176,7 +176,8 @@ __global__ __launch_bounds__(kScanThreads) void scan_rows(AppendParams params) {
 template <typename T, int kDim>
 __global__ __launch_bounds__(kThreads) void append_single(AppendParams params) {
   constexpr int kSize = 16 / static_cast<int>(sizeof(T));
-  const KvSequence sequence = params.sequences[blockIdx.x];
+  KvSequence sequence = params.sequences[blockIdx.x];
+  sequence.advance(params.recorded_runs);
   const KvPageLayout& layout = params.layout;
   const int position = sequence.length - 1;
   const int t = position % kPageTokens;

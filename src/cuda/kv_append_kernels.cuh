@@ -21,6 +21,7 @@ struct AppendParams {
   const float* log_gates;       // [T, H], or null
   const KvSequence* sequences;  // [B], in device memory
   std::int32_t sequence_count;
+  const std::int32_t* recorded_runs;  // see Context
   KvPageLayout layout;
 };
 

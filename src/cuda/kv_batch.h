@@ -1,6 +1,7 @@
 // The KV caches of a batch, as kernels see them.
 #pragma once
 
+#include <algorithm>
 #include <span>
 #include <vector>
 
@@ -42,12 +43,12 @@ const KvSequence* upload_sequences(Context& ctx, const Sequences& sequences,
   ScratchScope scratch(ctx);
   const std::int64_t count = sequences.count();
   std::int64_t pages = 0;
-  for (const Cache* cache : caches) pages += cache->end_page() - cache->first_page();
+  for (const Cache* cache : caches) pages += cache->room_page() - cache->first_page();
   const std::span<std::byte*> pointers = scratch.array<std::byte*>(pages);
   const std::span<KvSequence> batch = scratch.array<KvSequence>(count);
   std::size_t at = 0;
   for (const Cache* cache : caches) {
-    for (std::int64_t p = cache->first_page(); p < cache->end_page(); ++p) {
+    for (std::int64_t p = cache->first_page(); p < cache->room_page(); ++p) {
       // Kernels that read take the same table as those that write.
       const void* page = cache->page(p).block.view().data;
       pointers[at++] = static_cast<std::byte*>(const_cast<void*>(page));
@@ -58,13 +59,24 @@ const KvSequence* upload_sequences(Context& ctx, const Sequences& sequences,
     const auto i = static_cast<std::size_t>(b);
     batch[i] = {.pages = on_device,
                 .first_page = static_cast<std::int32_t>(caches[i]->first_page()),
-                .end_page = static_cast<std::int32_t>(caches[i]->end_page()),
+                .end_page = static_cast<std::int32_t>(caches[i]->room_page()),
                 .length = static_cast<std::int32_t>(caches[i]->length()),
                 .row = static_cast<std::int32_t>(sequences.begin(b)),
                 .rows = static_cast<std::int32_t>(sequences.length(b))};
-    on_device += caches[i]->end_page() - caches[i]->first_page();
+    on_device += caches[i]->room_page() - caches[i]->first_page();
   }
   return upload(ctx, batch);
+}
+
+// Splits of the keys of a query of one token, as far as there is room.
+template <typename Cache>
+std::int64_t most_splits(std::span<Cache* const> caches) {
+  std::int64_t most = 0;
+  for (const Cache* cache : caches) {
+    const std::int64_t end = (cache->room_page() * kKvPage + kSplitKeys - 1) / kSplitKeys;
+    most = std::max(most, end - cache->first_page() * kKvPage / kSplitKeys);
+  }
+  return most;
 }
 
 inline bool all_single(const Sequences& sequences) {

@@ -18,6 +18,8 @@
 namespace deltafox::cuda {
 
 constexpr int kPageTokens = 64;
+// Keys of one split of a query of one token.
+constexpr int kSplitKeys = 4 * kPageTokens;
 
 // One sequence's pages; an array of these lies in device memory.
 struct KvSequence {
@@ -28,6 +30,10 @@ struct KvSequence {
   std::int32_t row;     // this call's first row of the packed batch
   std::int32_t rows;    // this call's rows: the last positions before length
 
+  // As of a later run of a recorded step.
+  __device__ void advance(const std::int32_t* runs) {
+    if (runs != nullptr) length += *runs;
+  }
   __device__ std::int32_t position() const { return length - rows; }  // of the first row
   __device__ std::byte* page(std::int32_t p) const { return pages[p - first_page]; }
 };

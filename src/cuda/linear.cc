@@ -8,8 +8,10 @@
 
 #include "core/error.h"
 #include "cuda/glu_product.h"
+#include "cuda/packed.h"
 #include "cuda/products.h"
 #include "cuda/small_linear.h"
+#include "cuda/sum_product.h"
 
 namespace deltafox::cuda {
 namespace {
@@ -17,6 +19,8 @@ namespace {
 constexpr std::int64_t kMinBucket = 32;
 // From so many rows on one pass is faster than two on cuBLASLt; they begin a bucket.
 constexpr std::int64_t kLeastGluRows = 257;
+
+constexpr std::int64_t kLeastSumBucket = 512;  // at which sum_product is faster
 
 // A matrix from its `elements`th element on, with the same rows.
 template <typename View>
@@ -59,11 +63,17 @@ bool product_in_parts(Context& ctx, const Product& p, std::int64_t Product::*siz
   return true;
 }
 
-bool linear_blas(Context& ctx, const LinearArgs& args) {
+// `early` as sum_product has it.
+bool linear_product(Context& ctx, const LinearArgs& args, bool early) {
   const std::int64_t tokens = args.x.shape[0];
   const std::int64_t inputs = args.w.shape[1];
   const auto bucket = std::max<std::int64_t>(
       kMinBucket, static_cast<std::int64_t>(std::bit_ceil(static_cast<std::uint64_t>(tokens))));
+  const bool in_place = args.added.data == nullptr || args.added.data == args.y.data;
+  if (args.accumulate && in_place && bucket >= kLeastSumBucket &&
+      sum_product(ctx, args.x, args.w, args.y, bucket, early)) {
+    return true;
+  }
   return product_in_parts(ctx,
                           {.a = args.x,
                            .b = args.w,
@@ -77,31 +87,48 @@ bool linear_blas(Context& ctx, const LinearArgs& args) {
                           &Product::n, {.a = 0, .b = inputs, .c = 1}, bucket);
 }
 
+// Without the bias.
+void multiply(Context& ctx, const LinearArgs& args) {
+  const bool small = fits_small_linear(args);
+  const bool packed = is_packed(args.w.dtype);
+  ScratchScope scratch(ctx);
+  LinearArgs product = args;
+  if (packed && !small) product.w = unpacked(ctx, scratch, args.w);
+  if (args.x.shape[0] <= kSmallLinearRows || !linear_product(ctx, product, !packed)) {
+    if (args.added.data != nullptr && args.added.data != args.y.data) {
+      ctx.copy(args.y.data, args.added.data, bytes_of(args.y.dtype, args.y.shape));
+    }
+    small ? small_linear(ctx, product) : linear_plain(ctx, product);
+  }
+}
+
 }  // namespace
 
 void linear(Context& ctx, const LinearArgs& args) {
   if (args.x.shape[0] == 0) return;
-  if (args.w.dtype != args.x.dtype) {
-    fail("linear: x is {} and w {}, on a GPU they must be the same", name_of(args.x.dtype),
-         name_of(args.w.dtype));
+  const bool packed = is_packed(args.w.dtype);
+  if ((packed ? DType::kBF16 : args.w.dtype) != args.x.dtype) {
+    fail("linear: x is {} and w {}, on a GPU they must be the same, or x BF16 and w packed",
+         name_of(args.x.dtype), name_of(args.w.dtype));
   }
-  if (args.x.shape[0] <= kSmallLinearRows || !linear_blas(ctx, args)) {
-    if (args.added.data != nullptr && args.added.data != args.y.data) {
-      ctx.copy(args.y.data, args.added.data, bytes_of(args.y.dtype, args.y.shape));
-    }
-    fits_small_linear(args) ? small_linear(ctx, args) : linear_plain(ctx, args);
-  }
+  const bool few = args.x.shape[0] <= kSmallLinearRows;
+  if (!packed || few || !packed_product(ctx, args)) multiply(ctx, args);
   if (args.bias.data != nullptr) add_bias(ctx, args.y, args.bias);
 }
 
 bool linear_glu(Context& ctx, const LinearGluArgs& args) {
-  return args.activation == Activation::kSilu && args.x.shape[0] >= kLeastGluRows &&
-         glu_product(ctx, args.x, args.w, args.y);
+  if (args.activation != Activation::kSilu || args.x.shape[0] < kLeastGluRows) return false;
+  ScratchScope scratch(ctx);
+  return glu_product(ctx, args.x, is_packed(args.w.dtype) ? unpacked(ctx, scratch, args.w) : args.w,
+                     args.gate_up, args.y);
 }
 
 void linear_backward(Context& ctx, const LinearBackwardArgs& args) {
   const std::int64_t tokens = args.x.shape[0];
-  if (tokens == 0) return;
+  if (tokens == 0) {
+    if (args.dw.begins) ctx.zero(args.dw.data, bytes_of(args.dw.dtype, args.dw.shape));
+    return;
+  }
   ScratchScope scratch(ctx);
   ConstTensorView dy = args.dy;
   if (dy.dtype != args.x.dtype) {
@@ -131,7 +158,7 @@ void linear_backward(Context& ctx, const LinearBackwardArgs& args) {
                     .n = inputs,
                     .k = tokens,
                     .transpose_a = true,
-                    .accumulate = true};
+                    .accumulate = !args.dw.begins};
     const Steps steps{.a = 1, .b = 0, .c = inputs};
     if (!product_in_parts(ctx, p, &Product::m, steps, outputs)) product_plain(ctx, p);
   }

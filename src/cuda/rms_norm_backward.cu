@@ -10,10 +10,15 @@
 namespace deltafox::cuda {
 namespace {
 
-// X: of x and dx; Y: of dy, the gate and its gradient.
+// What a kernel computes from.
+enum class From { kInput, kInputAndGate, kOutput };
+
+// X: of x and dx; Y: of dy, y, the gate and its gradient.
 template <typename X, typename Y>
 struct Params {
-  const X* x;
+  const X* x;           // or null, and then
+  const Y* y;           // and
+  const float* scales;  // [R]
   const Y* dy;
   const Y* gate;   // or null
   const float* w;  // or null
@@ -32,39 +37,55 @@ struct Params {
 };
 
 // Eight elements of a row as they lie in memory.
-template <typename X, typename Y, bool kGate>
+template <typename X, typename Y, From kFrom>
 struct Bits {
   Eight<X> x, dx;
-  Eight<Y> dy, gate;
+  Eight<Y> y, dy, gate;
+  float scale;
 
   __device__ void fetch(const Params<X, Y>& p, std::int64_t row, int i) {
     const std::int64_t at = row * p.width + i;
-    load_eight(x, p.x + at, p.count(i));
+    if constexpr (kFrom == From::kOutput) {
+      load_eight(y, p.y + at, p.count(i));
+      scale = p.scales[row];
+    } else {
+      load_eight(x, p.x + at, p.count(i));
+    }
     load_eight(dy, p.dy + at, p.count(i));
-    if (kGate) load_eight(gate, p.gate + at, p.count(i));
+    if (kFrom == From::kInputAndGate) load_eight(gate, p.gate + at, p.count(i));
     if (p.accumulate) load_eight(dx, p.dx + at, p.count(i));
   }
 };
 
-template <typename X, typename Y>
+template <From kFrom, typename X, typename Y>
 __device__ void load_weights(float (&w)[8], const Params<X, Y>& p, int group, int i) {
   Eight<float> bits;
   if (p.w != nullptr) load_eight(bits, p.w + group * p.width + i, p.count(i));
   bits.get(w);
 #pragma unroll
-  for (float& element : w) element = p.w == nullptr ? 1 : element;
+  for (float& element : w) {
+    if (kFrom == From::kOutput) element = invertible_weight(element);
+    if (p.w == nullptr) element = 1;
+  }
 }
 
-// z = x · before is what is normed, dy · after what comes back to z · scale · w.
-template <typename X, typename Y, bool kGate>
+// z = x · before is what is normed, dy · after what comes back to z · scale · w. From the output
+// z is normed already.
+template <typename X, typename Y, From kFrom>
 struct Values {
   float z[8], dy[8], before[8], slope[8];
 
-  __device__ Values(const Params<X, Y>& p, const Bits<X, Y, kGate>& bits) {
+  __device__ Values(const Params<X, Y>& p, const Bits<X, Y, kFrom>& bits, const float (&w)[8]) {
     constexpr bool kRough = sizeof(Y) == 2;
-    bits.x.get(z);
     bits.dy.get(dy);
-    if (!kGate) return;
+    if constexpr (kFrom == From::kOutput) {
+      bits.y.get(z);
+#pragma unroll
+      for (int e = 0; e < 8; ++e) z[e] = __fdividef(z[e], w[e]);
+    } else {
+      bits.x.get(z);
+    }
+    if (kFrom != From::kInputAndGate) return;
     float gate[8];
     bits.gate.get(gate);
     // With an activation that is known as it is compiled, elements are computed side by side.
@@ -110,10 +131,10 @@ __device__ float2 team_sum(float2 sums, int turn) {
 }
 
 // Rows of a block's teams are of one group.
-template <typename X, typename Y, bool kGate, int kTeam>
-__global__ void __launch_bounds__(kBlock<kTeam>, kTeam == kLargestTeam ? 1
-                                                 : kGate               ? 2
-                                                                       : 3)
+template <typename X, typename Y, From kFrom, int kTeam>
+__global__ void __launch_bounds__(kBlock<kTeam>, kTeam == kLargestTeam          ? 1
+                                                 : kFrom == From::kInputAndGate ? 2
+                                                                                : 3)
     rms_norm_backward_kernel(const __grid_constant__ Params<X, Y> p) {
   constexpr int kTeams = kBlock<kTeam> / kTeam;
   const int lane = static_cast<int>(threadIdx.x) % kTeam;
@@ -125,13 +146,13 @@ __global__ void __launch_bounds__(kBlock<kTeam>, kTeam == kLargestTeam ? 1
   const int own = lane * 8;  // the first of the elements that stay in registers
   const bool has_own = own < p.width;
   float w[8] = {};
-  if (has_own) load_weights(w, p, group, own);
+  if (has_own) load_weights<kFrom>(w, p, group, own);
   float dw[8] = {};
   float* partials = p.partials == nullptr
                         ? nullptr
                         : p.partials + static_cast<std::int64_t>(blockIdx.x) * p.width;
 
-  Bits<X, Y, kGate> next = {};
+  Bits<X, Y, kFrom> next = {};
   if (has_own && first < p.rows) next.fetch(p, first, own);
   int turn = 0;
   // All teams of a warp take part in its sums, with rows or without.
@@ -139,24 +160,33 @@ __global__ void __launch_bounds__(kBlock<kTeam>, kTeam == kLargestTeam ? 1
   for (std::int64_t base = begin; base < p.rows; base += stride, turn ^= 1) {
     const std::int64_t row = base + (first - begin);
     const bool has_row = row < p.rows;
-    const Bits<X, Y, kGate> bits = next;
+    const Bits<X, Y, kFrom> bits = next;
     if (has_own && row + stride < p.rows) next.fetch(p, row + stride, own);
     float2 sums = make_float2(0, 0);  // of squares, and of dz · z
-    const auto add = [&](const Bits<X, Y, kGate>& from, const float(&weights)[8]) {
-      const Values<X, Y, kGate> values(p, from);
+    const auto add = [&](const Bits<X, Y, kFrom>& from, const float(&weights)[8]) {
+      if constexpr (kFrom == From::kOutput) {
+        float y[8];
+        float dy[8];
+        from.y.get(y);
+        from.dy.get(dy);
 #pragma unroll
-      for (int e = 0; e < 8; ++e) {
-        sums.x = fmaf(values.z[e], values.z[e], sums.x);
-        sums.y = fmaf(values.dy[e] * weights[e], values.z[e], sums.y);
+        for (int e = 0; e < 8; ++e) sums.y = fmaf(dy[e], y[e], sums.y);
+      } else {
+        const Values<X, Y, kFrom> values(p, from, weights);
+#pragma unroll
+        for (int e = 0; e < 8; ++e) {
+          sums.x = fmaf(values.z[e], values.z[e], sums.x);
+          sums.y = fmaf(values.dy[e] * weights[e], values.z[e], sums.y);
+        }
       }
     };
     // Of rows longer than a team's eights.
     const auto each_more = [&](const auto& f) {
       if constexpr (kTeam == kLargestTeam) {
         for (int i = own + kTeam * 8; i < p.width; i += kTeam * 8) {
-          Bits<X, Y, kGate> more = {};
+          Bits<X, Y, kFrom> more = {};
           float weights[8];
-          load_weights(weights, p, group, i);
+          load_weights<kFrom>(weights, p, group, i);
           more.fetch(p, row, i);
           f(more, weights, i);
         }
@@ -168,12 +198,15 @@ __global__ void __launch_bounds__(kBlock<kTeam>, kTeam == kLargestTeam ? 1
     }
     sums = team_sum<kTeam>(sums, turn);
     if (!has_row || !has_own) continue;
-    const float scale = 1 / sqrtf(sums.x / static_cast<float>(p.width) + p.eps);
-    const float share = scale * scale * sums.y / static_cast<float>(p.width);
+    constexpr bool kNormed = kFrom == From::kOutput;
+    const float scale =
+        kNormed ? bits.scale : 1 / sqrtf(sums.x / static_cast<float>(p.width) + p.eps);
+    const float norm = kNormed ? 1 : scale;  // what z is still to be multiplied by
+    const float share = norm * norm * sums.y / static_cast<float>(p.width);
     // What the elements add to dw comes back in dw_parts.
-    const auto finish = [&](const Bits<X, Y, kGate>& from, const float(&weights)[8], int i,
+    const auto finish = [&](const Bits<X, Y, kFrom>& from, const float(&weights)[8], int i,
                             float(&dw_parts)[8]) {
-      const Values<X, Y, kGate> values(p, from);
+      const Values<X, Y, kFrom> values(p, from, weights);
       float dx[8] = {};
       float dgate[8];
       if (p.accumulate) from.dx.get(dx);
@@ -181,8 +214,8 @@ __global__ void __launch_bounds__(kBlock<kTeam>, kTeam == kLargestTeam ? 1
       for (int e = 0; e < 8; ++e) {
         const float z = values.z[e];
         const float dz = scale * (values.dy[e] * weights[e] - z * share);
-        dw_parts[e] = values.dy[e] * z * scale;
-        if constexpr (kGate) {
+        dw_parts[e] = values.dy[e] * z * norm;
+        if constexpr (kFrom == From::kInputAndGate) {
           dgate[e] = values.slope[e] * (p.gate_first ? dz : weights[e] * scale);
           dx[e] += dz * values.before[e];
         } else {
@@ -192,7 +225,7 @@ __global__ void __launch_bounds__(kBlock<kTeam>, kTeam == kLargestTeam ? 1
       const std::int64_t at = row * p.width + i;
       store_eight(p.dx + at, dx, p.count(i));
       if (p.rounded != nullptr) store_eight(p.rounded + at, dx, p.count(i));
-      if constexpr (kGate) store_eight(p.dgate + at, dgate, p.count(i));
+      if constexpr (kFrom == From::kInputAndGate) store_eight(p.dgate + at, dgate, p.count(i));
     };
     float parts[8];
     finish(bits, w, own, parts);
@@ -239,8 +272,9 @@ void launch(Context& ctx, Params<X, Y> p, std::int64_t max_blocks, float* dw) {
   const std::int64_t blocks = std::max<std::int64_t>(1, most / p.groups) * p.groups;
   ScratchScope scratch(ctx);
   if (dw != nullptr) p.partials = scratch.tensor(matrix(blocks, p.width)).f32();
-  const auto kernel = p.gate != nullptr ? rms_norm_backward_kernel<X, Y, true, kTeam>
-                                        : rms_norm_backward_kernel<X, Y, false, kTeam>;
+  auto* kernel = rms_norm_backward_kernel<X, Y, From::kInput, kTeam>;
+  if (p.gate != nullptr) kernel = rms_norm_backward_kernel<X, Y, From::kInputAndGate, kTeam>;
+  if (p.x == nullptr) kernel = rms_norm_backward_kernel<X, Y, From::kOutput, kTeam>;
   kernel<<<static_cast<unsigned>(blocks), kBlock<kTeam>, 0, stream_of(ctx)>>>(p);
   check_launch("rms_norm_backward");
   if (dw == nullptr) return;
@@ -251,10 +285,12 @@ void launch(Context& ctx, Params<X, Y> p, std::int64_t max_blocks, float* dw) {
 
 template <typename X, typename Y>
 void launch_as(Context& ctx, const RmsNormBackwardArgs& args) {
-  const std::int64_t width = args.x.shape[1];
+  const std::int64_t width = args.dy.shape[1];
   const std::int64_t groups = args.w.data == nullptr ? 1 : args.w.shape.size() / width;
   Params<X, Y> p{
       .x = static_cast<const X*>(args.x.data),
+      .y = static_cast<const Y*>(args.y.data),
+      .scales = static_cast<const float*>(args.scales.data),
       .dy = static_cast<const Y*>(args.dy.data),
       .gate = static_cast<const Y*>(args.gate.data),
       .w = static_cast<const float*>(args.w.data),
@@ -265,15 +301,15 @@ void launch_as(Context& ctx, const RmsNormBackwardArgs& args) {
       .gate_first = args.gate_first,
       .accumulate = args.accumulate_dx,
       .activation = args.gate_activation,
-      .rows = args.x.shape[0],
+      .rows = args.dy.shape[0],
       .width = static_cast<int>(width),
       .groups = static_cast<int>(std::max<std::int64_t>(1, groups)),
       .eps = args.eps,
       .aligned = false,
   };
   const auto bits = [](const void* pointer) { return reinterpret_cast<std::uintptr_t>(pointer); };
-  p.aligned = width % 8 == 0 && (bits(p.x) | bits(p.dy) | bits(p.gate) | bits(p.w) | bits(p.dx) |
-                                 bits(p.dgate) | bits(p.rounded)) %
+  p.aligned = width % 8 == 0 && (bits(p.x) | bits(p.y) | bits(p.dy) | bits(p.gate) | bits(p.w) |
+                                 bits(p.dx) | bits(p.dgate) | bits(p.rounded)) %
                                         16 ==
                                     0;
   auto* dw = static_cast<float*>(args.dw.data);
@@ -291,10 +327,10 @@ void launch_as(Context& ctx, const RmsNormBackwardArgs& args) {
 }  // namespace
 
 void rms_norm_backward(Context& ctx, const RmsNormBackwardArgs& args) {
-  if (args.x.shape.size() == 0) return;
+  if (args.dy.shape.size() == 0) return;
   if (args.dy.dtype == DType::kF32) {
     launch_as<float, float>(ctx, args);
-  } else if (args.x.dtype == DType::kF32) {
+  } else if (args.dx.dtype == DType::kF32) {
     launch_as<float, bf16>(ctx, args);
   } else {
     launch_as<bf16, bf16>(ctx, args);

@@ -10,18 +10,22 @@
 
 namespace deltafox::cuda {
 
+std::vector<float> rope_frequencies(std::int64_t dim, float base) {
+  std::vector<float> frequencies;
+  for (std::int64_t i = 0; i < dim / 2; ++i) {
+    const float exponent = static_cast<float>(2 * i) / static_cast<float>(dim);
+    frequencies.push_back(1 / static_cast<float>(std::pow(static_cast<double>(base), exponent)));
+  }
+  return frequencies;
+}
+
 namespace {
 
 void turn(Context& ctx, const char* op, const RopeArgs& args, bool back) {
   if (args.q.dtype != args.k.dtype) fail("{}: CUDA needs q and k of one dtype", op);
   if (args.sequences.tokens() == 0) return;
   const std::int64_t dim = args.q.shape[2];
-  std::vector<float> frequencies;
-  for (std::int64_t i = 0; i < dim / 2; ++i) {
-    const float exponent = static_cast<float>(2 * i) / static_cast<float>(dim);
-    frequencies.push_back(1 /
-                          static_cast<float>(std::pow(static_cast<double>(args.base), exponent)));
-  }
+  const std::vector<float> frequencies = rope_frequencies(dim, args.base);
   std::vector<RopeSequence> sequences;
   for (std::int64_t b = 0; b < args.sequences.count(); ++b) {
     sequences.push_back({args.positions[static_cast<std::size_t>(b)], args.sequences.begin(b)});
@@ -38,6 +42,7 @@ void turn(Context& ctx, const char* op, const RopeArgs& args, bool back) {
       .sequences = nullptr,
       .sequence_count = static_cast<int>(sequences.size()),
       .frequencies = nullptr,
+      .recorded_runs = ctx.recorded_runs(),
   };
   upload_together(ctx, [&] {
     problem.sequences = upload(ctx, std::span(sequences));

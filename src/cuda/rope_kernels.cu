@@ -59,7 +59,8 @@ __global__ __launch_bounds__(kThreads) void rope(const __grid_constant__ RopePro
     }
   }
   const RopeSequence sequence = problem.sequences[low];
-  const auto position = static_cast<float>(sequence.position + row - sequence.row);
+  const int runs = problem.recorded_runs == nullptr ? 0 : *problem.recorded_runs;
+  const auto position = static_cast<float>(sequence.position + runs + row - sequence.row);
   const int half = problem.dim / 2;
   for (int i = static_cast<int>(threadIdx.x); i < half; i += kThreads) {
     sincosf(position * problem.frequencies[i], &turns[i].y, &turns[i].x);

@@ -4,6 +4,7 @@
 #include <cuda_runtime_api.h>
 
 #include <cstdint>
+#include <vector>
 
 namespace deltafox::cuda {
 
@@ -23,8 +24,12 @@ struct RopeProblem {
   std::int64_t tokens;
   const RopeSequence* sequences;  // [B], in device memory
   int sequence_count;
-  const float* frequencies;  // [D / 2], in device memory: base^(−2i/D)
+  const float* frequencies;           // [D / 2], in device memory: base^(−2i/D)
+  const std::int32_t* recorded_runs;  // see Context
 };
+
+// [D / 2]: base^(−2i/D)
+std::vector<float> rope_frequencies(std::int64_t dim, float base);
 
 void launch_rope(const RopeProblem& problem, cudaStream_t stream);
 

@@ -1,3 +1,5 @@
+// Which way a sequence takes is a matter of its own length, so what it gets does not depend on who
+// shares its batch.
 #include "ops/selective_scan.h"
 
 #include "core/error.h"
@@ -7,6 +9,15 @@
 #include "cuda/stream.h"
 
 namespace deltafox::cuda {
+namespace {
+
+void check_states(const char* op, std::int64_t states) {
+  if (states > kMaxScanStates) {
+    fail("{}: CUDA has at most {} states, not {}", op, kMaxScanStates, states);
+  }
+}
+
+}  // namespace
 
 void selective_scan(Context& ctx, const SelectiveScanArgs& args) {
   const DType dtype = args.x.dtype;
@@ -15,9 +26,7 @@ void selective_scan(Context& ctx, const SelectiveScanArgs& args) {
       (gated && args.gate.dtype != dtype)) {
     fail("selective_scan: CUDA needs x, b, c, gate and y of one dtype");
   }
-  if (args.a_log.shape[1] > kMaxScanStates) {
-    fail("selective_scan: CUDA has at most {} states, not {}", kMaxScanStates, args.a_log.shape[1]);
-  }
+  check_states("selective_scan", args.a_log.shape[1]);
   const SelectiveScanProblem problem{
       .x = args.x.data,
       .dt = args.dt.f32(),
@@ -32,12 +41,25 @@ void selective_scan(Context& ctx, const SelectiveScanArgs& args) {
       .channels = static_cast<int>(args.x.shape[1]),
       .states = static_cast<int>(args.a_log.shape[1]),
   };
+  // Below that the chunks' three kernels take longer than the tokens one by one.
+  constexpr int kLeastChunked = 256;
+  const auto chunks = [&](int length) {
+    return length < kLeastChunked ? 0 : selective_scan_chunks(problem.states, length);
+  };
+  for_each_batch(args.sequences, args.states, chunks, [&](const SequenceBatch& batch) {
+    launch_selective_scan_chunks(ctx, problem, batch);
+  });
   for_each_batch(
-      args.sequences, args.states, [](int) { return 1; },
+      args.sequences, args.states, [&](int length) { return chunks(length) > 0 ? 0 : 1; },
       [&](const SequenceBatch& batch) {
         launch_selective_scan(problem, batch, stream_of(ctx));
         check_launch("selective_scan");
       });
+}
+
+void selective_scan_backward(Context& ctx, const SelectiveScanBackwardArgs& args) {
+  check_states("selective_scan_backward", args.a_log.shape[1]);
+  launch_selective_scan_backward(ctx, args);
 }
 
 }  // namespace deltafox::cuda

@@ -3,7 +3,9 @@
 
 #include <cuda_runtime_api.h>
 
+#include "core/context.h"
 #include "cuda/sequence_batch.h"
+#include "ops/selective_scan.h"
 
 namespace deltafox::cuda {
 
@@ -24,7 +26,15 @@ struct SelectiveScanProblem {
   int states;
 };
 
+// Token by token.
 void launch_selective_scan(const SelectiveScanProblem& problem, const SequenceBatch& batch,
                            cudaStream_t stream);
+
+// All chunks of a sequence at once; they are its segments in the batch.
+int selective_scan_chunks(int states, int length);
+void launch_selective_scan_chunks(Context& ctx, const SelectiveScanProblem& problem,
+                                  const SequenceBatch& batch);
+
+void launch_selective_scan_backward(Context& ctx, const SelectiveScanBackwardArgs& args);
 
 }  // namespace deltafox::cuda

@@ -2,7 +2,7 @@
 // eight channels (or one, where width or alignment are unusual) with the last inputs in registers.
 // The block of a sequence's first rows also replaces its state, which only it reads.
 #include "cuda/check.h"
-#include "cuda/eight.cuh"
+#include "cuda/conv_window.cuh"
 #include "cuda/short_conv_kernels.h"
 
 namespace deltafox::cuda {
@@ -56,26 +56,8 @@ __global__ void __launch_bounds__(kThreads)
   }
 
   if (rows.begin == 0) {
-    float* state = rows.entry->state + channel * kWidth;
-#pragma unroll
-    for (int c = 0; c < kChannels; ++c) {
-      float old[kWidth];
-      load_four(old, state + c * kWidth, kVector);
-#pragma unroll
-      for (int i = 1; i < kWidth; ++i) window[i][c] = old[i];
-      float now[kWidth];
-#pragma unroll
-      for (int i = 0; i < kWidth; ++i) {
-        const int row = rows.entry->length - kWidth + i;
-        now[i] = 0;
-        if (row >= 0) now[i] = to_float(x[at(row) + c]);
-#pragma unroll
-        for (int j = 0; j < kWidth; ++j) {
-          if (row + kWidth == j && row < 0) now[i] = old[j];
-        }
-      }
-      store_four(state + c * kWidth, now, kVector);
-    }
+    replace_conv_state(window, rows.entry->state + channel * kWidth, x, p.channels,
+                       rows.entry->length, true);
   } else {
 #pragma unroll
     for (int i = 1; i < kWidth; ++i) {
@@ -84,14 +66,22 @@ __global__ void __launch_bounds__(kThreads)
       loaded.get(window[i]);
     }
   }
-  for (int t = rows.begin; t < rows.end; t += kWidth) {
-    Eight<T> next[kWidth];
+  // Four rows are asked for before the four ahead of them are computed.
+  Eight<T> next[kWidth];
+  const auto load = [&](int t) {
 #pragma unroll
     for (int r = 0; r < kWidth; ++r) next[r].load(x + at(min(t + r, rows.end - 1)));
+  };
+  load(rows.begin);
+  for (int t = rows.begin; t < rows.end; t += kWidth) {
+    Eight<T> now[kWidth];
+#pragma unroll
+    for (int r = 0; r < kWidth; ++r) now[r] = next[r];
+    if (t + kWidth < rows.end) load(t + kWidth);
 #pragma unroll
     for (int r = 0; r < kWidth; ++r) {
       if (t + r >= rows.end) break;
-      next[r].get(window[r]);
+      now[r].get(window[r]);
       float out[kChannels];
 #pragma unroll
       for (int c = 0; c < kChannels; ++c) {

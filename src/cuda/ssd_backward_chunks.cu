@@ -5,7 +5,7 @@
 //
 // 1. `chunk_sums`: what a chunk adds to the state, Bᵀ diag(Δ r) X, and to its gradient,
 //    Cᵀ diag(e^λ) dY; kept transposed and in bfloat16, as products read them.
-// 2. `scan`: from these S and dS of every chunk.
+// 2. chunk_states.cuh: from these S and dS of every chunk.
 // 3. `chunk_gradients`: with G = C Bᵀ and E = (dY Uᵀ) ⊙ L (s ≤ t),
 //      dU = (G ⊙ L)ᵀ dY + diag(r) B dS,  dX = Δ dU + d dY,
 //      dC = Σ_heads E B + diag(e^λ) dY Sᵀ,  dB = Σ_heads Eᵀ C + diag(r) U dSᵀ.
@@ -16,10 +16,13 @@
 
 #include "cuda/batches.h"
 #include "cuda/check.h"
+#include "cuda/chunk.cuh"
+#include "cuda/chunk_states.cuh"
 #include "cuda/eight.cuh"
 #include "cuda/ssd_backward.cuh"
 #include "cuda/ssd_decays.cuh"
 #include "cuda/stream.h"
+#include "cuda/warp_tiles.cuh"
 
 namespace deltafox::cuda {
 namespace {
@@ -27,10 +30,11 @@ namespace {
 constexpr const char* kOp = "ssd_backward";
 constexpr int kChunk = kTileRows;
 constexpr int kHeadDim = 64;  // P
-constexpr int kSumThreads = 128;
-constexpr int kScanThreads = 256;
-constexpr int kThreads = 256;
+constexpr int kSumThreads = 256;
+constexpr int kColumnWarps = 4;  // of 16 rows
+constexpr int kThreads = kColumnWarps * kChunk / 16 * 32;
 constexpr int kMostHeadsAtOnce = 6;
+static_assert(kMostHeadsAtOnce <= kThreads / 32);
 
 struct ChunkParams {
   SsdGradients p;
@@ -53,36 +57,13 @@ struct Block {
   int first_head;
 
   __device__ explicit Block(const ChunkParams& params) {
-    const SequenceBatch& batch = params.batch;
-    const int chunk = static_cast<int>(blockIdx.x);
-    int low = 0;
-    int high = batch.count;
-    while (high - low > 1) {
-      const int middle = (low + high) / 2;
-      (batch.entries[middle].first_block <= chunk ? low : high) = middle;
-    }
-    const BatchEntry& entry = batch.entries[low];
-    const int first = (chunk - entry.first_block) * kChunk;
-    row = entry.begin + first;
-    valid_rows = min(kChunk, entry.length - first);
+    const Chunk chunk(params.batch, static_cast<int>(blockIdx.x), kChunk);
+    row = chunk.begin;
+    valid_rows = chunk.tokens;
     first_head = static_cast<int>(blockIdx.y) * params.heads_at_once;
     group = first_head / (params.p.heads / params.p.groups);
   }
 };
-
-// [64, 8·kPieces] from rows `stride` apart; rows that are not valid become zeros.
-template <int kPieces>
-__device__ void load_tile(std::uint32_t tile, const bf16* rows, std::ptrdiff_t stride,
-                          int valid_rows) {
-  for (int i = static_cast<int>(threadIdx.x); i < kTileRows * kPieces;
-       i += static_cast<int>(blockDim.x)) {
-    const int row = i / kPieces;
-    const int piece = i % kPieces;
-    const bool valid = row < valid_rows;
-    copy_piece_async(tile + piece_offset(row, piece),
-                     valid ? rows + row * stride + piece * 8 : rows, valid);
-  }
-}
 
 template <int kStates>
 __device__ void load_b_and_c(const SsdGradients& p, const Block& block, std::uint32_t b,
@@ -109,183 +90,96 @@ __device__ ChunkDecays decays_of(const SsdGradients& p, const Block& block, int 
                      [&](int t) { return p.step(p.scalar_at(block.row + t, head), head); });
 }
 
-// Left operands of rows 16·warp to 16·warp + 15, columns 16k to 16k + 15, of a tile or its
-// transpose.
-__device__ void load_rows(std::uint32_t (&a)[4], std::uint32_t tile, int warp, int k) {
-  const int lane = threadIdx.x % 32;
-  load_matrices(a, tile + piece_offset(16 * warp + lane % 16, 2 * k + lane / 16));
-}
-__device__ void load_columns(std::uint32_t (&a)[4], std::uint32_t tile, int warp, int k) {
-  const int lane = threadIdx.x % 32;
-  load_matrices_transposed(
-      a, tile + piece_offset(16 * k + 8 * (lane / 16) + lane % 8, 2 * warp + (lane / 8) % 2));
-}
-__device__ void scale_rows(std::uint32_t (&a)[4], float low, float high) {
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    const float factor = i % 2 == 0 ? low : high;
-    a[i] = scale_pair(a[i], make_float2(factor, factor));
-  }
-}
-
-// d += a · rows 16k to 16k + 15 of a tile, from its column 16·first on.
-template <int kTiles>
-__device__ void add_times(float (&d)[kTiles][4], const std::uint32_t (&a)[4], std::uint32_t tile,
-                          int k, int first) {
-  const int lane = threadIdx.x % 32;
-#pragma unroll
-  for (int n = 0; n < kTiles / 2; ++n) {
-    std::uint32_t b[4];
-    load_matrices_transposed(b, tile + piece_offset(16 * k + ((lane / 8) % 2) * 8 + lane % 8,
-                                                    2 * (first + n) + lane / 16));
-    mma_bf16(d[2 * n], a, b[0], b[1]);
-    mma_bf16(d[2 * n + 1], a, b[2], b[3]);
-  }
-}
-// d += a · (columns 16k to 16k + 15 of a tile)ᵀ, from its row 16·first on.
-template <int kTiles>
-__device__ void add_times_transposed(float (&d)[kTiles][4], const std::uint32_t (&a)[4],
-                                     std::uint32_t tile, int k, int first) {
-  const int lane = threadIdx.x % 32;
-#pragma unroll
-  for (int n = 0; n < kTiles / 2; ++n) {
-    std::uint32_t b[4];
-    load_matrices(b, tile + piece_offset(16 * (first + n) + (lane / 16) * 8 + lane % 8,
-                                         2 * k + (lane / 8) % 2));
-    mma_bf16(d[2 * n], a, b[0], b[1]);
-    mma_bf16(d[2 * n + 1], a, b[2], b[3]);
-  }
-}
-
-template <int kTiles>
-__device__ void clear(float (&d)[kTiles][4]) {
-#pragma unroll
-  for (auto& four : d) four[0] = four[1] = four[2] = four[3] = 0;
-}
-
-// The pair of a tile at columns `column` and `column` + 1.
-__device__ float2 pair_at(const unsigned char* tile, int row, int column) {
-  const auto* pair = reinterpret_cast<const __nv_bfloat162*>(tile + piece_offset(row, column / 8) +
-                                                             column % 8 * 2);
-  return __bfloat1622float2(*pair);
-}
-__device__ void store_pair(bf16* to, float low, float high) {
-  *reinterpret_cast<std::uint32_t*>(to) = pack(low, high);
-}
-
 template <int kStates>
 struct SumLayout {
   static constexpr int kB = 0;
   static constexpr int kC = kB + kStates / 64 * kTileBlockBytes;
-  static constexpr int kX = kC + kStates / 64 * kTileBlockBytes;
-  static constexpr int kDy = kX + kTileBlockBytes;
-  static constexpr int kFactors = kDy + kTileBlockBytes;  // Δ r and e^λ [2, 64]
-  static constexpr int kBytes = 1024 + kFactors + 2 * kChunk * 4;
+  static constexpr int kStages = kC + kStates / 64 * kTileBlockBytes;
+  // Of a stage: what a head brings.
+  static constexpr int kX = 0;
+  static constexpr int kDy = kTileBlockBytes;
+  static constexpr int kStage = 2 * kTileBlockBytes;
+  static constexpr int kFactors = kStages + 2 * kStage;  // [heads, 2, 64]
+  static constexpr int kBytes = kFactors + kMostHeadsAtOnce * 2 * kChunk * 4;
 };
 
-__device__ unsigned char* aligned_shared() {
-  extern __shared__ unsigned char shared[];
-  return shared + (1024 - shared_address(shared) % 1024) % 1024;
+__device__ unsigned char* shared_memory() {
+  extern __shared__ __align__(128) unsigned char shared[];
+  return shared;
 }
 
+// Four warps for the state and four for its gradient; head by head, the next one's rows on the way.
 template <int kStates>
-__global__ void __launch_bounds__(kSumThreads)
+__global__ void __launch_bounds__(kSumThreads, 2)
     chunk_sums(const __grid_constant__ ChunkParams params) {
   using L = SumLayout<kStates>;
-  unsigned char* base = aligned_shared();
+  unsigned char* base = shared_memory();
   const std::uint32_t at = shared_address(base);
-  auto* factors = reinterpret_cast<float(*)[kChunk]>(base + L::kFactors);
+  auto* factors = reinterpret_cast<float(*)[2][kChunk]>(base + L::kFactors);  // Δ r and e^λ
   const SsdGradients& p = params.p;
   const Block block(params);
   const int lane = threadIdx.x % 32;
-  const int warp = threadIdx.x / 32;
-  load_b_and_c<kStates>(p, block, at + L::kB, at + L::kC);
-  for (int h = 0; h < params.heads_at_once; ++h) {
+  const int warp = uniform(static_cast<int>(threadIdx.x) / 32);
+  const bool of_gradient = warp >= 4;
+  const int rows = warp % 4;
+  const auto load_head = [&](int h) {
     const int head = block.first_head + h;
-    __syncthreads();
-    load_x_and_dy(p, block, head, at + L::kX, at + L::kDy);
+    const std::uint32_t stage = at + L::kStages + h % 2 * L::kStage;
+    load_x_and_dy(p, block, head, stage + L::kX, stage + L::kDy);
     commit_copies();
-    if (warp == 0) {
-      const ChunkDecays d = decays_of(p, block, head);
+  };
+  load_b_and_c<kStates>(p, block, at + L::kB, at + L::kC);
+  load_head(0);
+  for (int h = warp; h < params.heads_at_once; h += kSumThreads / 32) {
+    const int head = block.first_head + h;
+    const ChunkDecays d = decays_of(p, block, head);
 #pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        factors[0][2 * lane + i] = d.step[i] * expf(d.last - d.lambda[i]);
-        factors[1][2 * lane + i] = expf(d.lambda[i]);
-      }
-      if (lane == 0) params.decays[p.scalar_at(blockIdx.x, head)] = expf(d.last);
+    for (int i = 0; i < 2; ++i) {
+      factors[h][0][2 * lane + i] = d.step[i] * expf(d.last - d.lambda[i]);
+      factors[h][1][2 * lane + i] = expf(d.lambda[i]);
     }
-    wait_copies<0>();
+    if (lane == 0) params.decays[p.scalar_at(blockIdx.x, head)] = expf(d.last);
+  }
+  for (int h = 0; h < params.heads_at_once; ++h) {
+    const bool last = h + 1 == params.heads_at_once;
+    if (!last) load_head(h + 1);
+    last ? wait_copies<0>() : wait_copies<1>();
     __syncthreads();
-    const auto add_up = [&](int values, int keys, const float* factor, bf16* to) {
-      float sum[kStates / 8][4];
-      clear(sum);
+    const std::uint32_t stage = at + L::kStages + h % 2 * L::kStage;
+    const float* factor = factors[h][of_gradient ? 1 : 0];
+    float sum[kStates / 8][4];
+    clear(sum);
 #pragma unroll
-      for (int k = 0; k < kChunk / 16; ++k) {
-        std::uint32_t a[4];
-        load_columns(a, at + values, warp, k);
+    for (int k = 0; k < kChunk / 16; ++k) {
+      std::uint32_t a[4];
+      load_columns(a, stage + (of_gradient ? L::kDy : L::kX), rows, k);
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          const int t = 16 * k + i / 2 * 8 + 2 * (lane % 4);
-          a[i] = scale_pair(a[i], *reinterpret_cast<const float2*>(&factor[t]));
-        }
-        add_times(sum, a, at + keys, k, 0);
+      for (int i = 0; i < 4; ++i) {
+        const int t = 16 * k + i / 2 * 8 + 2 * (lane % 4);
+        a[i] = scale_pair(a[i], *reinterpret_cast<const float2*>(&factor[t]));
       }
-      to += params.state_at(blockIdx.x, head) + (16 * warp + lane / 4) * kStates + 2 * (lane % 4);
-#pragma unroll
-      for (int j = 0; j < kStates / 8; ++j) {
-        store_pair(to + 8 * j, sum[j][0], sum[j][1]);
-        store_pair(to + 8 * kStates + 8 * j, sum[j][2], sum[j][3]);
-      }
-    };
-    add_up(L::kX, L::kB, factors[0], params.states);
-    add_up(L::kDy, L::kC, factors[1], params.d_states);
+      add_times(sum, a, at + (of_gradient ? L::kC : L::kB), k, 0);
+    }
+    store_tiles((of_gradient ? params.d_states : params.states) +
+                    params.state_at(blockIdx.x, block.first_head + h) + 16 * rows * kStates,
+                kStates, sum);
+    __syncthreads();  // before the stage is filled again
   }
 }
 
-// Eight elements of a head's state a thread; blockIdx.z: two for a sequence, forwards and
-// backwards.
-__global__ void __launch_bounds__(kScanThreads) scan(const __grid_constant__ ChunkParams params) {
-  constexpr int kAtOnce = 4;
-  const BatchEntry& entry = params.batch.entries[blockIdx.z / 2];
-  const bool forwards = blockIdx.z % 2 == 0;
-  const int head = static_cast<int>(blockIdx.y);
-  const int i = static_cast<int>(blockIdx.x * kScanThreads + threadIdx.x) * 8;
-  if (i >= kHeadDim * params.p.state_size) return;
-  bf16* states = forwards ? params.states : params.d_states;
-  const int last = entry.first_block + entry.segments - 1;
-  const auto chunk_at = [&](int step) { return forwards ? entry.first_block + step : last - step; };
-  float state[8] = {};
-  for (int first = 0; first < entry.segments; first += kAtOnce) {
-    Eight<bf16> sums[kAtOnce];
-    float decays[kAtOnce];
-#pragma unroll
-    for (int n = 0; n < kAtOnce; ++n) {
-      if (first + n >= entry.segments) break;
-      const int chunk = chunk_at(first + n);
-      sums[n].load(states + params.state_at(chunk, head) + i);
-      decays[n] = params.decays[params.p.scalar_at(chunk, head)];
-    }
-#pragma unroll
-    for (int n = 0; n < kAtOnce; ++n) {
-      if (first + n >= entry.segments) break;
-      Eight<bf16>::store(states + params.state_at(chunk_at(first + n), head) + i, state);
-      float sum[8];
-      sums[n].get(sum);
-#pragma unroll
-      for (int e = 0; e < 8; ++e) state[e] = fmaf(decays[n], state[e], sum[e]);
-    }
-  }
-}
-
-// Of the head at hand, by rows; sums over columns lie in halves, those over rows by the warps.
-struct Scalars {
+// Of a head, by rows.
+struct HeadDecays {
   float lambda[kChunk];
-  float into[kChunk];                             // e^λ
-  float step[kChunk];                             // Δ
-  float behind[kChunk];                           // r
-  float z_rows[2][kChunk], z_columns[4][kChunk];  // Σ_{s<t} Z_ts by t, Σ_{t>s} Z_ts by s
-  float c_dc[2][kChunk], b_db[2][kChunk];         // c · dC′, b · dB′
-  float du_x[2][kChunk], dy_x[2][kChunk];
+  float into[kChunk];    // e^λ
+  float step[kChunk];    // Δ
+  float behind[kChunk];  // r
+};
+// Of a head, by rows, in the parts that warps have.
+struct HeadSums {
+  // Σ_{s<t} Z_ts by t, Σ_{t>s} Z_ts by s
+  float z_rows[kColumnWarps][kChunk], z_columns[kChunk / 16][kChunk];
+  float c_dc[kColumnWarps][kChunk], b_db[kColumnWarps][kChunk];  // c · dC′, b · dB′
+  float du_x[kColumnWarps][kChunk], dy_x[kColumnWarps][kChunk];
   float s_ds[kThreads / 32];  // ⟨S, dS⟩
 };
 
@@ -303,8 +197,9 @@ struct Layout {
   static constexpr int kS = 2 * kTileBlockBytes;
   static constexpr int kDs = kS + kStateTile;
   static constexpr int kStage = kDs + kStateTile;
-  static constexpr int kScalars = kStages + 2 * kStage;
-  static constexpr int kBytes = 1024 + kScalars + static_cast<int>(sizeof(Scalars));
+  static constexpr int kDecays = kStages + 2 * kStage;
+  static constexpr int kSums = kDecays + kMostHeadsAtOnce * static_cast<int>(sizeof(HeadDecays));
+  static constexpr int kBytes = kSums + 2 * static_cast<int>(sizeof(HeadSums));
 };
 
 // x summed over the lanes of a row.
@@ -313,20 +208,26 @@ __device__ float sum_of_row(float x) {
   return x + __shfl_xor_sync(0xffffffffU, x, 2);
 }
 
+template <int kCount>
+__device__ float sum_of_parts(const float (&parts)[kCount][kChunk], int row) {
+  float sum = 0;
+#pragma unroll
+  for (const auto& part : parts) sum += part[row];
+  return sum;
+}
+
 // What a row's tokens leave when all products are done. By one warp, two rows a lane.
 __device__ void finish_rows(const SsdGradients& p, const Block& block, int head,
-                            const Scalars& scalars) {
+                            const HeadDecays& decays, const HeadSums& sums) {
   const int lane = threadIdx.x % 32;
   float forward[2];   // what later rows carry
   float backward[2];  // what this row and those behind it do
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
     const int t = 2 * lane + i;
-    const auto& z = scalars.z_columns;
-    const float z_column = z[0][t] + z[1][t] + z[2][t] + z[3][t];
-    const float z_row = scalars.z_rows[0][t] + scalars.z_rows[1][t];
-    forward[i] = scalars.b_db[0][t] + scalars.b_db[1][t] + z_column - z_row;
-    backward[i] = scalars.c_dc[0][t] + scalars.c_dc[1][t];
+    forward[i] =
+        sum_of_parts(sums.b_db, t) + sum_of_parts(sums.z_columns, t) - sum_of_parts(sums.z_rows, t);
+    backward[i] = sum_of_parts(sums.c_dc, t);
   }
   float before = forward[0] + forward[1];
   float behind = backward[0] + backward[1];
@@ -339,35 +240,38 @@ __device__ void finish_rows(const SsdGradients& p, const Block& block, int head,
   }
   float through = 0;
 #pragma unroll
-  for (const float part : scalars.s_ds) through += part;
-  through *= scalars.into[kChunk - 1];
-  const float sums[2] = {before - forward[0] - forward[1] + behind,
-                         before - forward[1] + behind - backward[0]};
+  for (const float part : sums.s_ds) through += part;
+  through *= decays.into[kChunk - 1];
+  const float d_log_a[2] = {before - forward[0] - forward[1] + behind,
+                            before - forward[1] + behind - backward[0]};
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
     const int t = 2 * lane + i;
     if (t >= block.valid_rows) continue;
-    p.finish_token(p.scalar_at(block.row + t, head), head, scalars.du_x[0][t] + scalars.du_x[1][t],
-                   scalars.dy_x[0][t] + scalars.dy_x[1][t], sums[i] + through);
+    p.finish_token(p.scalar_at(block.row + t, head), head, sum_of_parts(sums.du_x, t),
+                   sum_of_parts(sums.dy_x, t), d_log_a[i] + through);
   }
 }
 
-// Warp w has rows 16 (w % 4) and up, as t and as s, and half w / 4 of the columns.
+// Warp w has rows 16 (w % 4) and up, as t and as s, and quarter w / 4 of the columns.
 template <int kStates>
 __global__ void __launch_bounds__(kThreads, 1)
     chunk_gradients(const __grid_constant__ ChunkParams params) {
   using L = Layout<kStates>;
-  constexpr int kStateTiles = kStates / 16;  // of 8 columns, of a half
-  constexpr int kHalf = kStates / 32;        // 16 columns each
-  unsigned char* base = aligned_shared();
+  // Of a warp, columns eight at a time: of a state, and of a head or a chunk.
+  constexpr int kStateTiles = kStates / 8 / kColumnWarps;
+  constexpr int kTiles = kHeadDim / 8 / kColumnWarps;
+  static_assert(kHeadDim == kChunk && kStateTiles % 2 == 0 && kTiles % 2 == 0);
+  unsigned char* base = shared_memory();
   const std::uint32_t at = shared_address(base);
-  Scalars& scalars = *reinterpret_cast<Scalars*>(base + L::kScalars);
+  auto* all_decays = reinterpret_cast<HeadDecays*>(base + L::kDecays);
+  auto* two_sums = reinterpret_cast<HeadSums*>(base + L::kSums);  // of this head and the one before
   const SsdGradients& p = params.p;
   const Block block(params);
   const int lane = threadIdx.x % 32;
   const int warp = uniform(static_cast<int>(threadIdx.x) / 32);
   const int rows = warp % 4;
-  const int half = warp / 4;
+  const int quarter = warp / 4;
   const int low = 16 * rows + lane / 4;  // this lane's rows
   const int high = low + 8;
   const int pair = 2 * (lane % 4);  // its columns of a tile of eight
@@ -383,7 +287,18 @@ __global__ void __launch_bounds__(kThreads, 1)
   };
   load_b_and_c<kStates>(p, block, at + L::kB, at + L::kC);
   load_head(0);
-  float g[4][4];  // C Bᵀ
+  for (int h = warp; h < params.heads_at_once; h += kThreads / 32) {
+    const ChunkDecays d = decays_of(p, block, block.first_head + h);
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int t = 2 * lane + i;
+      all_decays[h].lambda[t] = d.lambda[i];
+      all_decays[h].into[t] = expf(d.lambda[i]);
+      all_decays[h].step[t] = d.step[i];
+      all_decays[h].behind[t] = expf(d.last - d.lambda[i]);
+    }
+  }
+  float g[kTiles][4];  // C Bᵀ
   float dc[kStateTiles][4];
   float db[kStateTiles][4];
   clear(g);
@@ -395,26 +310,20 @@ __global__ void __launch_bounds__(kThreads, 1)
     const std::uint32_t stage_at = shared_address(stage);
     const std::uint32_t x = stage_at + L::kX;
     const std::uint32_t dy = stage_at + L::kDy;
+    const HeadDecays& decays = all_decays[h];
+    HeadSums& sums = two_sums[h % 2];
     wait_copies<0>();
     __syncthreads();
     if (h + 1 < params.heads_at_once) load_head(h + 1);
-    if (warp == 0) {
-      const ChunkDecays d = decays_of(p, block, head);
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        const int t = 2 * lane + i;
-        scalars.lambda[t] = d.lambda[i];
-        scalars.into[t] = expf(d.lambda[i]);
-        scalars.step[t] = d.step[i];
-        scalars.behind[t] = expf(d.last - d.lambda[i]);
-      }
+    if (warp == h && h > 0) {
+      finish_rows(p, block, head - 1, all_decays[h - 1], two_sums[(h - 1) % 2]);
     }
     if (h == 0) {
 #pragma unroll
       for (int k = 0; k < kStates / 16; ++k) {
         std::uint32_t a[4];
         load_rows(a, at + L::kC, rows, k);
-        add_times_transposed(g, a, at + L::kB, k, 2 * half);
+        add_times_transposed(g, a, at + L::kB, k, kTiles / 2 * quarter);
       }
     }
     {
@@ -431,26 +340,24 @@ __global__ void __launch_bounds__(kThreads, 1)
         for (int e = 0; e < 8; ++e) sum = fmaf(s[e], ds[e], sum);
       }
       sum = warp_sum(sum);
-      if (lane == 0) scalars.s_ds[warp] = sum;
+      if (lane == 0) sums.s_ds[warp] = sum;
     }
-    __syncthreads();
-
     {  // E, A and the sums of Z
-      float w[4][4];
+      float w[kTiles][4];
       clear(w);
 #pragma unroll
       for (int k = 0; k < kHeadDim / 16; ++k) {
         std::uint32_t a[4];
         load_rows(a, dy, rows, k);
-        add_times_transposed(w, a, x, k, 2 * half);
+        add_times_transposed(w, a, x, k, kTiles / 2 * quarter);
       }
-      const float lambda_low = scalars.lambda[low];
-      const float lambda_high = scalars.lambda[high];
+      const float lambda_low = decays.lambda[low];
+      const float lambda_high = decays.lambda[high];
       float z_low = 0;
       float z_high = 0;
 #pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        const int s = 32 * half + 8 * j + pair;
+      for (int j = 0; j < kTiles; ++j) {
+        const int s = 8 * (kTiles * quarter + j) + pair;
         float e[4];
         float scores[4];
         float z[4];
@@ -460,8 +367,8 @@ __global__ void __launch_bounds__(kThreads, 1)
           const int from = s + i % 2;
           // Behind the diagonal the exponent may overflow: it is never used there.
           const float decay =
-              from <= t ? __expf((i < 2 ? lambda_low : lambda_high) - scalars.lambda[from]) : 0;
-          e[i] = w[j][i] * decay * scalars.step[from];
+              from <= t ? __expf((i < 2 ? lambda_low : lambda_high) - decays.lambda[from]) : 0;
+          e[i] = w[j][i] * decay * decays.step[from];
           scores[i] = g[j][i] * decay;
           z[i] = from < t ? g[j][i] * e[i] : 0;
         }
@@ -482,14 +389,14 @@ __global__ void __launch_bounds__(kThreads, 1)
           for (int offset = 4; offset < 32; offset *= 2) {
             column += __shfl_xor_sync(0xffffffffU, column, offset);
           }
-          if (lane < 4) scalars.z_columns[rows][s + i] = column;
+          if (lane < 4) sums.z_columns[rows][s + i] = column;
         }
       }
       z_low = sum_of_row(z_low);
       z_high = sum_of_row(z_high);
       if (lane % 4 == 0) {
-        scalars.z_rows[half][low] = z_low;
-        scalars.z_rows[half][high] = z_high;
+        sums.z_rows[quarter][low] = z_low;
+        sums.z_rows[quarter][high] = z_high;
       }
     }
     __syncthreads();
@@ -503,16 +410,17 @@ __global__ void __launch_bounds__(kThreads, 1)
       for (int k = 0; k < kHeadDim / 16; ++k) {
         std::uint32_t a[4];
         load_rows(a, left, rows, k);
-        scale_rows(a, factor_low, factor_high);
-        add_times(outer, a, right, k, kHalf * half);
+        add_times(outer, a, right, k, kStateTiles / 2 * quarter);
       }
+      scale_rows(outer, factor_low, factor_high);
       float dot_low = 0;
       float dot_high = 0;
+      std::uint32_t with[4];  // two tiles of eight columns
 #pragma unroll
       for (int j = 0; j < kStateTiles; ++j) {
-        const int n = kStates / 2 * half + 8 * j + pair;
-        const float2 with_low = pair_at(base + own, low, n);
-        const float2 with_high = pair_at(base + own, high, n);
+        if (j % 2 == 0) load_rows(with, at + own, rows, kStateTiles / 2 * quarter + j / 2);
+        const float2 with_low = unpack(with[j % 2 * 2]);
+        const float2 with_high = unpack(with[j % 2 * 2 + 1]);
         dot_low += outer[j][0] * with_low.x + outer[j][1] * with_low.y;
         dot_high += outer[j][2] * with_high.x + outer[j][3] * with_high.y;
 #pragma unroll
@@ -525,52 +433,58 @@ __global__ void __launch_bounds__(kThreads, 1)
         dots[high] = dot_high;
       }
     };
-    const float step_low = scalars.step[low];
-    const float step_high = scalars.step[high];
-    const float behind_low = scalars.behind[low];
-    const float behind_high = scalars.behind[high];
-    add_outer(dc, dy, stage_at + L::kS, L::kC, scalars.into[low], scalars.into[high],
-              scalars.c_dc[half]);
+    const float step_low = decays.step[low];
+    const float step_high = decays.step[high];
+    const float behind_low = decays.behind[low];
+    const float behind_high = decays.behind[high];
+    add_outer(dc, dy, stage_at + L::kS, L::kC, decays.into[low], decays.into[high],
+              sums.c_dc[quarter]);
     add_outer(db, x, stage_at + L::kDs, L::kB, step_low * behind_low, step_high * behind_high,
-              scalars.b_db[half]);
-    float du[4][4];
+              sums.b_db[quarter]);
+    float du[kTiles][4];
     clear(du);
 #pragma unroll
     for (int k = 0; k < kStates / 16; ++k) {
       std::uint32_t a[4];
       load_rows(a, at + L::kB, rows, k);
-      scale_rows(a, behind_low, behind_high);
-      add_times_transposed(du, a, stage_at + L::kDs, k, 2 * half);
+      add_times_transposed(du, a, stage_at + L::kDs, k, kTiles / 2 * quarter);
     }
+    scale_rows(du, behind_low, behind_high);
     // E and A are zero above the diagonal.
 #pragma unroll
     for (int k = 0; k < kChunk / 16; ++k) {
       std::uint32_t a[4];
       if (k <= rows) {
         load_rows(a, at + L::kE, rows, k);
-        add_times(dc, a, at + L::kB, k, kHalf * half);
+        add_times(dc, a, at + L::kB, k, kStateTiles / 2 * quarter);
       }
       if (k >= rows) {
         load_columns(a, at + L::kE, rows, k);
-        add_times(db, a, at + L::kC, k, kHalf * half);
+        add_times(db, a, at + L::kC, k, kStateTiles / 2 * quarter);
         load_columns(a, at + L::kA, rows, k);
-        add_times(du, a, dy, k, 2 * half);
+        add_times(du, a, dy, k, kTiles / 2 * quarter);
       }
     }
     {  // dX
       const float skip = p.d[head];
       float du_x[2] = {};
       float dy_x[2] = {};
-      bf16* to = static_cast<bf16*>(p.dxbc.data) + p.x_at(block.row, head, 32 * half + pair);
+      bf16* to =
+          static_cast<bf16*>(p.dxbc.data) + p.x_at(block.row, head, 8 * kTiles * quarter + pair);
+      std::uint32_t own_pairs[4];  // two tiles of eight columns
+      std::uint32_t d_pairs[4];
 #pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        const int column = 32 * half + 8 * j + pair;
+      for (int j = 0; j < kTiles; ++j) {
+        if (j % 2 == 0) {
+          load_rows(own_pairs, x, rows, kTiles / 2 * quarter + j / 2);
+          load_rows(d_pairs, dy, rows, kTiles / 2 * quarter + j / 2);
+        }
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
           const int row = i == 0 ? low : high;
           const float step = i == 0 ? step_low : step_high;
-          const float2 own = pair_at(stage + L::kX, row, column);
-          const float2 d = pair_at(stage + L::kDy, row, column);
+          const float2 own = unpack(own_pairs[j % 2 * 2 + i]);
+          const float2 d = unpack(d_pairs[j % 2 * 2 + i]);
           const float first = du[j][2 * i];
           const float second = du[j][2 * i + 1];
           du_x[i] += first * own.x + second * own.y;
@@ -587,13 +501,16 @@ __global__ void __launch_bounds__(kThreads, 1)
         const float from_state = sum_of_row(du_x[i]);
         const float from_skip = sum_of_row(dy_x[i]);
         if (lane % 4 == 0) {
-          scalars.du_x[half][row] = from_state;
-          scalars.dy_x[half][row] = from_skip;
+          sums.du_x[quarter][row] = from_state;
+          sums.dy_x[quarter][row] = from_skip;
         }
       }
     }
-    __syncthreads();
-    if (warp == 0) finish_rows(p, block, head, scalars);
+  }
+  __syncthreads();
+  if (warp == 0) {
+    const int last = params.heads_at_once - 1;
+    finish_rows(p, block, block.first_head + last, all_decays[last], two_sums[last % 2]);
   }
   const auto store_share = [&](const float(&sum)[kStateTiles][4], float* shares) {
 #pragma unroll
@@ -601,7 +518,7 @@ __global__ void __launch_bounds__(kThreads, 1)
       const int row = i == 0 ? low : high;
       if (row >= block.valid_rows) continue;
       float* to = shares + ((block.row + row) * p.shares + blockIdx.y) * kStates +
-                  kStates / 2 * half + pair;
+                  8 * kStateTiles * quarter + pair;
 #pragma unroll
       for (int j = 0; j < kStateTiles; ++j) {
         *reinterpret_cast<float2*>(to + 8 * j) = make_float2(sum[j][2 * i], sum[j][2 * i + 1]);
@@ -624,11 +541,15 @@ void launch(const ChunkParams& params, cudaStream_t stream) {
     check_launch(kOp);
   };
   run(chunk_sums<kStates>, kSumThreads, SumLayout<kStates>::kBytes);
-  const dim3 scan_grid((kHeadDim * kStates / 8 + kScanThreads - 1) / kScanThreads,
-                       static_cast<unsigned>(p.heads),
-                       static_cast<unsigned>(2 * params.batch.count));
-  scan<<<scan_grid, kScanThreads, 0, stream>>>(params);
-  check_launch(kOp);
+  launch_chunk_states(kOp,
+                      {.states = params.states,
+                       .d_states = params.d_states,
+                       .decays = params.decays,
+                       .heads = p.heads,
+                       .size = kHeadDim * kStates,
+                       .alike = kHeadDim * kStates,
+                       .batch = params.batch},
+                      stream);
   run(chunk_gradients<kStates>, kThreads, Layout<kStates>::kBytes);
 }
 

@@ -469,13 +469,18 @@ bool ssd_chunks_fit(const SsdProblem& p) {
              (p.state_size <= 64 ? Layout<64>::kBytes : Layout<128>::kBytes);
 }
 
-int ssd_segments(const SsdProblem& problem, int length, int multiprocessors) {
-  // Two walks cost about half as much again as one: short segments gain nothing.
-  constexpr int kLeastChunks = 8;
+int ssd_segments(const SsdProblem& problem, int length, int tokens_bucket, int multiprocessors) {
+  // Two walks cost about half as much again as one.
+  constexpr int kLeastChunks = 2;
+  constexpr int kLeastSegments = 3;
   const int chunks = (length + kChunk - 1) / kChunk;
-  if (chunks < 3 * kLeastChunks) return 1;
-  const int segments = multiprocessors / ssd_blocks(problem);
-  return segments < 3 ? 1 : std::min(segments, chunks / kLeastChunks);
+  // As many as fill the card if the batch has the fewest chunks of its bucket.
+  const int chunks_of_batch = std::max(1, tokens_bucket / 2 / kChunk);
+  const int blocks = ssd_blocks(problem);
+  const int fill = static_cast<int>(static_cast<std::int64_t>(chunks) * multiprocessors /
+                                    (static_cast<std::int64_t>(chunks_of_batch) * blocks));
+  const int segments = std::min({multiprocessors / blocks, fill, chunks / kLeastChunks});
+  return segments < kLeastSegments ? 1 : segments;
 }
 
 void launch_ssd_chunks(const SsdProblem& problem, const SsdSegments& segments,

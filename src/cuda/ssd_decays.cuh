@@ -35,10 +35,4 @@ __device__ ChunkDecays find_decays(float rate, int valid_rows, const Step& step)
   return d;
 }
 
-// The pair of an operand times two factors.
-__device__ inline std::uint32_t scale_pair(std::uint32_t pair, const float2& scale) {
-  const float2 x = __bfloat1622float2(reinterpret_cast<const __nv_bfloat162&>(pair));
-  return pack(x.x * scale.x, x.y * scale.y);
-}
-
 }  // namespace deltafox::cuda

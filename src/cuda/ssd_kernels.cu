@@ -1,6 +1,7 @@
 // Mamba-2's state space (ops/ssd.h), row by row in float32.
 #include "cuda/decayed_kernels.h"
 #include "cuda/decayed_recurrence.cuh"
+#include "cuda/rows.cuh"
 
 namespace deltafox::cuda {
 namespace {
@@ -12,6 +13,7 @@ struct SsdSource {
   const float* dt_bias;  // [H]
   const float* a_log;    // [H]
   const float* d;        // [H]
+  const float* z;        // [T, H, P] or null
   T* y;                  // [T, H, P]
   float dt_min;
   float dt_max;
@@ -66,18 +68,22 @@ struct SsdSource {
 
   __device__ void finish(std::ptrdiff_t token, int head, int column, float sum) const {
     const float x = to_float(token_row(token)[head * columns + column]);
-    from_float(y[(token * heads + head) * columns + column], sum + d[head] * x);
+    const std::ptrdiff_t at = (token * heads + head) * columns + column;
+    sum += d[head] * x;
+    if (z != nullptr) sum *= z[at] * sigmoid(z[at]);
+    from_float(y[at], sum);
   }
 };
 
 template <typename T>
-void launch(const SsdProblem& p, const SequenceBatch& batch, cudaStream_t stream) {
+void launch(Context& ctx, const SsdProblem& p, const SequenceBatch& batch) {
   const SsdSource<T> source{
       .xbc = static_cast<const T*>(p.xbc),
       .dt = p.dt,
       .dt_bias = p.dt_bias,
       .a_log = p.a_log,
       .d = p.d,
+      .z = p.z,
       .y = static_cast<T*>(p.y),
       .dt_min = p.dt_min,
       .dt_max = p.dt_max,
@@ -87,13 +93,13 @@ void launch(const SsdProblem& p, const SequenceBatch& batch, cudaStream_t stream
       .rows = p.state_size,
       .columns = p.head_dim,
   };
-  launch_decayed_recurrence(source, p.heads, batch, stream);
+  launch_decayed_recurrence(ctx, source, p.heads, batch);
 }
 
 }  // namespace
 
-void launch_ssd(const SsdProblem& problem, const SequenceBatch& batch, cudaStream_t stream) {
-  problem.is_bf16 ? launch<bf16>(problem, batch, stream) : launch<float>(problem, batch, stream);
+void launch_ssd(Context& ctx, const SsdProblem& problem, const SequenceBatch& batch) {
+  problem.is_bf16 ? launch<bf16>(ctx, problem, batch) : launch<float>(ctx, problem, batch);
 }
 
 }  // namespace deltafox::cuda

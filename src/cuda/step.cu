@@ -7,227 +7,25 @@
 // elements are called k = 0, 1, ... does not matter to a sum as long as x has them in the same
 // places. Before the input is there, weights are on their way: the first into registers, more into
 // the L2 cache.
-#include <cuda_bf16.h>
-
-#include "cuda/launch.cuh"
-#include "cuda/rows.cuh"
+#include "core/quantized.h"
+#include "cuda/packed.cuh"
+#include "cuda/step_frame.cuh"
+#include "cuda/step_packed.h"
 #include "cuda/step_program.h"
-#include "ops/step.h"
 
 namespace deltafox::cuda {
 namespace {
 
-constexpr int kThreads = 256;
-constexpr int kWarps = kThreads / 32;
+using namespace step;
+
 constexpr int kTileRows = 8;  // of w
-constexpr int kBlock = 32;    // elements of K
-constexpr int kParts = 6;
-constexpr int kPadding = 8;               // elements behind each row of x in shared memory
-constexpr int kPrefetchBytes = 96 << 10;  // into the L2 cache, by each thread block
+using Tile = step::Tile<kTileRows>;
 
-struct Part {
-  const bf16* w;
-  void* y;
-  const float4* conv;          // [N]
-  float4* const* conv_states;  // [B] in device memory, each [N]
-  int rows;                    // N
-  int stride;                  // N'
-  int end_group;               // of tiles, over all parts so far
-  bool y_is_bf16;
-  StepEpilogue epilogue;
-};
-
-struct Params {
-  const void* x;
-  const float* norm;
-  float norm_eps;
-  int norm_width;  // 0: none
-  bool x_is_bf16;
-  int batch;
-  int k;
-  int groups;  // in all
-  Part parts[kParts];
-};
-
-__device__ inline uint4 load_stream(const bf16* from) {
-  uint4 x;
-  asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4];"
-               : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
-               : "l"(from));
-  return x;
-}
-
-__device__ inline void multiply(float (&c)[4], std::uint32_t a0, std::uint32_t a1, std::uint32_t a2,
-                                std::uint32_t a3, std::uint32_t b0, std::uint32_t b1) {
-  asm volatile(
-      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, "
-      "{%8,%9}, {%0,%1,%2,%3};"
-      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
-}
-
-// A thread block's next tile: with kGlu each group is two tiles, the gate's rows and up's.
-struct Tile {
-  int part = 0;
-  int group;
-  int half = 0;
-
-  __device__ explicit Tile(int first) : group(first) {}
-  __device__ bool exists(const Params& p) const { return group < p.groups; }
-  __device__ void find_part(const Params& p) {
-    while (group >= p.parts[part].end_group) ++part;
-  }
-  __device__ bool is_glu(const Params& p) const {
-    return p.parts[part].epilogue == StepEpilogue::kGlu;
-  }
-  __device__ void next(const Params& p) {
-    if (is_glu(p) && half == 0) {
-      half = 1;
-      return;
-    }
-    half = 0;
-    group += static_cast<int>(gridDim.x);
-    if (exists(p)) find_part(p);
-  }
-  __device__ int first_row(const Params& p) const {
-    return (group - (part == 0 ? 0 : p.parts[part - 1].end_group)) * kTileRows;
-  }
-  // Of the lane's row; rows behind the last are the last, and not stored.
-  __device__ const bf16* weights(const Params& p, int row_in_tile) const {
-    const Part& of = p.parts[part];
-    const int row = min(first_row(p) + row_in_tile, of.rows - 1) + half * of.rows;
-    return of.w + static_cast<std::int64_t>(row) * p.k;
-  }
-};
-
-// x to shared memory [kRows][k + kPadding], normed; zeros behind the batch. What waits for memory
-// is loaded before any of it is used: there is little else to do meanwhile.
-template <int kRows>
-__device__ void stage_input(const Params& p, bf16* staged) {
-  constexpr int kKept = 12;  // vectors of a row that a lane keeps
-  const int stride = p.k + kPadding;
-  const int warp = threadIdx.x / 32;
-  const int lane = threadIdx.x % 32;
-  const auto load = [&](float(&v)[4], int b, int i) {
-    const std::int64_t at = static_cast<std::int64_t>(b) * p.k + i;
-    if (b >= p.batch) {
-      v[0] = v[1] = v[2] = v[3] = 0;
-    } else if (p.x_is_bf16) {
-      load_four(v, static_cast<const bf16*>(p.x) + at, kVector);
-    } else {
-      load_four(v, static_cast<const float*>(p.x) + at, kVector);
-    }
-  };
-  if (p.norm_width == p.k) {  // a warp a row
-    for (int b = warp; b < kRows; b += kWarps) {
-      float kept[kKept][4];
-#pragma unroll
-      for (int n = 0; n < kKept; ++n) {
-        if ((n * 32 + lane) * 4 < p.k) load(kept[n], b, (n * 32 + lane) * 4);
-      }
-      float sum = 0;
-      const auto add = [&](const float(&v)[4]) {
-#pragma unroll
-        for (int e = 0; e < 4; ++e) sum = fmaf(v[e], v[e], sum);
-      };
-#pragma unroll
-      for (int n = 0; n < kKept; ++n) {
-        if ((n * 32 + lane) * 4 < p.k) add(kept[n]);
-      }
-      for (int i = (kKept * 32 + lane) * 4; i < p.k; i += 128) {
-        float v[4];
-        load(v, b, i);
-        add(v);
-      }
-      const float scale = 1 / sqrtf(warp_sum(sum) / static_cast<float>(p.k) + p.norm_eps);
-      const auto store = [&](float(&v)[4], int i) {
-        float w[4];
-        load_four(w, p.norm + i, kVector);
-#pragma unroll
-        for (int e = 0; e < 4; ++e) v[e] = v[e] * scale * w[e];
-        store_four(staged + b * stride + i, v, kVector);
-      };
-#pragma unroll
-      for (int n = 0; n < kKept; ++n) {
-        if ((n * 32 + lane) * 4 < p.k) store(kept[n], (n * 32 + lane) * 4);
-      }
-      for (int i = (kKept * 32 + lane) * 4; i < p.k; i += 128) {
-        float v[4];
-        load(v, b, i);
-        store(v, i);
-      }
-    }
-    __syncthreads();
-    return;
-  }
-  // A warp's turn is 128 elements of a row: one group of a norm in groups.
-  constexpr int kTurns = 4;  // at a time
-  const int turns_of_a_row = p.k / 128;
-  const int turns = kRows * turns_of_a_row;
-  for (int first = warp; first < turns; first += kWarps * kTurns) {
-    float v[kTurns][4];
-#pragma unroll
-    for (int n = 0; n < kTurns; ++n) {
-      const int turn = first + n * kWarps;
-      if (turn < turns) load(v[n], turn / turns_of_a_row, turn % turns_of_a_row * 128 + lane * 4);
-    }
-#pragma unroll
-    for (int n = 0; n < kTurns; ++n) {
-      const int turn = first + n * kWarps;
-      if (turn >= turns) continue;
-      const int i = turn % turns_of_a_row * 128 + lane * 4;
-      if (p.norm_width != 0) {
-        const float sum =
-            warp_sum(v[n][0] * v[n][0] + v[n][1] * v[n][1] + v[n][2] * v[n][2] + v[n][3] * v[n][3]);
-        const float scale = 1 / sqrtf(sum / static_cast<float>(kStepHeadDim) + p.norm_eps);
-        float w[4];
-        load_four(w, p.norm + lane * 4, kVector);
-#pragma unroll
-        for (int e = 0; e < 4; ++e) v[n][e] = v[n][e] * scale * w[e];
-      }
-      store_four(staged + turn / turns_of_a_row * stride + i, v[n], kVector);
-    }
-  }
-  __syncthreads();
-}
-
-__device__ inline void finish(const Params& p, const Tile& tile, int b, int column, float sum,
-                              float& held) {
-  const Part& part = p.parts[tile.part];
-  const int row = tile.first_row(p) + column;
-  if (b >= p.batch || row >= part.rows) return;
-  const std::int64_t at = static_cast<std::int64_t>(b) * part.stride + row;
-  switch (part.epilogue) {
-    case StepEpilogue::kStore:
-      break;
-    case StepEpilogue::kAdd:
-      sum += static_cast<const float*>(part.y)[at];
-      break;
-    case StepEpilogue::kSigmoid:
-      sum = sigmoid(sum);
-      break;
-    case StepEpilogue::kGlu:
-      if (tile.half == 0) {
-        held = sum;
-        return;
-      }
-      sum *= held * sigmoid(held);
-      break;
-    case StepEpilogue::kConvSilu: {
-      float4* state = part.conv_states[b] + row;
-      const float4 old = *state;
-      const float4 w = part.conv[row];
-      *state = make_float4(old.y, old.z, old.w, sum);
-      sum = fmaf(w.w, sum, fmaf(w.z, old.w, fmaf(w.y, old.z, w.x * old.y)));
-      sum *= sigmoid(sum);
-      break;
-    }
-  }
-  if (part.y_is_bf16) {
-    static_cast<bf16*>(part.y)[at] = __float2bfloat16(sum);
-  } else {
-    static_cast<float*>(part.y)[at] = sum;
-  }
+// Of the lane's row of a tile; rows behind the last are the last, and not stored.
+__device__ inline const bf16* weights_of(const Params& p, const Tile& tile, int row_in_tile) {
+  const Part& of = p.parts[tile.part];
+  const int row = min(tile.first_row(p) + row_in_tile, of.rows - 1) + tile.half * of.rows;
+  return static_cast<const bf16*>(of.w) + static_cast<std::int64_t>(row) * p.k;
 }
 
 // kChunk blocks of each warp are in registers ahead of those being multiplied; it divides
@@ -245,9 +43,8 @@ __global__ void __launch_bounds__(kThreads, 2)
   const int offset = warp * kBlock + lane % 4 * 8;  // of this lane's elements in K
   const int chunks = p.k / (kBlock * kWarps * kChunk);
 
-  Tile loading(static_cast<int>(blockIdx.x));
-  loading.find_part(p);
-  const bf16* from = loading.weights(p, row_in_tile) + offset;
+  Tile loading(p, static_cast<int>(blockIdx.x));
+  const bf16* from = weights_of(p, loading, row_in_tile) + offset;
   int loading_chunk = 0;
   uint4 ahead[kChunk];
   const auto load_chunk = [&] {
@@ -259,7 +56,7 @@ __global__ void __launch_bounds__(kThreads, 2)
     if (++loading_chunk == chunks) {
       loading_chunk = 0;
       loading.next(p);
-      if (loading.exists(p)) from = loading.weights(p, row_in_tile) + offset;
+      if (loading.exists(p)) from = weights_of(p, loading, row_in_tile) + offset;
     }
   };
   load_chunk();
@@ -268,7 +65,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   const auto prefetch_tile = [&] {
     if (!coming.exists(p)) return;
     if (lane % 4 == 0) {
-      const bf16* weights = coming.weights(p, row_in_tile) + offset;
+      const bf16* weights = weights_of(p, coming, row_in_tile) + offset;
       for (int i = 0; i < chunks * kChunk; ++i) {
         asm volatile("prefetch.global.L2 [%0];" ::"l"(weights + i * (kBlock * kWarps)));
       }
@@ -283,15 +80,9 @@ __global__ void __launch_bounds__(kThreads, 2)
 
   float held = 0;
   int buffer = 0;
-  const int stride = p.k + kPadding;
+  const int stride = p.staged + kPadding;
   const bf16* x = staged + row_in_tile * stride + offset;
-  for (Tile tile =
-           [&] {
-             Tile t(static_cast<int>(blockIdx.x));
-             t.find_part(p);
-             return t;
-           }();
-       tile.exists(p); tile.next(p)) {
+  for (Tile tile(p, static_cast<int>(blockIdx.x)); tile.exists(p); tile.next(p)) {
     prefetch_tile();
     float c[4] = {};
     for (int chunk = 0; chunk < chunks; ++chunk) {
@@ -456,83 +247,28 @@ __global__ void __launch_bounds__(kStepThreads) delta_rule_step_kernel(const Del
   }
 }
 
-constexpr int kArgmaxThreads = 1024;
-
-// A thread block a row.
-__global__ void __launch_bounds__(kArgmaxThreads)
-    greedy_token_kernel(const float* logits, int stride, int vocab, std::int32_t* ids,
-                        std::int32_t* counts, volatile std::int32_t* history, int capacity) {
-  __shared__ float values[32];
-  __shared__ int indices[32];
-  wait_for_input();
-  const int b = static_cast<int>(blockIdx.x);
-  const float* row = logits + static_cast<std::int64_t>(b) * stride;
-  float best = -INFINITY;
-  int index = vocab;
-  const auto take = [&](float value, int i) {
-    if (value > best || (value == best && i < index)) best = value, index = i;
-  };
-#pragma unroll 4
-  for (int i = static_cast<int>(threadIdx.x) * 4; i < vocab; i += kArgmaxThreads * 4) {
-    float v[4];
-    load_four(v, row + i, stride % 4 == 0 && i + 4 <= vocab ? kVector : min(4, vocab - i));
-#pragma unroll
-    for (int e = 0; e < 4; ++e) {
-      if (i + e < vocab) take(v[e], i + e);
-    }
-  }
-  const auto over_warp = [&] {
-#pragma unroll
-    for (int offset = 16; offset > 0; offset /= 2) {
-      const float value = __shfl_xor_sync(0xffffffff, best, offset);
-      const int i = __shfl_xor_sync(0xffffffff, index, offset);
-      take(value, i);
-    }
-  };
-  over_warp();
-  if (threadIdx.x % 32 == 0) values[threadIdx.x / 32] = best, indices[threadIdx.x / 32] = index;
-  __syncthreads();
-  if (threadIdx.x >= 32) return;
-  best = values[threadIdx.x];
-  index = indices[threadIdx.x];
-  over_warp();
-  if (threadIdx.x != 0) return;
-  ids[b] = min(index, vocab - 1);  // a row of NaN has none
-  const int count = counts[b];
-  counts[b] = count + 1;
-  if (count < capacity) history[count * static_cast<int>(gridDim.x) + b] = index;
-}
-
-}  // namespace
-
-void greedy_token(Context& ctx, const GreedyTokenArgs& args) {
-  launch_dependent(
-      ctx, "greedy_token", greedy_token_kernel, dim3(static_cast<unsigned>(args.logits.shape[0])),
-      kArgmaxThreads, 0, args.logits.f32(), static_cast<int>(args.logits.shape[1]),
-      static_cast<int>(args.classes), static_cast<std::int32_t*>(args.ids.data),
-      static_cast<std::int32_t*>(args.counts.data),
-      static_cast<volatile std::int32_t*>(args.history), static_cast<int>(args.capacity));
-}
-
-void step_linear(Context& ctx, const StepLinearArgs& args) {
-  if (add_to_program(ctx, args)) return;
-  run_step_program(ctx);  // what comes before
+// Of the parts whose weights have one form.
+Params params_of(Context& ctx, const StepLinearArgs& args, DType form) {
   Params p{};
   p.x = args.x.data;
   p.x_is_bf16 = args.x.dtype == DType::kBF16;
   p.batch = static_cast<int>(args.x.shape[0]);
   p.k = static_cast<int>(args.x.shape[1]);
+  p.x_is_aligned = p.k % 4 == 0 && reinterpret_cast<std::uintptr_t>(p.x) % 16 == 0;
+  p.staged = (p.k + kBlocks - 1) / kBlocks * kBlocks;
   if (args.norm.data != nullptr) {
     p.norm = args.norm.f32();
     p.norm_eps = args.norm_eps;
     p.norm_width = static_cast<int>(args.norm.shape.size());
   }
-  for (std::size_t i = 0; i < args.parts.size(); ++i) {
-    const StepLinearPart& part = args.parts[i];
+  const int tile_rows = is_packed(form) ? kPackedRows : kTileRows;
+  int count = 0;
+  for (const StepLinearPart& part : args.parts) {
+    if (part.w.dtype != form) continue;
     const int rows = static_cast<int>(outputs_of(part));
-    p.groups += (rows + kTileRows - 1) / kTileRows;
-    Part& to = p.parts[i];
-    to.w = static_cast<const bf16*>(part.w.data);
+    p.groups += (rows + tile_rows - 1) / tile_rows;
+    Part& to = p.parts[count++];
+    to.w = part.w.data;
     to.y = part.y.data;
     to.rows = rows;
     to.stride = static_cast<int>(part.y.shape[1]);
@@ -541,23 +277,34 @@ void step_linear(Context& ctx, const StepLinearArgs& args) {
     to.epilogue = part.epilogue;
     if (part.epilogue == StepEpilogue::kConvSilu) {
       to.conv = static_cast<const float4*>(part.conv.data);
+      to.conv_bias = static_cast<const float*>(part.conv_bias.data);
       to.conv_states = reinterpret_cast<float4* const*>(upload(ctx, part.conv_states));
     }
   }
+  return p;
+}
+
+void launch_step(Context& ctx, const Params& p) {
   const bool two = p.batch > 8;
-  const int chunk = chunk_for(p.k / (kBlock * kWarps));
+  const int chunk = chunk_for(p.k / kBlocks);
   const Kernel kernel = two ? kernel_for<2>(chunk) : kernel_for<1>(chunk);
-  const std::size_t shared = static_cast<std::size_t>(two ? 16 : 8) *
-                             static_cast<std::size_t>(p.k + kPadding) * sizeof(bf16);
-  check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
-                             cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared)),
-        "cudaFuncSetAttribute");
   // Two thread blocks a multiprocessor have more loads under way. With 16 rows of x the second
   // costs more, as it stages x again and takes the registers in which the next kernel would start
   // loading.
-  const int grid = std::min(p.groups, (two ? 1 : 2) * ctx.stream().multiprocessors());
-  launch_dependent(ctx, "step_linear", kernel, dim3(static_cast<unsigned>(grid)), kThreads, shared,
-                   p);
+  launch_frame(ctx, kernel, p, two ? 1 : 2);
+}
+
+}  // namespace
+
+void step_linear(Context& ctx, const StepLinearArgs& args) {
+  if (add_to_program(ctx, args)) return;
+  run_step_program(ctx);  // what comes before
+  // A launch has weights of one form.
+  for (const DType form : {DType::kQ8, DType::kQ4, DType::kBF16}) {
+    const Params p = params_of(ctx, args, form);
+    if (p.groups == 0) continue;
+    form == DType::kBF16 ? launch_step(ctx, p) : launch_packed_step(ctx, p, form);
+  }
 }
 
 void delta_rule_step(Context& ctx, const DeltaRuleStepArgs& args) {

@@ -12,10 +12,15 @@
 // does not matter to a sum as long as w and x have them in the same places, so a lane reads 16
 // bytes of each at once. Sums are those of a warp's columns in order, then of the warps in order:
 // they depend neither on B nor on the card.
+//
+// Packed weights (packed.cuh) come in whole panels of 16 rows, which are tiles. Blocks get them in
+// turn, over all parts of a program: that evens out who has one more in a part. In the ring a piece
+// is the bytes of some blocks of a panel, over as many rows as they fill.
 #include <algorithm>
 #include <cstring>
 
 #include "cuda/launch.cuh"
+#include "cuda/packed.cuh"
 #include "cuda/rows.cuh"
 #include "cuda/sm90.cuh"
 #include "cuda/step_program.h"
@@ -27,19 +32,25 @@ constexpr int kWarps = 8;  // that compute
 constexpr int kWorkers = kWarps * 32;
 constexpr int kThreads = kWorkers + 128;  // registers are dealt out to four warps at a time
 constexpr int kTileRows = 16;
-constexpr int kGroupTiles = 4;                    // whose sums are taken at once
-constexpr int kBlockColumns = 32 * kWarps;        // 32 of each warp
-constexpr int kPieceColumns = 2 * kBlockColumns;  // of a row, in a piece
+constexpr int kBlockColumns = 32 * kWarps;  // 32 of each warp
+constexpr int kPieceBlocks = 6;
+constexpr int kPieceColumns = kPieceBlocks * kBlockColumns;  // of a row, in a piece
 constexpr int kMaxBlocks = 16;
 constexpr int kMaxColumns = kMaxBlocks * kBlockColumns;
-constexpr int kMaxNormGroups = 2048 / 32;  // pieces of 32 columns under a norm in groups
+constexpr int kF32Blocks = 8;  // of an x of float32, all of which is in registers at once
+constexpr int kMaxF32Columns = kF32Blocks * kBlockColumns;
 // A piece's row in the ring: eight neighbouring rows of 16 bytes by four lanes hit all banks once.
 constexpr int kRowBytes = kPieceColumns * 2 + 64;
 constexpr int kPieces = 32;  // in the ring at most
+// Rows that are under way at most: as many as keep the memory busy. More would wait in queues, and
+// what blocks tell each other behind them.
+constexpr int kRowsUnderWay = 32;
 constexpr int kDim = static_cast<int>(kStepHeadDim);
 constexpr int kUnitColumns = 16;  // of a head's state
 constexpr int kUnits = 4;         // of a half of the workers, at once
 constexpr int kPhaseVectors = sizeof(StepPhase) / 16;
+static_assert(kTileRows == kPackedRows && kBlockColumns == kPackedBlock);
+static_assert(kRowBytes % 16 == 0, "no vector of a packed piece is cut where the ring ends");
 
 struct Counters {
   unsigned arrived;
@@ -52,6 +63,9 @@ struct Slice {
   int rows;
 };
 
+// Of a tile's sums: stores of a warp's fragment hit all banks once.
+constexpr int kSumStride = kTileRows + 4;
+
 struct DeltaScratch {
   float q[kUnits][kDim];
   float k[kUnits][kDim];
@@ -60,20 +74,25 @@ struct DeltaScratch {
   float dots[kUnits][4][4];
 };
 
+constexpr int kGroupTiles = 4;  // whose sums are taken at once
+constexpr int kPhases = 3;  // in shared memory: that of the slowest warp, the fastest's, the next
+
+// kHalves: of up to eight sequences.
 template <int kHalves>
 struct Shared {
   // An even number of rows, so that neighbours stay neighbours where the ring ends.
-  static constexpr int kRows = kHalves == 1 ? 194 : 176;
+  static constexpr int kRows = kHalves == 1 ? 62 : 56;
   alignas(128) unsigned char ring[kRows * kRowBytes];
   union {
-    float sums[kGroupTiles][kWarps][kHalves][kTileRows][8];
+    float sums[kGroupTiles][kWarps][8 * kHalves][kSumStride];
     DeltaScratch delta[2];
   };
-  float group_squares[kMaxNormGroups][8 * kHalves];
+  alignas(16) float norm[kMaxF32Columns];  // its weights; a warp writes what it reads
+  float group_squares[kMaxF32Columns / 32][8 * kHalves];
   float warp_squares[kWarps][8 * kHalves];
-  StepPhase phases[2];          // of the workers: this one and the next
-  Slice slices[2][kStepParts];  // of their parts
-  StepPhase coming[2];          // of the warp that asks for weights
+  StepPhase phases[kPhases];          // of the workers
+  Slice slices[kPhases][kStepParts];  // of their parts
+  StepPhase coming[2];                // of the warp that asks for weights
   std::uint64_t full[kPieces];
   std::uint64_t empty[kPieces];
 };
@@ -83,20 +102,54 @@ __device__ inline int tiles_of(const StepPart& part, const Slice& slice) {
   return part.epilogue == StepEpilogue::kGlu ? 2 * tiles : tiles;
 }
 
-__device__ inline Slice slice_of(int rows) {
-  const auto blocks = static_cast<std::int64_t>(gridDim.x);
-  const auto first = static_cast<int>(static_cast<std::int64_t>(rows) * blockIdx.x / blocks);
-  const auto end = static_cast<int>(static_cast<std::int64_t>(rows) * (blockIdx.x + 1) / blocks);
-  return {first, end - first};
+__device__ inline Slice slice_of(const StepPart& part) {
+  if (is_packed(part.form)) {
+    const auto blocks = static_cast<int>(gridDim.x);
+    int first = static_cast<int>(blockIdx.x) - part.turn;
+    if (first < 0) first += blocks;
+    const int panels = (part.rows + kTileRows - 1) / kTileRows;
+    const int own = first < panels ? (panels - first + blocks - 1) / blocks : 0;
+    return {first * kTileRows, own * kTileRows};
+  }
+  const unsigned first = static_cast<unsigned>(part.rows) * blockIdx.x / gridDim.x;
+  const unsigned end = static_cast<unsigned>(part.rows) * (blockIdx.x + 1) / gridDim.x;
+  return {static_cast<int>(first), static_cast<int>(end - first)};
 }
 
 // Rows of tile `tile` of a part: with kGlu tiles 2j and 2j + 1 are rows of p and the same of p'.
 __device__ inline Slice rows_of_tile(const StepPart& part, const Slice& slice, int tile) {
   const bool glu = part.epilogue == StepEpilogue::kGlu;
   const int begin = (glu ? tile / 2 : tile) * kTileRows;
-  return {slice.first + begin + (glu && tile % 2 == 1 ? part.rows : 0),
-          min(kTileRows, slice.rows - begin)};
+  const int behind = glu && tile % 2 == 1 ? part.rows : 0;  // the rows of p
+  if (is_packed(part.form)) {
+    const int first = slice.first + begin * static_cast<int>(gridDim.x);
+    return {first + behind, min(kTileRows, part.rows - first)};
+  }
+  return {slice.first + begin + behind, min(kTileRows, slice.rows - begin)};
 }
+
+__device__ inline int packed_block_bytes(DType form) {
+  return form == DType::kQ4 ? PackedForm<true>::kBlockBytes : PackedForm<false>::kBlockBytes;
+}
+
+// `columns` columns of a tile's rows as they lie in the ring: its rows, and the bytes of one.
+struct Piece {
+  int rows;
+  int bytes;  // of all
+  int row_bytes;
+
+  __device__ Piece(DType form, int tile_rows, int columns) {
+    if (is_packed(form)) {
+      bytes = columns / kPackedBlock * packed_block_bytes(form);
+      rows = (bytes + kRowBytes - 1) / kRowBytes;
+      row_bytes = kRowBytes;
+    } else {
+      rows = tile_rows;
+      row_bytes = columns * 2;
+      bytes = rows * row_bytes;
+    }
+  }
+};
 
 // Where the next piece begins.
 struct Place {
@@ -124,7 +177,7 @@ __device__ inline void copy_row(void* to, const void* from, int bytes, std::uint
       : "memory");
 }
 
-template <int kHalves>
+template <int kHalves, bool kPacked>
 __device__ void stream_weights(const StepPhase* phases, int count, Shared<kHalves>& shared) {
   constexpr int kRows = Shared<kHalves>::kRows;
   const int lane = static_cast<int>(threadIdx.x) % 32;
@@ -133,6 +186,8 @@ __device__ void stream_weights(const StepPhase* phases, int count, Shared<kHalve
   Place place;
   int oldest = 0;         // piece in the ring
   int free_rows = kRows;  // of it
+  int arriving = 0;       // piece that was not seen to be there
+  int under_way = 0;      // rows from there on
   int rows_of_slot = 0;   // lane l knows those of slot l
   const auto fetch = [&](int index) {
     uint4 v{};
@@ -151,30 +206,53 @@ __device__ void stream_weights(const StepPhase* phases, int count, Shared<kHalve
     if (phase.heads > 0) continue;
     for (int p = 0; p < phase.count; ++p) {
       const StepPart& part = phase.parts[p];
-      const Slice slice = slice_of(part.rows);
+      const DType form = kPacked ? part.form : DType::kBF16;
+      const Slice slice = slice_of(part);
       const int tiles = tiles_of(part, slice);
       for (int tile = 0; tile < tiles; ++tile) {
         const Slice rows = rows_of_tile(part, slice, tile);
-        const bf16* from = part.w + static_cast<std::int64_t>(rows.first + lane) * phase.k;
+        const auto* from = static_cast<const std::byte*>(part.w);
+        if (is_packed(form)) {
+          from += static_cast<std::int64_t>(rows.first / kPackedRows) * (phase.k / kPackedBlock) *
+                  packed_block_bytes(form);
+        } else {
+          from += static_cast<std::int64_t>(rows.first) * phase.k * 2;
+        }
         for (int column = 0; column < phase.k; column += kPieceColumns) {
-          const int bytes = 2 * min(kPieceColumns, phase.k - column);
-          while (free_rows < rows.rows || place.piece - oldest == kPieces) {
+          const Piece piece(form, rows.rows, min(kPieceColumns, phase.k - column));
+          while (free_rows < piece.rows || place.piece - oldest == kPieces) {
             const int slot = oldest % kPieces;
             sm90::barrier_wait(&shared.empty[slot], oldest / kPieces & 1);
-            free_rows += __shfl_sync(0xffffffff, rows_of_slot, slot);
+            const int freed = __shfl_sync(0xffffffff, rows_of_slot, slot);
+            free_rows += freed;
+            if (arriving == oldest) {  // what was used was there
+              under_way -= freed;
+              ++arriving;
+            }
             ++oldest;
           }
-          free_rows -= rows.rows;
-          if (lane == place.slot()) rows_of_slot = rows.rows;
+          free_rows -= piece.rows;
+          while (under_way + piece.rows > kRowsUnderWay) {
+            const int slot = arriving % kPieces;
+            sm90::barrier_wait(&shared.full[slot], arriving / kPieces & 1);
+            under_way -= __shfl_sync(0xffffffff, rows_of_slot, slot);
+            ++arriving;
+          }
+          under_way += piece.rows;
+          if (lane == place.slot()) rows_of_slot = piece.rows;
           std::uint64_t* barrier = &shared.full[place.slot()];
-          if (lane == 0) sm90::barrier_arrive_expect(barrier, rows.rows * bytes);
+          if (lane == 0) sm90::barrier_arrive_expect(barrier, piece.bytes);
           __syncwarp();
-          if (lane < rows.rows) {
+          if (lane < piece.rows) {
             int row = place.row + lane;
             if (row >= kRows) row -= kRows;
-            copy_row(shared.ring + row * kRowBytes, from + column, bytes, barrier, policy);
+            const std::byte* source =
+                from + (is_packed(form) ? lane * kRowBytes : (lane * phase.k + column) * 2);
+            const int bytes = min(piece.row_bytes, piece.bytes - lane * piece.row_bytes);
+            copy_row(shared.ring + row * kRowBytes, source, bytes, barrier, policy);
           }
-          place.template advance<kRows>(rows.rows);
+          if (is_packed(form)) from += piece.bytes;
+          place.template advance<kRows>(piece.rows);
         }
       }
     }
@@ -185,56 +263,67 @@ __device__ inline void sync_workers() {
   asm volatile("bar.sync 1, %0;" ::"n"(kWorkers) : "memory");
 }
 
-__device__ inline void multiply(float (&c)[4], std::uint32_t a0, std::uint32_t a1, std::uint32_t a2,
-                                std::uint32_t a3, std::uint32_t b0, std::uint32_t b1) {
-  asm volatile(
-      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, "
-      "{%8,%9}, {%0,%1,%2,%3};"
-      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
-}
-
 __device__ inline std::uint32_t pack(float x, float y) {
   const __nv_bfloat162 both = __floats2bfloat162_rn(x, y);
   return reinterpret_cast<const std::uint32_t&>(both);
 }
 
-template <int kHalves>
+// Barriers of a block between the workers and the warp that tells the other blocks what they have
+// finished: it waits for these while the workers prepare the next phase.
+constexpr int kFinished = 4;
+constexpr int kReleased = 5;
+
+__device__ inline void meet_blocks(int count, Counters* counters) {
+  const bool first = threadIdx.x % 32 == 0;
+  for (int index = 1; index <= count; ++index) {
+    asm volatile("bar.sync %0, %1;" ::"n"(kFinished), "n"(kWorkers + 32) : "memory");
+    if (index == count) break;
+    if (first) {
+      asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(&counters->arrived) : "memory");
+      const unsigned all = static_cast<unsigned>(index) * gridDim.x;
+      unsigned arrived;
+      do {
+        asm volatile("ld.acquire.gpu.global.u32 %0, [%1];"
+                     : "=r"(arrived)
+                     : "l"(&counters->arrived)
+                     : "memory");
+      } while (arrived < all);
+    }
+    __syncwarp();
+    asm volatile("bar.arrive %0, %1;" ::"n"(kReleased), "n"(kWorkers + 32) : "memory");
+  }
+  if (first && atomicAdd(&counters->exited, 1) == gridDim.x - 1) {
+    // All blocks have passed the last barrier.
+    counters->arrived = 0;
+    counters->exited = 0;
+  }
+}
+
+// kPacked: whether weights may be packed.
+template <int kHalves, bool kPacked>
 class Worker {
  public:
-  __device__ Worker(const StepPhase* phases, int count, int batch, Counters* counters,
-                    Shared<kHalves>& shared)
-      : phases_(phases), count_(count), batch_(batch), counters_(counters), shared_(shared) {}
+  __device__ Worker(const StepPhase* phases, int count, int batch, Shared<kHalves>& shared)
+      : phases_(phases), count_(count), batch_(batch), shared_(shared) {}
 
   __device__ void run() {
     prefetch_phase(0);
     keep_phase(0);
     sync_workers();
     for (int index = 0; index < count_; ++index) {
-      const StepPhase& phase = shared_.phases[index % 2];
+      const StepPhase& phase = shared_.phases[index % kPhases];
       prefetch_phase(index + 1);
       if (phase.heads > 0) {
         delta(phase, index);
       } else {
-        linear(phase, shared_.slices[index % 2], index);
+        linear(phase, shared_.slices[index % kPhases], index);
       }
-      keep_phase(index + 1);
-      sync_workers();
-      if (thread_ != 0) continue;
-      if (index + 1 < count_) {
-        asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(&counters_->arrived)
-                     : "memory");
-      } else if (atomicAdd(&counters_->exited, 1) == gridDim.x - 1) {
-        // All blocks have passed the last barrier.
-        counters_->arrived = 0;
-        counters_->exited = 0;
-      }
+      asm volatile("bar.arrive %0, %1;" ::"n"(kFinished), "n"(kWorkers + 32) : "memory");
     }
   }
 
  private:
   static constexpr int kOutputs = 2 * kHalves;  // of a thread, of a group of tiles
-  static constexpr int kTileOutputs = kTileRows * 8 * kHalves;
 
   // x of the warp's columns, a block a vector.
   using Operands = uint4[kHalves][kMaxBlocks];
@@ -244,8 +333,9 @@ class Worker {
     int part;  // −1: none
     int row;   // of the part
     int tile;  // of the group
-    int at;    // in a tile's sums
+    int row_of_tile;
     int b;
+    float4* conv_state;  // with kConvSilu
   };
 
   __device__ void prefetch_phase(int index) {
@@ -253,95 +343,94 @@ class Worker {
     if (thread_ < kPhaseVectors) {
       next_vector_ = __ldg(reinterpret_cast<const uint4*>(phases_ + index) + thread_);
     } else if (thread_ >= 32 && thread_ < 32 + kStepParts) {
-      next_rows_ = __ldg(&phases_[index].parts[thread_ - 32].rows);
+      const StepPart& part = phases_[index].parts[thread_ - 32];
+      next_part_.rows = __ldg(&part.rows);
+      next_part_.turn = __ldg(&part.turn);
+      next_part_.form =
+          static_cast<DType>(__ldg(reinterpret_cast<const std::uint8_t*>(&part.form)));
     }
   }
   __device__ void keep_phase(int index) {
     if (index >= count_) return;
     if (thread_ < kPhaseVectors) {
-      reinterpret_cast<uint4*>(&shared_.phases[index % 2])[thread_] = next_vector_;
+      reinterpret_cast<uint4*>(&shared_.phases[index % kPhases])[thread_] = next_vector_;
     } else if (thread_ >= 32 && thread_ < 32 + kStepParts) {
-      shared_.slices[index % 2][thread_ - 32] = slice_of(next_rows_);
+      shared_.slices[index % kPhases][thread_ - 32] = slice_of(next_part_);
     }
   }
 
   // For what the phase before left behind.
   __device__ void wait_for_blocks(int index) {
-    if (index == 0) return;
-    if (thread_ == 0) {
-      const unsigned all = static_cast<unsigned>(index) * gridDim.x;
-      unsigned arrived;
-      do {
-        asm volatile("ld.acquire.gpu.global.u32 %0, [%1];"
-                     : "=r"(arrived)
-                     : "l"(&counters_->arrived)
-                     : "memory");
-      } while (arrived < all);
+    keep_phase(index + 1);
+    if (index == 0) {
+      sync_workers();
+    } else {
+      asm volatile("bar.sync %0, %1;" ::"n"(kReleased), "n"(kWorkers + 32) : "memory");
     }
-    sync_workers();
   }
 
   // ---- step_linear ----
 
   __device__ Output find_output(const StepPhase& phase, const Slice* slices, int first_tile,
                                 int tiles, int j) const {
-    Output out{.part = -1, .row = 0, .tile = 0, .at = 0, .b = 0};
-    const int i = thread_ + j * kWorkers;
+    Output out{};
+    out.part = -1;
     const bool glu = phase.parts[0].epilogue == StepEpilogue::kGlu;
-    out.tile = i / kTileOutputs * (glu ? 2 : 1);
-    out.at = i % kTileOutputs;
-    out.b = out.at / (kTileRows * 8) * 8 + out.at % 8;
+    const int i = thread_ + j * kWorkers;
+    const int of_tile = i / kTileRows;
+    out.row_of_tile = i % kTileRows;
+    out.tile = of_tile / batch_;
+    out.b = of_tile - out.tile * batch_;
+    if (glu) out.tile *= 2;
     int tile = first_tile + out.tile;
-    if (out.b >= batch_ || out.tile >= kGroupTiles || tile >= tiles) return out;
-    int part = 0;
+    if (out.tile >= kGroupTiles || tile >= tiles) return out;
+    int p = 0;
     int in_part = tiles_of(phase.parts[0], slices[0]);
     while (tile >= in_part) {
       tile -= in_part;
-      ++part;
-      in_part = tiles_of(phase.parts[part], slices[part]);
+      ++p;
+      in_part = tiles_of(phase.parts[p], slices[p]);
     }
-    const Slice rows = rows_of_tile(phase.parts[part], slices[part], tile);
-    const int row = out.at / 8 % kTileRows;
-    if (row >= rows.rows) return out;
-    out.row = rows.first + row;
-    out.part = part;
+    const StepPart& part = phase.parts[p];
+    const Slice rows = rows_of_tile(part, slices[p], tile);
+    if (out.row_of_tile >= rows.rows) return out;
+    out.part = p;
+    out.row = rows.first + out.row_of_tile;
+    if (part.epilogue == StepEpilogue::kConvSilu) {
+      out.conv_state = part.conv_states[out.b] + out.row;
+      prefetch(out.conv_state);
+    }
     return out;
+  }
+
+  __device__ static std::int64_t index_of(const StepPart& part, const Output& out) {
+    return static_cast<std::int64_t>(out.b) * part.stride + out.row;
   }
 
   __device__ void linear(const StepPhase& phase, const Slice* slices, int index) {
     int tiles = 0;
     for (int p = 0; p < phase.count; ++p) tiles += tiles_of(phase.parts[p], slices[p]);
+    stage_norm(phase);
     Output outputs[kOutputs];
-    float4 old[kOutputs]{};
-    float4 taps[kOutputs]{};
-    // What no phase writes but for this thread in the step before.
-    const auto load_conv = [&](int first_tile) {
 #pragma unroll
-      for (int j = 0; j < kOutputs; ++j) {
-        outputs[j] = find_output(phase, slices, first_tile, tiles, j);
-        if (outputs[j].part < 0) continue;
-        const StepPart& part = phase.parts[outputs[j].part];
-        if (part.epilogue != StepEpilogue::kConvSilu) continue;
-        old[j] = __ldcs(part.conv_states[outputs[j].b] + outputs[j].row);
-        taps[j] = __ldg(part.conv + outputs[j].row);
-      }
-    };
-    load_conv(0);
-    if (phase.norm_width > 0 && thread_ * 32 < phase.norm_width) {
-      prefetch(phase.norm + thread_ * 32);
-    }
+    for (int j = 0; j < kOutputs; ++j) outputs[j] = find_output(phase, slices, 0, tiles, j);
     wait_for_blocks(index);
-    Operands x{};
+    Operands x;  // of sequences behind the last: anything, their sums are not used
     load_input(phase, x);
     for (int first_tile = 0; first_tile < tiles; first_tile += kGroupTiles) {
-      if (first_tile > 0) load_conv(first_tile);
+      float4 old[kOutputs];  // state of the convolution, or in x what is added to
+      float4 taps[kOutputs];
 #pragma unroll
       for (int j = 0; j < kOutputs; ++j) {
-        if (outputs[j].part < 0) continue;
-        const StepPart& part = phase.parts[outputs[j].part];
+        if (first_tile > 0) outputs[j] = find_output(phase, slices, first_tile, tiles, j);
+        const Output& out = outputs[j];
+        if (out.part < 0) continue;
+        const StepPart& part = phase.parts[out.part];
         if (part.epilogue == StepEpilogue::kAdd) {
-          old[j].x = __ldcg(static_cast<const float*>(part.y) +
-                            static_cast<std::int64_t>(outputs[j].b) * part.stride + outputs[j].row);
+          old[j].x = __ldcg(static_cast<const float*>(part.y) + index_of(part, out));
+        } else if (part.epilogue == StepEpilogue::kConvSilu) {
+          old[j] = __ldcs(out.conv_state);
+          taps[j] = __ldg(part.conv + out.row);
         }
       }
       multiply_tiles(phase, slices, x, first_tile, min(tiles, first_tile + kGroupTiles));
@@ -352,6 +441,28 @@ class Worker {
       }
       if (first_tile + kGroupTiles < tiles) sync_workers();
     }
+  }
+
+  // Weights of the norm of the warp's columns come to where they are at hand when x is there.
+  __device__ void stage_norm(const StepPhase& phase) {
+    if (phase.norm_width == 0) return;
+    constexpr int kTurns = kF32Blocks / 4;
+    float4 weights[kTurns]{};
+    const auto column_of = [&](int turn) {
+      return (turn * 4 + lane_ / 8) * kBlockColumns + warp_ * 32 + lane_ % 8 * 4;
+    };
+#pragma unroll
+    for (int turn = 0; turn < kTurns; ++turn) {
+      const int column = column_of(turn);
+      if (column >= phase.k) continue;
+      weights[turn] = __ldg(reinterpret_cast<const float4*>(
+          phase.norm + (phase.norm_width == phase.k ? column : column % kDim)));
+    }
+#pragma unroll
+    for (int turn = 0; turn < kTurns; ++turn) {
+      *reinterpret_cast<float4*>(shared_.norm + column_of(turn)) = weights[turn];
+    }
+    __syncwarp();
   }
 
   // x of the warp's columns, as operands; times the norm's weight, and in groups times its scale.
@@ -374,72 +485,82 @@ class Worker {
       }
       return;
     }
-    constexpr int kAtOnce = 8;  // blocks whose float32 values are in registers
+    constexpr int kAtOnce = kF32Blocks / kHalves;  // blocks whose values are in registers
+    const bool whole = phase.norm_width == phase.k;
+    const bool groups = !whole && phase.norm_width == kDim;
+    float squares[kHalves]{};
 #pragma unroll
-    for (int h = 0; h < kHalves; ++h) {
-      const int b = h * 8 + lane_ / 4;
-      const float* row = static_cast<const float*>(phase.x) +
-                         static_cast<std::int64_t>(b) * phase.k + first_column;
-      float squares = 0;
+    for (int first = 0; first < kF32Blocks; first += kAtOnce) {
+      if (first >= blocks) break;
+      float v[kHalves][kAtOnce][8];
 #pragma unroll
-      for (int first = 0; first < kMaxBlocks; first += kAtOnce) {
-        if (first >= blocks) break;
-        float v[kAtOnce][8];
+      for (int h = 0; h < kHalves; ++h) {
+        const int b = h * 8 + lane_ / 4;
+        const float* row = static_cast<const float*>(phase.x) +
+                           static_cast<std::int64_t>(b) * phase.k + first_column;
 #pragma unroll
         for (int i = 0; i < kAtOnce; ++i) {
-#pragma unroll
-          for (int e = 0; e < 8; ++e) v[i][e] = 0;
+          float4 low{};
+          float4 high{};
           if (first + i < blocks && b < batch_) {
             const auto* from = reinterpret_cast<const float4*>(row + (first + i) * kBlockColumns);
-            const float4 low = __ldcg(from);
-            const float4 high = __ldcg(from + 1);
-            v[i][0] = low.x, v[i][1] = low.y, v[i][2] = low.z, v[i][3] = low.w;
-            v[i][4] = high.x, v[i][5] = high.y, v[i][6] = high.z, v[i][7] = high.w;
+            low = __ldcg(from);
+            high = __ldcg(from + 1);
           }
+          v[h][i][0] = low.x, v[h][i][1] = low.y, v[h][i][2] = low.z, v[h][i][3] = low.w;
+          v[h][i][4] = high.x, v[h][i][5] = high.y, v[h][i][6] = high.z, v[h][i][7] = high.w;
         }
-        if (phase.norm_width == kDim) {
+      }
 #pragma unroll
-          for (int i = 0; i < kAtOnce; ++i) {
-            if (first + i >= blocks) break;
-            const float of_block = over_four_lanes(sum_of_squares(v[i]));
+      for (int h = 0; h < kHalves; ++h) {
+#pragma unroll
+        for (int i = 0; i < kAtOnce; ++i) {
+          if (first + i >= blocks) break;
+          const float of_block = sum_of_squares(v[h][i]);
+          squares[h] += of_block;
+          if (groups) {
+            const float sum = over_four_lanes(of_block);
             if (lane_ % 4 == 0) {
-              shared_.group_squares[(first + i) * kWarps + warp_][b] = of_block;
+              shared_.group_squares[(first + i) * kWarps + warp_][h * 8 + lane_ / 4] = sum;
             }
           }
-          sync_workers();
         }
+      }
+      if (groups) sync_workers();
+#pragma unroll
+      for (int h = 0; h < kHalves; ++h) {
 #pragma unroll
         for (int i = 0; i < kAtOnce; ++i) {
           if (first + i >= blocks) break;
           if (phase.norm_width > 0) {
-            const bool whole = phase.norm_width == phase.k;
             float scale = 1;
-            if (whole) {
-              squares += sum_of_squares(v[i]);
-            } else {
+            if (groups) {
+              const int b = h * 8 + lane_ / 4;
               const int group = ((first + i) * kWarps + warp_) / 4 * 4;
               const float sum =
                   (shared_.group_squares[group][b] + shared_.group_squares[group + 1][b]) +
                   (shared_.group_squares[group + 2][b] + shared_.group_squares[group + 3][b]);
-              scale = 1 / sqrtf(sum / static_cast<float>(kDim) + phase.norm_eps);
+              scale = rsqrtf(sum / static_cast<float>(kDim) + phase.norm_eps);
             }
-            const int column = (first + i) * kBlockColumns + first_column;
-            const auto* norm =
-                reinterpret_cast<const float4*>(phase.norm + (whole ? column : column % kDim));
-            const float4 low = __ldg(norm);
-            const float4 high = __ldg(norm + 1);
-            v[i][0] *= scale * low.x, v[i][1] *= scale * low.y;
-            v[i][2] *= scale * low.z, v[i][3] *= scale * low.w;
-            v[i][4] *= scale * high.x, v[i][5] *= scale * high.y;
-            v[i][6] *= scale * high.z, v[i][7] *= scale * high.w;
+            const auto* norm = reinterpret_cast<const float4*>(
+                shared_.norm + (first + i) * kBlockColumns + first_column);
+            const float4 low = norm[0];
+            const float4 high = norm[1];
+            v[h][i][0] *= scale * low.x, v[h][i][1] *= scale * low.y;
+            v[h][i][2] *= scale * low.z, v[h][i][3] *= scale * low.w;
+            v[h][i][4] *= scale * high.x, v[h][i][5] *= scale * high.y;
+            v[h][i][6] *= scale * high.z, v[h][i][7] *= scale * high.w;
           }
-          x[h][first + i] = make_uint4(pack(v[i][0], v[i][1]), pack(v[i][2], v[i][3]),
-                                       pack(v[i][4], v[i][5]), pack(v[i][6], v[i][7]));
+          x[h][first + i] = make_uint4(pack(v[h][i][0], v[h][i][1]), pack(v[h][i][2], v[h][i][3]),
+                                       pack(v[h][i][4], v[h][i][5]), pack(v[h][i][6], v[h][i][7]));
         }
       }
-      if (phase.norm_width == phase.k) {
-        squares = over_four_lanes(squares);
-        if (lane_ % 4 == 0) shared_.warp_squares[warp_][b] = squares;
+    }
+    if (whole) {
+#pragma unroll
+      for (int h = 0; h < kHalves; ++h) {
+        const float sum = over_four_lanes(squares[h]);
+        if (lane_ % 4 == 0) shared_.warp_squares[warp_][h * 8 + lane_ / 4] = sum;
       }
     }
   }
@@ -468,6 +589,16 @@ class Worker {
         in_part = tiles_of(phase.parts[part], slices[part]);
       }
       const int rows = rows_of_tile(phase.parts[part], slices[part], tile).rows;
+      if constexpr (kPacked) {
+        const DType form = phase.parts[part].form;
+        if (is_packed(form)) {
+          float c[kHalves][4] = {};
+          form == DType::kQ4 ? multiply_panel<true>(phase.k, x, c)
+                             : multiply_panel<false>(phase.k, x, c);
+          keep_sums(t - first_tile, c);
+          continue;
+        }
+      }
       // Rows behind the last are the last; their sums are not used.
       const int low_row = min(lane_ / 4, rows - 1);
       const int high_row = min(lane_ / 4 + 8, rows - 1);
@@ -477,24 +608,25 @@ class Worker {
         if (row >= kRows) row -= kRows;
         return columns + row * kRowBytes;
       };
-      float c[kHalves][4] = {};
+      float c[2][kHalves][4] = {};  // two chains of sums, of alternate blocks
 #pragma unroll
-      for (int piece = 0; piece < kMaxBlocks / 2; ++piece) {
-        if (piece * kPieceColumns >= phase.k) break;
+      for (int piece = 0; piece * kPieceBlocks < kMaxBlocks; ++piece) {
+        const int first = piece * kPieceBlocks;
+        const int blocks = min(kPieceBlocks, phase.k / kBlockColumns - first);
+        if (blocks <= 0) break;
         const int slot = place_.slot();
         const unsigned char* low = row_at(low_row);
         const unsigned char* high = row_at(high_row);
         sm90::barrier_wait(&shared_.full[slot], place_.parity());
+        constexpr int kLastBlocks = kMaxBlocks % kPieceBlocks;
+        if (blocks == kPieceBlocks) {
+          multiply_blocks<kPieceBlocks>(c, low, high, x, first);
+        } else if (blocks == kLastBlocks) {
+          multiply_blocks<kLastBlocks>(c, low, high, x, first);
+        } else {
 #pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          if (i == 1 && piece * kPieceColumns + kBlockColumns >= phase.k) break;
-          const uint4 w_low = *reinterpret_cast<const uint4*>(low + i * kBlockColumns * 2);
-          const uint4 w_high = *reinterpret_cast<const uint4*>(high + i * kBlockColumns * 2);
-#pragma unroll
-          for (int h = 0; h < kHalves; ++h) {
-            const uint4& b = x[h][2 * piece + i];
-            multiply(c[h], w_low.x, w_high.x, w_low.y, w_high.y, b.x, b.y);
-            multiply(c[h], w_low.z, w_high.z, w_low.w, w_high.w, b.z, b.w);
+          for (int i = 0; i < kPieceBlocks; ++i) {
+            if (i < blocks) multiply_block(c[i % 2], low, high, x, first, i);
           }
         }
         __syncwarp();
@@ -503,31 +635,110 @@ class Worker {
       }
 #pragma unroll
       for (int h = 0; h < kHalves; ++h) {
-        auto& sums = shared_.sums[t - first_tile][warp_][h];
-        const int column = lane_ % 4 * 2;
-        *reinterpret_cast<float2*>(&sums[lane_ / 4][column]) = make_float2(c[h][0], c[h][1]);
-        *reinterpret_cast<float2*>(&sums[lane_ / 4 + 8][column]) = make_float2(c[h][2], c[h][3]);
+#pragma unroll
+        for (int e = 0; e < 4; ++e) c[0][h][e] += c[1][h][e];
       }
+      keep_sums(t - first_tile, c[0]);
     }
   }
 
-  __device__ float sum_of(int tile, int at) const {
+  __device__ void keep_sums(int tile, const float (&c)[kHalves][4]) const {
+#pragma unroll
+    for (int h = 0; h < kHalves; ++h) {
+      auto& sums = shared_.sums[tile][warp_];
+      const int b = h * 8 + lane_ % 4 * 2;
+#pragma unroll
+      for (int e = 0; e < 4; ++e) sums[b + e % 2][lane_ / 4 + e / 2 * 8] = c[h][e];
+    }
+  }
+
+  // The sums of a packed tile: those of each block, of integers, times the scales of its rows.
+  template <bool kFourBits>
+  __device__ void multiply_panel(int k, const Operands& x, float (&c)[kHalves][4]) {
+    constexpr int kRows = Shared<kHalves>::kRows;
+#pragma unroll
+    for (int piece = 0; piece * kPieceBlocks < kMaxBlocks; ++piece) {
+      const int first = piece * kPieceBlocks;
+      const int blocks = min(kPieceBlocks, k / kBlockColumns - first);
+      if (blocks <= 0) break;
+      const int slot = place_.slot();
+      sm90::barrier_wait(&shared_.full[slot], place_.parity());
+#pragma unroll
+      for (int i = 0; i < kPieceBlocks; ++i) {
+        if (i >= blocks || first + i >= kMaxBlocks) break;
+        add_packed(
+            operand_at<kFourBits>(i), warp_, [&](int h) { return x[h][first + i]; }, c);
+      }
+      __syncwarp();
+      if (lane_ == 0) sm90::barrier_arrive(&shared_.empty[slot]);
+      const Piece of(kFourBits ? DType::kQ4 : DType::kQ8, kTileRows, blocks * kBlockColumns);
+      place_.template advance<kRows>(of.rows);
+    }
+  }
+
+  // What the lane has of block `i` of the piece at hand.
+  template <bool kFourBits>
+  __device__ PackedOperand<kFourBits> operand_at(int i) const {
+    using Form = PackedForm<kFourBits>;
+    constexpr int kRingBytes = Shared<kHalves>::kRows * kRowBytes;
+    const auto at = [&](int offset) {
+      offset += place_.row * kRowBytes + i * Form::kBlockBytes;
+      return shared_.ring + (offset >= kRingBytes ? offset - kRingBytes : offset);
+    };
+    const unsigned char* values =
+        at(Form::kHeadBytes + warp_ * Form::kStepBytes + lane_ * Form::kLaneBytes);
+    PackedOperand<kFourBits> operand;
+    operand.scales = *reinterpret_cast<const float2*>(at(lane_ / 4 * 8));
+    if constexpr (kFourBits) {
+      operand.values = *reinterpret_cast<const uint2*>(values);
+      operand.factors = *reinterpret_cast<const std::uint16_t*>(
+          at(static_cast<int>(kScaleBytes) + warp_ / 2 * 16 + lane_ / 4 * 2));
+    } else {
+      operand.values = *reinterpret_cast<const uint4*>(values);
+    }
+    return operand;
+  }
+
+  // c += w xᵀ of block `i` of a piece whose first is `first`; w in the ring.
+  __device__ static void multiply_block(float (&c)[kHalves][4], const unsigned char* low,
+                                        const unsigned char* high, const Operands& x, int first,
+                                        int i) {
+    if (first + i >= kMaxBlocks) return;
+    const uint4 w_low = *reinterpret_cast<const uint4*>(low + i * kBlockColumns * 2);
+    const uint4 w_high = *reinterpret_cast<const uint4*>(high + i * kBlockColumns * 2);
+#pragma unroll
+    for (int h = 0; h < kHalves; ++h) {
+      const uint4& b = x[h][first + i];
+      multiply(c[h], w_low.x, w_high.x, w_low.y, w_high.y, b.x, b.y);
+      multiply(c[h], w_low.z, w_high.z, w_low.w, w_high.w, b.z, b.w);
+    }
+  }
+
+  // Without a branch in between, w of all blocks is under way at once.
+  template <int kCount>
+  __device__ static void multiply_blocks(float (&c)[2][kHalves][4], const unsigned char* low,
+                                         const unsigned char* high, const Operands& x, int first) {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) multiply_block(c[i % 2], low, high, x, first, i);
+  }
+
+  __device__ float sum_of(int tile, const Output& out) const {
     float sum = 0;
 #pragma unroll
-    for (int w = 0; w < kWarps; ++w) sum += (&shared_.sums[tile][w][0][0][0])[at];
+    for (int w = 0; w < kWarps; ++w) sum += shared_.sums[tile][w][out.b][out.row_of_tile];
     return sum;
   }
 
   __device__ void finish(const StepPhase& phase, const Output& out, const float4& old,
                          const float4& taps) const {
     const StepPart& part = phase.parts[out.part];
-    float sum = sum_of(out.tile, out.at);
+    float sum = sum_of(out.tile, out);
     float scale = 1;
     if (phase.norm_width == phase.k) {
       float squares = 0;
 #pragma unroll
       for (int w = 0; w < kWarps; ++w) squares += shared_.warp_squares[w][out.b];
-      scale = 1 / sqrtf(squares / static_cast<float>(phase.k) + phase.norm_eps);
+      scale = rsqrtf(squares / static_cast<float>(phase.k) + phase.norm_eps);
       sum *= scale;
     }
     switch (part.epilogue) {
@@ -540,15 +751,16 @@ class Worker {
         sum = sigmoid(sum);
         break;
       case StepEpilogue::kGlu:
-        sum = sum * sigmoid(sum) * (sum_of(out.tile + 1, out.at) * scale);
+        sum = sum * sigmoid(sum) * (sum_of(out.tile + 1, out) * scale);
         break;
       case StepEpilogue::kConvSilu:
-        part.conv_states[out.b][out.row] = make_float4(old.y, old.z, old.w, sum);
+        *out.conv_state = make_float4(old.y, old.z, old.w, sum);
         sum = fmaf(taps.w, sum, fmaf(taps.z, old.w, fmaf(taps.y, old.z, taps.x * old.y)));
+        if (part.conv_bias != nullptr) sum += __ldg(part.conv_bias + out.row);
         sum *= sigmoid(sum);
         break;
     }
-    const std::int64_t at = static_cast<std::int64_t>(out.b) * part.stride + out.row;
+    const std::int64_t at = index_of(part, out);
     if (part.y_is_bf16) {
       static_cast<bf16*>(part.y)[at] = __float2bfloat16(sum);
     } else {
@@ -572,28 +784,39 @@ class Worker {
     const int column = lane_ % 4 * 4;       // and the next three, of the unit
     const int row = warp * 32 + lane_ / 4;  // and 8, 16, 24 rows on
     DeltaScratch& scratch = shared_.delta[half];
+    const auto state_of = [&](int unit) {
+      const int head = unit / kUnitsOfHead % phase.heads;
+      return phase.states[unit / (kUnitsOfHead * phase.heads)] +
+             (static_cast<std::int64_t>(head) * kDim + row) * kDim +
+             unit % kUnitsOfHead * kUnitColumns + column;
+    };
     bool waiting = true;
     for (int first = 0; first < units || waiting; first += 2 * kUnits * blocks) {
       const auto unit_of = [&](int j) {
         return first + (2 * j + half) * blocks + static_cast<int>(blockIdx.x);
       };
-      const auto state_of = [&](int unit) {
-        const int head = unit / kUnitsOfHead % phase.heads;
-        return phase.states[unit / (kUnitsOfHead * phase.heads)] +
-               (static_cast<std::int64_t>(head) * kDim + row) * kDim +
-               unit % kUnitsOfHead * kUnitColumns + column;
-      };
+      float* states[kUnits];
+#pragma unroll
+      for (int j = 0; j < kUnits; ++j) states[j] = state_of(min(unit_of(j), units - 1));
       float4 s[kUnits][4]{};
 #pragma unroll
       for (int j = 0; j < kUnits; ++j) {
         if (unit_of(j) >= units) break;
-        const float* state = state_of(unit_of(j));
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-          s[j][i] = __ldcs(reinterpret_cast<const float4*>(state + i * 8 * kDim));
+          s[j][i] = __ldcs(reinterpret_cast<const float4*>(states[j] + i * 8 * kDim));
         }
       }
-      if (waiting) wait_for_blocks(index);
+      if (waiting) {
+        for (int j = kUnits; unit_of(j) < units; ++j) {  // for the turns to come
+          const float* state = state_of(unit_of(j));
+#pragma unroll
+          for (int i = 0; i < 4; ++i) {
+            if (lane_ % 4 == 0) prefetch(state + i * 8 * kDim);
+          }
+        }
+        wait_for_blocks(index);
+      }
       waiting = false;
 
       float own_q[kUnits]{};
@@ -683,13 +906,12 @@ class Worker {
           *reinterpret_cast<float4*>(phase.o + head * kDim +
                                      unit_of(j) % kUnitsOfHead * kUnitColumns + column) = o;
         }
-        float* state = state_of(unit_of(j));
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
           const float key = scratch.k[j][row + i * 8] * k_scale;
           s[j][i].x = fmaf(key, u[0], s[j][i].x), s[j][i].y = fmaf(key, u[1], s[j][i].y);
           s[j][i].z = fmaf(key, u[2], s[j][i].z), s[j][i].w = fmaf(key, u[3], s[j][i].w);
-          __stcs(reinterpret_cast<float4*>(state + i * 8 * kDim), s[j][i]);
+          __stcs(reinterpret_cast<float4*>(states[j] + i * 8 * kDim), s[j][i]);
         }
       }
       sync_half();  // before the scratch is written again
@@ -699,17 +921,16 @@ class Worker {
   const StepPhase* phases_;
   int count_;
   int batch_;
-  Counters* counters_;
   Shared<kHalves>& shared_;
   int thread_ = static_cast<int>(threadIdx.x);
   int warp_ = static_cast<int>(threadIdx.x) / 32;
   int lane_ = static_cast<int>(threadIdx.x) % 32;
   Place place_;
   uint4 next_vector_;
-  int next_rows_ = 0;
+  StepPart next_part_;  // what its slice depends on
 };
 
-template <int kHalves>
+template <int kHalves, bool kPacked>
 __global__ void __launch_bounds__(kThreads, 1)
     step_program_kernel(const StepPhase* phases, int count, int batch, Counters* counters) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)  // elsewhere it is never launched
@@ -725,10 +946,14 @@ __global__ void __launch_bounds__(kThreads, 1)
   __syncthreads();
   if (threadIdx.x >= kWorkers) {
     sm90::shrink_registers<40>();
-    if (threadIdx.x < kWorkers + 32) stream_weights<kHalves>(phases, count, shared);
+    if (threadIdx.x < kWorkers + 32) {
+      stream_weights<kHalves, kPacked>(phases, count, shared);
+    } else if (threadIdx.x < kWorkers + 64) {
+      meet_blocks(count, counters);
+    }
   } else {
     sm90::grow_registers<232>();
-    Worker<kHalves>(phases, count, batch, counters, shared).run();
+    Worker<kHalves, kPacked>(phases, count, batch, shared).run();
   }
 #endif
 }
@@ -754,15 +979,15 @@ bool fits(const StepLinearArgs& args) {
   for (const StepLinearPart& part : args.parts) {
     if (part.epilogue == StepEpilogue::kGlu && args.parts.size() > 1) return false;
   }
+  if (args.x.dtype == DType::kF32 && k > kMaxF32Columns) return false;
   if (args.norm.data == nullptr) return true;
   const std::int64_t width = args.norm.shape.size();
-  return args.x.dtype == DType::kF32 &&
-         (width == k || (width == kDim && k <= 32 * kMaxNormGroups && k / kBlockColumns <= 8));
+  return args.x.dtype == DType::kF32 && (width == k || width == kDim);
 }
 
-template <int kHalves>
+template <int kHalves, bool kPacked>
 void launch(Context& ctx, const StepProgram& program, const StepPhase* phases, Counters* counters) {
-  const auto kernel = step_program_kernel<kHalves>;
+  const auto kernel = step_program_kernel<kHalves, kPacked>;
   constexpr std::size_t kBytes = sizeof(Shared<kHalves>);
   static_assert(kBytes <= std::size_t{227} * 1024);
   check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
@@ -801,14 +1026,22 @@ bool add_to_program(Context& ctx, const StepLinearArgs& args) {
   for (std::size_t i = 0; i < args.parts.size(); ++i) {
     const StepLinearPart& from = args.parts[i];
     StepPart& part = phase.parts[i];
-    part.w = static_cast<const bf16*>(from.w.data);
+    part.w = from.w.data;
+    part.form = from.w.dtype;
     part.y = from.y.data;
     part.rows = static_cast<int>(outputs_of(from));
     part.stride = static_cast<int>(from.y.shape[1]);
     part.y_is_bf16 = from.y.dtype == DType::kBF16;
     part.epilogue = from.epilogue;
+    if (is_packed(part.form)) {
+      program->packed = true;
+      part.turn = program->turn;
+      const int panels = (part.rows + kTileRows - 1) / kTileRows;
+      program->turn = (program->turn + panels) % ctx.stream().multiprocessors();
+    }
     if (from.epilogue == StepEpilogue::kConvSilu) {
       part.conv = static_cast<const float4*>(from.conv.data);
+      part.conv_bias = static_cast<const float*>(from.conv_bias.data);
       part.conv_states = reinterpret_cast<float4* const*>(upload(ctx, from.conv_states));
     }
   }
@@ -838,12 +1071,10 @@ void run_step_program(Context& ctx) {
   if (program != nullptr && !program->phases.empty()) {
     const auto* phases = upload(ctx, std::span<const StepPhase>(program->phases));
     auto* counters = static_cast<Counters*>(program->counters.view().data);
-    if (program->batch <= 8) {
-      launch<1>(ctx, *program, phases, counters);
-    } else {
-      launch<2>(ctx, *program, phases, counters);
-    }
-    program->phases.clear();
+    const auto run = program->packed ? (program->batch <= 8 ? launch<1, true> : launch<2, true>)
+                                     : (program->batch <= 8 ? launch<1, false> : launch<2, false>);
+    run(ctx, *program, phases, counters);
+    program->clear();
   }
 }
 

@@ -2,8 +2,6 @@
 // other becomes the phases of one kernel. See step_program.cu.
 #pragma once
 
-#include <cuda_bf16.h>
-
 #include <cstdint>
 #include <vector>
 
@@ -16,14 +14,17 @@ namespace deltafox::cuda {
 constexpr int kStepParts = 6;
 
 struct StepPart {
-  const __nv_bfloat16* w;
+  const void* w;
   void* y;
   const float4* conv;          // [N]
+  const float* conv_bias;      // [N] or null
   float4* const* conv_states;  // [B] in device memory, each [N]
   int rows;                    // N
   int stride;                  // N'
+  int turn;                    // of packed weights: the block that has the first panel
   bool y_is_bf16;
   StepEpilogue epilogue;
+  DType form;  // of w: kBF16, kQ8 or kQ4
 };
 
 // step_linear, or with heads > 0 delta_rule_step.
@@ -49,7 +50,15 @@ struct alignas(16) StepPhase {
 struct StepProgram {
   std::vector<StepPhase> phases;
   int batch = 0;
-  Tensor counters;  // of the barrier between thread blocks; zero between launches
+  bool packed = false;  // whether any weights are
+  int turn = 0;         // of the next packed weights
+  Tensor counters;      // of the barrier between thread blocks; zero between launches
+
+  void clear() {
+    phases.clear();
+    packed = false;
+    turn = 0;
+  }
 };
 
 // Whether the phase was taken; else the caller launches it.

@@ -2,7 +2,8 @@
 //
 // Work on memory has a stream of its own. Before it is given work, it waits for all streams that
 // were given some since it did last; before a stream is given work, it waits for the memory's. So
-// memory behaves as if there were one stream, but nothing waits where nothing is pending.
+// memory behaves as if there were one stream, but nothing waits where nothing is pending. What has
+// been allocated is zeroed when something is about to use memory, all that is new at once.
 #include "cuda/stream.h"
 
 #include <algorithm>
@@ -15,6 +16,7 @@
 #include "core/error.h"
 #include "cuda/check.h"
 #include "cuda/step_program.h"
+#include "cuda/zero_blocks.h"
 
 namespace deltafox::cuda {
 namespace {
@@ -40,6 +42,7 @@ class Memory {
   void join(cudaStream_t stream, std::uint64_t& epoch) {
     const std::scoped_lock lock(mutex_);
     if (epoch == epoch_) return;
+    zero_new();
     check(cudaEventRecord(event_, stream_), "cudaEventRecord");
     check(cudaStreamWaitEvent(stream, event_, 0), "cudaStreamWaitEvent");
     epoch = epoch_;
@@ -67,6 +70,7 @@ class Memory {
     check(cudaEventCreateWithFlags(&event_, cudaEventDisableTiming), "cudaEventCreate");
   }
   void wait_for_users();
+  void zero_new();
 
   std::mutex mutex_;
   cudaStream_t stream_ = nullptr;
@@ -74,6 +78,7 @@ class Memory {
   std::atomic<std::uint64_t> epoch_{1};
   std::map<Stream*, User> users_;
   std::unordered_map<std::size_t, std::vector<void*>> kept_;
+  std::vector<MemoryBlock> new_;  // that are still to be zeroed
 };
 
 void Memory::wait_for_users() {
@@ -115,14 +120,28 @@ void* Memory::allocate(std::size_t bytes) {
     }
     check(status, "cudaMalloc");
   }
-  wait_for_users();
-  check(cudaMemsetAsync(memory, 0, size, stream_), "cudaMemsetAsync");
+  new_.push_back({memory, size});
+  epoch_.fetch_add(1, std::memory_order_release);
   return memory;
+}
+
+void Memory::zero_new() {
+  if (new_.empty()) return;
+  wait_for_users();
+  const auto large = std::partition(
+      new_.begin(), new_.end(), [](const MemoryBlock& block) { return block.bytes <= kKeptBlock; });
+  for (auto block = large; block != new_.end(); ++block) {
+    check(cudaMemsetAsync(block->memory, 0, block->bytes, stream_), "cudaMemsetAsync");
+  }
+  new_.erase(large, new_.end());
+  zero_blocks(new_, stream_);
+  new_.clear();
 }
 
 void Memory::release(void* memory, std::size_t bytes) noexcept {
   const std::scoped_lock lock(mutex_);
   const std::size_t size = rounded(bytes);
+  std::erase_if(new_, [&](const MemoryBlock& block) { return block.memory == memory; });
   if (size > kKeptBlock) {
     cudaFree(memory);  // waits for the device
     return;
@@ -136,6 +155,7 @@ void Memory::release(void* memory, std::size_t bytes) noexcept {
 
 void Memory::copy(void* to, const void* from, std::size_t bytes) {
   const std::scoped_lock lock(mutex_);
+  zero_new();
   wait_for_users();
   check(cudaMemcpyAsync(to, from, bytes, cudaMemcpyDefault, stream_), "cudaMemcpyAsync");
   const auto on_host = [](const void* pointer) {
@@ -178,6 +198,7 @@ Stream::Stream() {
   major_ = attribute(cudaDevAttrComputeCapabilityMajor);
   if (major_ < 8) fail("CUDA: the GPU has compute capability {}, 8.0 is needed", major_);
   check(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking), "cudaStreamCreate");
+  check(cudaStreamCreateWithFlags(&uploads_stream_, cudaStreamNonBlocking), "cudaStreamCreate");
   if (cublasLtCreate(&blas_) != CUBLAS_STATUS_SUCCESS) fail("CUDA: cuBLASLt cannot be initialised");
   Memory::instance().add(this, stream_);
 }
@@ -190,6 +211,7 @@ Stream::~Stream() {
     cudaFreeHost(uploads_host_);
   }
   cublasLtDestroy(blas_);
+  cudaStreamDestroy(uploads_stream_);
   cudaStreamDestroy(stream_);
 }
 
@@ -206,6 +228,10 @@ void Stream::synchronize() {
 }
 
 void Stream::begin_capture() {
+  if (uploads_used_ > kUploadBytes / 2) {
+    synchronize();
+    forget_uploads();
+  }
   handle();
   const std::scoped_lock lock(Memory::instance().mutex());
   check(cudaStreamBeginCapture(stream_, cudaStreamCaptureModeThreadLocal),
@@ -218,6 +244,7 @@ cudaGraph_t Stream::end_capture() {
   cudaGraph_t graph = nullptr;
   capturing_ = false;
   check(cudaStreamEndCapture(stream_, &graph), "cudaStreamEndCapture");
+  check(cudaStreamSynchronize(uploads_stream_), "cudaMemcpyAsync");
   return graph;
 }
 
@@ -232,7 +259,7 @@ bool Stream::open_program() {
 }
 
 void Stream::close_program() {
-  program_->phases.clear();
+  program_->clear();
   program_open_ = false;
 }
 
@@ -241,7 +268,6 @@ const void* Stream::upload(std::span<const std::byte> bytes) {
   const auto found = uploads_.find(key);
   if (found != uploads_.end()) return found->second;
   const std::size_t size = rounded(std::max<std::size_t>(bytes.size(), 1));
-  if (capturing_) fail("CUDA: an upload of {} bytes while a graph is captured", bytes.size());
   if (size > kUploadBytes) fail("CUDA: an upload of {} bytes exceeds {}", size, kUploadBytes);
   if (uploads_device_ == nullptr) {
     void* memory = nullptr;
@@ -251,17 +277,26 @@ const void* Stream::upload(std::span<const std::byte> bytes) {
     uploads_host_ = static_cast<std::byte*>(memory);
   }
   if (uploads_used_ + size > kUploadBytes) {
+    if (capturing_) fail("CUDA: uploads of a recorded step exceed {} bytes", kUploadBytes / 2);
     synchronize();
     forget_uploads();
   }
   std::memcpy(uploads_host_ + uploads_used_, bytes.data(), bytes.size());
   std::byte* device = uploads_device_ + uploads_used_;
   check(cudaMemcpyAsync(device, uploads_host_ + uploads_used_, bytes.size(), cudaMemcpyHostToDevice,
-                        handle()),
+                        capturing_ ? uploads_stream_ : handle()),
         "cudaMemcpyAsync");
   uploads_used_ += size;
   uploads_.emplace(std::move(key), device);
   return device;
+}
+
+std::int32_t* Stream::zeros(std::int64_t count) {
+  if (zeros_.view().shape.size() < count || zeros_.bytes() == 0) {
+    if (capturing_) fail("CUDA: {} counters are not there while a step is recorded", count);
+    zeros_ = Tensor(DType::kI32, {count}, Device::kCuda);
+  }
+  return static_cast<std::int32_t*>(zeros_.view().data);
 }
 
 void Stream::forget_uploads() {

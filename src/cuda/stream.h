@@ -16,6 +16,7 @@
 #include <vector>
 
 #include "core/context.h"
+#include "core/tensor.h"
 
 namespace deltafox::cuda {
 
@@ -32,8 +33,8 @@ class Stream {
   cudaStream_t handle();
   void synchronize();
 
-  // Between begin and end, launches are recorded instead of run. Memory must not be allocated and
-  // uploads must be known.
+  // Between begin and end, launches are recorded instead of run, and uploads happen at once. Memory
+  // must not be allocated.
   void begin_capture();
   cudaGraph_t end_capture();
   bool capturing() const { return capturing_; }
@@ -43,6 +44,9 @@ class Stream {
   // uploads_generation() stays the same.
   const void* upload(std::span<const std::byte> bytes);
   std::uint64_t uploads_generation() const { return uploads_generation_; }
+  // So many counters for kernels that find zeros and leave zeros. They stay where they are until
+  // more are asked for.
+  std::int32_t* zeros(std::int64_t count);
 
   // The step program that is being gathered, or null. Opening returns false where one is open, or
   // where the card has no use for one.
@@ -59,6 +63,7 @@ class Stream {
   void forget_uploads();
 
   cudaStream_t stream_ = nullptr;
+  cudaStream_t uploads_stream_ = nullptr;  // of uploads during a capture
   cublasLtHandle_t blas_ = nullptr;
   int multiprocessors_ = 0;
   int major_ = 0;
@@ -68,6 +73,8 @@ class Stream {
 
   std::shared_ptr<StepProgram> program_;
   bool program_open_ = false;
+
+  Tensor zeros_;
 
   std::unordered_map<std::string, const void*> uploads_;
   std::uint64_t uploads_generation_ = 0;

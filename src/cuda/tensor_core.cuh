@@ -43,6 +43,16 @@ __device__ inline std::uint32_t pack(float low, float high) {
   return reinterpret_cast<const std::uint32_t&>(pair);
 }
 
+__device__ inline float2 unpack(std::uint32_t pair) {
+  return __bfloat1622float2(reinterpret_cast<const __nv_bfloat162&>(pair));
+}
+
+// The pair of an operand times two factors.
+__device__ inline std::uint32_t scale_pair(std::uint32_t pair, const float2& scale) {
+  const float2 x = unpack(pair);
+  return pack(x.x * scale.x, x.y * scale.y);
+}
+
 // The accumulator of a product as the left operand of the next.
 template <int kTiles>
 __device__ void to_operand(std::uint32_t (&operand)[kTiles / 2][4], const float (&acc)[kTiles][4]) {
@@ -69,7 +79,32 @@ __device__ inline void load_matrices_transposed(std::uint32_t (&m)[4], std::uint
                : "memory");
 }
 
-// Stores four 8x8 matrices transposed; lane l names row l%8 of matrix l/8.
+// Transposes the 4x4 words that each four neighbouring lanes hold, a row a lane.
+__device__ inline void transpose_quads(std::uint32_t (&m)[4]) {
+  const bool odd = threadIdx.x % 2 != 0;
+  const bool upper = threadIdx.x / 2 % 2 != 0;
+#pragma unroll
+  for (int i = 0; i < 4; i += 2) {
+    const std::uint32_t other = __shfl_xor_sync(0xffffffffU, odd ? m[i] : m[i + 1], 1);
+    (odd ? m[i] : m[i + 1]) = other;
+  }
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const std::uint32_t other = __shfl_xor_sync(0xffffffffU, upper ? m[i] : m[i + 2], 2);
+    (upper ? m[i] : m[i + 2]) = other;
+  }
+}
+
+// Stores four 8x8 matrices; lane l names row l%8 of matrix l/8. On sm_90.
+__device__ inline void store_matrices(std::uint32_t address, const std::uint32_t (&m)[4]) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1,%2,%3,%4};" ::"r"(address),
+               "r"(m[0]), "r"(m[1]), "r"(m[2]), "r"(m[3])
+               : "memory");
+#endif
+}
+
+// The same, transposed.
 __device__ inline void store_matrices_transposed(std::uint32_t address,
                                                  const std::uint32_t (&m)[4]) {
 #if __CUDA_ARCH__ >= 900

@@ -41,6 +41,83 @@ __global__ __launch_bounds__(kThreads) void shift(const __grid_constant__ TokenS
   }
 }
 
+constexpr int kEightThreads = 64;
+
+// The same for eight elements of a head a thread, whose loads of some rows are under way at once; a
+// column of thread blocks to 512 elements.
+template <typename T>
+__global__ __launch_bounds__(kEightThreads) void shift_eight(
+    const __grid_constant__ TokenShiftProblem problem,
+    const __grid_constant__ SequenceBatch batch) {
+  constexpr int kAtOnce = 8;
+  const BatchEntry& entry = entry_of_block(batch);
+  const int first = (static_cast<int>(blockIdx.x) - entry.first_block) * kTokenShiftRows;
+  const int end = min(entry.length, first + kTokenShiftRows);
+  const int width = problem.heads * problem.dim;
+  const int column = static_cast<int>(blockIdx.y * kEightThreads + threadIdx.x) * 8;
+  if (column >= width) return;
+  const int head = column / problem.dim;
+  const std::ptrdiff_t begin = static_cast<std::ptrdiff_t>(entry.begin) * width + column;
+  const T* x = static_cast<const T*>(problem.x) + begin;
+  T* y = static_cast<T*>(problem.y) + begin;
+  const float* alphas =
+      problem.alpha + static_cast<std::int64_t>(entry.begin) * problem.heads + head;
+  const auto at = [&](int t) { return static_cast<std::ptrdiff_t>(t) * width; };
+  float before[8];
+  Eight<T> bits;
+  if (first == 0) {
+    Eight<float> state;
+    state.load(entry.state + column);
+    state.get(before);
+    // By the thread that has read it.
+    float last[8];
+    bits.load(x + at(entry.length - 1));
+    bits.get(last);
+    Eight<float>::store(entry.state + column, last);
+  } else {
+    bits.load(x + at(first - 1));
+    bits.get(before);
+  }
+  for (int t = first; t < end; t += kAtOnce) {
+    Eight<T> rows[kAtOnce];
+    float alpha[kAtOnce];
+#pragma unroll
+    for (int r = 0; r < kAtOnce; ++r) {
+      const int row = min(t + r, end - 1);
+      rows[r].load(x + at(row));
+      alpha[r] = alphas[static_cast<std::int64_t>(row) * problem.heads];
+    }
+#pragma unroll
+    for (int r = 0; r < kAtOnce; ++r) {
+      if (t + r >= end) break;
+      float now[8];
+      float out[8];
+      rows[r].get(now);
+#pragma unroll
+      for (int e = 0; e < 8; ++e) {
+        out[e] = alpha[r] * before[e] + (1 - alpha[r]) * now[e];
+        before[e] = now[e];
+      }
+      Eight<T>::store(y + at(t + r), out);
+    }
+  }
+}
+
+template <typename T>
+void launch_forward(const TokenShiftProblem& problem, const SequenceBatch& batch,
+                    cudaStream_t stream) {
+  const auto bits = [](const void* pointer) { return reinterpret_cast<std::uintptr_t>(pointer); };
+  bool eights = problem.dim % 8 == 0 && (bits(problem.x) | bits(problem.y)) % 16 == 0;
+  for (int b = 0; b < batch.count; ++b) eights = eights && bits(batch.entries[b].state) % 16 == 0;
+  if (eights) {
+    const int columns = (problem.heads * problem.dim / 8 + kEightThreads - 1) / kEightThreads;
+    shift_eight<T><<<dim3(static_cast<unsigned>(batch.blocks), static_cast<unsigned>(columns)),
+                     kEightThreads, 0, stream>>>(problem, batch);
+  } else {
+    shift<T><<<batch.blocks, kThreads, 0, stream>>>(problem, batch);
+  }
+}
+
 // A warp takes a head of a row at a time.
 template <typename T>
 __global__ __launch_bounds__(kThreads) void shift_backward(
@@ -161,11 +238,8 @@ void launch_backward(const TokenShiftBackwardProblem& problem, const SequenceBat
 
 void launch_token_shift(const TokenShiftProblem& problem, const SequenceBatch& batch,
                         cudaStream_t stream) {
-  if (problem.is_bf16) {
-    shift<bf16><<<batch.blocks, kThreads, 0, stream>>>(problem, batch);
-  } else {
-    shift<float><<<batch.blocks, kThreads, 0, stream>>>(problem, batch);
-  }
+  problem.is_bf16 ? launch_forward<bf16>(problem, batch, stream)
+                  : launch_forward<float>(problem, batch, stream);
 }
 
 void launch_token_shift_backward(const TokenShiftBackwardProblem& problem,

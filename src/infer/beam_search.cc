@@ -1,6 +1,7 @@
 #include "infer/beam_search.h"
 
 #include <algorithm>
+#include <bit>
 #include <cmath>
 #include <limits>
 #include <utility>
@@ -79,18 +80,20 @@ void BeamSearch::draw(std::span<const float> scores, std::size_t count) {
     possible.push_back({index, score});
     max = std::max(max, score);
   });
-  std::vector<double> weights;
+  std::vector<std::uint64_t> weights;
   weights.reserve(possible.size());
+  // So many beams that the sum might not fit make the unit of the weights larger.
+  const int shift = std::bit_width(possible.size() / static_cast<std::size_t>(kMostWeights));
   for (const Candidate& candidate : possible) {
-    weights.push_back(std::exp(static_cast<double>(candidate.score) - static_cast<double>(max)));
+    weights.push_back(token_weight(candidate.score, max).weight >> shift);
   }
   candidates_.clear();
   DrawKey key{config_.seed, prompt_index_, 0, static_cast<std::uint32_t>(new_tokens_), 0};
-  const auto positive = [](double weight) { return weight > 0.0; };
+  const auto positive = [](std::uint64_t weight) { return weight > 0; };
   while (candidates_.size() < count && std::any_of(weights.begin(), weights.end(), positive)) {
     const std::size_t at = sample_weights(weights, uniform(key));
     candidates_.push_back(possible[at]);
-    weights[at] = 0.0;
+    weights[at] = 0;
     ++key.draw;
   }
 }
@@ -132,7 +135,7 @@ void BeamSearch::advance(std::span<const float> scores, std::span<const float> m
   std::vector<double> log_sums(running_.size(), 0.0);
   if (config_.output_logprobs) {
     for (std::size_t b = 0; b < running_.size(); ++b) {
-      log_sums[b] = exp_sum(scores.subspan(b * vocab_size, vocab_size)).log();
+      log_sums[b] = weight_sum(scores.subspan(b * vocab_size, vocab_size)).log();
     }
   }
   const std::size_t num_beams = as_size(config_.num_beams);
@@ -153,8 +156,7 @@ void BeamSearch::advance(std::span<const float> scores, std::span<const float> m
     beam.score = score;
     beam.ids.push_back(static_cast<std::int32_t>(index % vocab_size));
     if (config_.output_logprobs) {
-      beam.logprobs.push_back(
-          static_cast<float>(static_cast<double>(scores[index]) - log_sums[parent]));
+      beam.logprobs.push_back(normalised(scores[index], log_sums[parent]));
       beam.model_logprobs.push_back(model_logprobs[index]);
     }
     if (beam.text) beam.text->push(beam.ids.back());

@@ -1,11 +1,13 @@
 // Greedy search and sampling: every step of the model reads one token for each sequence still
-// running.
+// running. On a GPU the tokens behind the first are chosen there.
 #include <algorithm>
 #include <array>
+#include <limits>
 #include <utility>
 
 #include "infer/sampler.h"
 #include "infer/session.h"
+#include "model/decoder.h"
 
 namespace deltafox::infer {
 
@@ -19,6 +21,36 @@ struct Continuation {
   bool running = true;
 };
 
+struct Choice {
+  std::int32_t id;
+  // With output_logprobs, after the processors and before.
+  float logprob;
+  float model_logprob;
+};
+
+std::int32_t clamped(std::int64_t value) {
+  return static_cast<std::int32_t>(
+      std::min<std::int64_t>(value, std::numeric_limits<std::int32_t>::max()));
+}
+
+TokenOptions token_options(const GenerationConfig& config) {
+  return {.do_sample = config.do_sample,
+          .seed = config.seed,
+          .repetition_penalty = static_cast<float>(config.repetition_penalty),
+          .no_repeat_ngram_size = clamped(config.no_repeat_ngram_size),
+          .min_length = clamped(config.min_length),
+          .min_new_tokens = clamped(config.min_new_tokens),
+          .renormalize = config.renormalize_logits,
+          .temperature = static_cast<float>(config.temperature),
+          .top_k = clamped(config.top_k),
+          .top_p = config.top_p,
+          .log_min_p = exact_log(config.min_p.value_or(0)),
+          .typical_p = config.typical_p,
+          .epsilon_cutoff = config.epsilon_cutoff,
+          .eta_cutoff = config.eta_cutoff,
+          .logprobs = config.output_logprobs};
+}
+
 class Continuations {
  public:
   explicit Continuations(const Session& session)
@@ -31,8 +63,11 @@ class Continuations {
  private:
   void start(std::vector<float>& logits);
   void step(std::span<Continuation* const> running, std::vector<float>& logits);
-  void extend(Continuation& sequence, std::span<float> logits);
-  std::int32_t choose(const Continuation& sequence, std::span<float> logits);
+  bool decode(Decoder& decoder, std::span<Continuation* const> running);
+  std::int64_t tokens_left(const Continuation& sequence) const;
+  Choice choose(const Continuation& sequence, std::span<float> logits);
+  void extend(Continuation& sequence, const Choice& choice);
+  void cancel(std::span<Continuation* const> running);
   std::optional<FinishReason> finish_reason(const Continuation& sequence) const;
   std::string finish(Continuation& sequence, FinishReason reason);
 
@@ -40,28 +75,40 @@ class Continuations {
   std::size_t per_prompt_;
   ProcessorChain processors_;
   std::vector<Continuation> sequences_;
-  std::vector<float> model_logits_;  // [N] a row before the processors, with output_logprobs
-  std::vector<double> weights_;      // scratch of sample()
+  std::vector<float> model_logits_;     // [N] a row before the processors, with output_logprobs
+  std::vector<std::uint64_t> weights_;  // scratch of sample()
 };
 
-std::int32_t Continuations::choose(const Continuation& sequence, std::span<float> logits) {
+// The token that `logits` lead to, which the processors overwrite.
+Choice Continuations::choose(const Continuation& sequence, std::span<float> logits) {
   const GeneratedSequence& result = sequence.result;
   const auto prompt_size = static_cast<std::size_t>(result.num_prompt_ids);
+  const bool with_logprobs = session_.config.output_logprobs;
+  if (with_logprobs) model_logits_.assign(logits.begin(), logits.end());
   processors_.apply(logits, result.ids, prompt_size);
-  if (!session_.config.do_sample) return argmax(logits);
+  const auto chosen = [&](std::int32_t id) {
+    return with_logprobs
+               ? Choice{id, log_probability(logits, id), log_probability(model_logits_, id)}
+               : Choice{id, 0, 0};
+  };
+  if (!session_.config.do_sample) return chosen(argmax(logits));
   const DrawKey key{.seed = session_.config.seed,
                     .prompt = session_.prompt_index(static_cast<std::size_t>(result.prompt)),
                     .sequence = static_cast<std::uint32_t>(sequence.index % per_prompt_),
                     .step = static_cast<std::uint32_t>(result.ids.size() - prompt_size)};
-  return sample(logits, uniform(key), weights_);
+  return chosen(sample(logits, uniform(key), weights_));
+}
+
+std::int64_t Continuations::tokens_left(const Continuation& sequence) const {
+  return session_.max_new_tokens(static_cast<std::size_t>(sequence.result.prompt)) -
+         std::ssize(sequence.result.new_ids());
 }
 
 std::optional<FinishReason> Continuations::finish_reason(const Continuation& sequence) const {
   const GeneratedSequence& result = sequence.result;
   if (session_.ends_sequence(result.ids.back())) return FinishReason::kEos;
   if (sequence.text && !sequence.text->stop_string().empty()) return FinishReason::kStopString;
-  const auto prompt = static_cast<std::size_t>(result.prompt);
-  if (std::ssize(result.new_ids()) == session_.max_new_tokens(prompt)) return FinishReason::kLength;
+  if (tokens_left(sequence) == 0) return FinishReason::kLength;
   return std::nullopt;
 }
 
@@ -82,18 +129,15 @@ std::string Continuations::finish(Continuation& sequence, FinishReason reason) {
   return sequence.text->finish();
 }
 
-// Adds the token that `logits` lead to, which the processors overwrite.
-void Continuations::extend(Continuation& sequence, std::span<float> logits) {
+void Continuations::extend(Continuation& sequence, const Choice& choice) {
   GeneratedSequence& result = sequence.result;
   const bool with_logprobs = session_.config.output_logprobs;
-  if (with_logprobs) model_logits_.assign(logits.begin(), logits.end());
-  const std::int32_t id = choose(sequence, logits);
-  result.ids.push_back(id);
+  result.ids.push_back(choice.id);
   if (with_logprobs) {
-    result.logprobs.push_back(log_probability(logits, id));
-    result.model_logprobs.push_back(log_probability(model_logits_, id));
+    result.logprobs.push_back(choice.logprob);
+    result.model_logprobs.push_back(choice.model_logprob);
   }
-  std::string piece = sequence.text ? sequence.text->push(id) : std::string();
+  std::string piece = sequence.text ? sequence.text->push(choice.id) : std::string();
   const std::optional<FinishReason> reason = finish_reason(sequence);
   if (reason) piece += finish(sequence, *reason);
   result.text += piece;
@@ -101,7 +145,7 @@ void Continuations::extend(Continuation& sequence, std::span<float> logits) {
   if (!session_.options.on_token) return;
   TokenEvent event;
   event.sequence = static_cast<std::int64_t>(sequence.index);
-  event.id = id;
+  event.id = choice.id;
   event.text = piece;
   if (with_logprobs) event.logprob = result.logprobs.back();
   event.finish_reason = reason;
@@ -126,7 +170,7 @@ void Continuations::start(std::vector<float>& logits) {
     const auto prompt_row =
         std::span(logits).subspan(prompt * session_.vocab_size, session_.vocab_size);
     row.assign(prompt_row.begin(), prompt_row.end());
-    extend(sequence, row);
+    extend(sequence, choose(sequence, row));
   }
 }
 
@@ -139,7 +183,44 @@ void Continuations::step(std::span<Continuation* const> running, std::vector<flo
   }
   session_.step(ids, states, logits);
   for (std::size_t i = 0; i < running.size(); ++i) {
-    extend(*running[i], std::span(logits).subspan(i * session_.vocab_size, session_.vocab_size));
+    const auto row = std::span(logits).subspan(i * session_.vocab_size, session_.vocab_size);
+    extend(*running[i], choose(*running[i], row));
+  }
+}
+
+// Until one of the sequences ends; false if the caller wants to stop. A step is launched before the
+// tokens of the one before are looked at, unless states are wanted as the last token left them.
+bool Continuations::decode(Decoder& decoder, std::span<Continuation* const> running) {
+  std::vector<Decoder::Sequence> sequences;
+  std::int64_t steps = std::numeric_limits<std::int64_t>::max();
+  for (Continuation* sequence : running) {
+    const GeneratedSequence& result = sequence->result;
+    steps = std::min(steps, tokens_left(*sequence));
+    sequences.push_back({.state = &contents_of(sequence->state),
+                         .ids = result.ids,
+                         .prompt_size = result.num_prompt_ids,
+                         .prompt = session_.prompt_index(static_cast<std::size_t>(result.prompt)),
+                         .sequence = static_cast<std::uint32_t>(sequence->index % per_prompt_)});
+  }
+  const std::int64_t ahead = session_.options.return_states ? 1 : 2;
+  decoder.start(sequences, steps);
+  bool all_run = true;
+  for (std::int64_t launched = 0; all_run || decoder.under_way() > 0;) {
+    if (session_.should_stop()) return false;
+    for (; all_run && launched < steps && decoder.under_way() < ahead; ++launched) decoder.launch();
+    const std::span<const ChosenToken> chosen = decoder.take();
+    for (std::size_t i = 0; i < running.size(); ++i) {
+      if (!running[i]->running) continue;
+      extend(*running[i], {chosen[i].id, chosen[i].logprob, chosen[i].model_logprob});
+      all_run = all_run && running[i]->running;
+    }
+  }
+  return true;
+}
+
+void Continuations::cancel(std::span<Continuation* const> running) {
+  for (Continuation* sequence : running) {
+    if (sequence->running) sequence->result.text += finish(*sequence, FinishReason::kCancelled);
   }
 }
 
@@ -148,16 +229,18 @@ std::vector<GeneratedSequence> Continuations::run() {
   start(logits);
   std::vector<Continuation*> running;
   for (Continuation& sequence : sequences_) running.push_back(&sequence);
+  const std::unique_ptr<Decoder> decoder =
+      session_.model.decoder(token_options(session_.config), session_.eos_token_ids);
   while (true) {
     std::erase_if(running, [](const Continuation* sequence) { return !sequence->running; });
     if (running.empty()) break;
-    if (session_.should_stop()) {
-      for (Continuation* sequence : running) {
-        sequence->result.text += finish(*sequence, FinishReason::kCancelled);
-      }
-      break;
+    if (decoder != nullptr) {
+      if (!decode(*decoder, running)) cancel(running);
+    } else if (session_.should_stop()) {
+      cancel(running);
+    } else {
+      step(running, logits);
     }
-    step(running, logits);
   }
   std::vector<GeneratedSequence> results;
   for (Continuation& sequence : sequences_) results.push_back(std::move(sequence.result));

@@ -1,7 +1,6 @@
 #include "infer/processors.h"
 
 #include <algorithm>
-#include <cmath>
 #include <functional>
 #include <limits>
 #include <utility>
@@ -36,40 +35,39 @@ void remove_below(std::span<float> logits, float threshold) {
   }
 }
 
-// Removes tokens less likely than `probability`, except the `keep` likeliest.
-void remove_unlikely(std::span<float> logits, double probability, double log_sum, std::size_t keep,
-                     ProcessorScratch& scratch) {
-  const auto threshold = static_cast<float>(std::log(probability) + log_sum);
+// Removes tokens less likely than a probability, given its logarithm, except the `keep` likeliest.
+void remove_unlikely(std::span<float> logits, double log_probability, double log_sum,
+                     std::size_t keep, ProcessorScratch& scratch) {
+  const float threshold = least_logit(log_probability, log_sum);
   remove_below(logits, std::min(threshold, kth_largest(logits, keep, scratch)));
 }
 
-// The tokens not yet removed, with key(logit) to rank them by, in index order.
+// The tokens not yet removed, with key(logit) to rank them by and scratch.weights, in index order.
 template <typename Key>
-std::span<RankedToken> gather_tokens(std::span<const float> logits, const ExpSum& sum, Key key,
+std::span<RankedToken> gather_tokens(std::span<const float> logits, Key key,
                                      ProcessorScratch& scratch) {
   std::size_t count = 0;
   for (std::size_t i = 0; i < logits.size(); ++i) {
     if (logits[i] == kRemoved) continue;
-    scratch.ranked[count++] = {key(logits[i]), static_cast<std::int32_t>(i),
-                               static_cast<double>(std::exp(logits[i] - sum.max)) / sum.sum};
+    scratch.ranked[count++] = {key(logits[i]), static_cast<std::int32_t>(i), scratch.weights[i]};
   }
   return std::span(scratch.ranked).first(count);
 }
 
-// Puts the fewest tokens first that, taken in the order `before`, reach `mass` of the weights
-// together, but at least `keep`, and returns how many they are. A selection by weight: in linear
+// Puts the fewest tokens first whose weights, taken in the order `before`, reach `mass` together,
+// but at least `keep`, and returns how many they are. A selection by weight: in linear
 // time, as the interval that holds the last of them halves.
 template <typename Before>
-std::size_t select_mass(std::span<RankedToken> tokens, double mass, std::size_t keep,
+std::size_t select_mass(std::span<RankedToken> tokens, std::uint64_t mass, std::size_t keep,
                         Before before) {
   const auto at = [&](std::size_t i) { return tokens.begin() + static_cast<std::ptrdiff_t>(i); };
   std::size_t low = 0;
   std::size_t high = tokens.size();
-  double taken = 0.0;
+  std::uint64_t taken = 0;
   while (high - low > 1) {
     const std::size_t middle = low + (high - low) / 2;
     std::nth_element(at(low), at(middle), at(high), before);
-    double upper = 0.0;
+    std::uint64_t upper = 0;
     for (const RankedToken& token : tokens.subspan(low, middle - low)) upper += token.weight;
     if (taken + upper >= mass) {
       high = middle;
@@ -82,17 +80,6 @@ std::size_t select_mass(std::span<RankedToken> tokens, double mass, std::size_t 
   if (high >= keep) return high;
   std::nth_element(tokens.begin(), at(keep - 1), tokens.end(), before);
   return keep;
-}
-
-// Entropy of softmax(logits) in nats.
-double entropy(std::span<const float> logits, double log_sum) {
-  double sum = 0.0;
-  for (const float logit : logits) {
-    if (logit == kRemoved) continue;
-    const double log_p = static_cast<double>(logit) - log_sum;
-    sum -= log_p * std::exp(log_p);
-  }
-  return sum;
 }
 
 }  // namespace
@@ -132,11 +119,12 @@ void top_k(std::span<float> logits, std::size_t k, ProcessorScratch& scratch) {
 
 void top_p(std::span<float> logits, double p, std::size_t keep, ProcessorScratch& scratch) {
   const auto key = [](float logit) { return logit; };
-  const auto tokens = gather_tokens(logits, exp_sum(logits), key, scratch);
+  const WeightSum sum = weigh(logits, scratch.weights);
+  const auto tokens = gather_tokens(logits, key, scratch);
   const auto likelier = [](const RankedToken& a, const RankedToken& b) {
     return a.key != b.key ? a.key > b.key : a.id > b.id;
   };
-  const std::size_t count = select_mass(tokens, p, keep, likelier);
+  const std::size_t count = select_mass(tokens, sum.part(p), keep, likelier);
   for (const RankedToken& token : tokens.subspan(count)) {
     logits[static_cast<std::size_t>(token.id)] = kRemoved;
   }
@@ -144,21 +132,20 @@ void top_p(std::span<float> logits, double p, std::size_t keep, ProcessorScratch
 
 void min_p(std::span<float> logits, double p, std::size_t keep, ProcessorScratch& scratch) {
   const float max = *std::max_element(logits.begin(), logits.end());
-  remove_unlikely(logits, p, max, keep, scratch);
+  remove_unlikely(logits, exact_log(p), max, keep, scratch);
 }
 
 void typical_p(std::span<float> logits, double mass, std::size_t keep, ProcessorScratch& scratch) {
-  const ExpSum sum = exp_sum(logits);
+  const WeightSum sum = weigh(logits, scratch.weights);
+  if (sum.weight == 0) return;
   const double log_sum = sum.log();
-  const double expected = entropy(logits, log_sum);
-  const auto distance = [&](float logit) {
-    return static_cast<float>(std::abs(log_sum - static_cast<double>(logit) - expected));
-  };
-  const auto tokens = gather_tokens(logits, sum, distance, scratch);
+  const double entropy = sum.entropy();
+  const auto distance = [&](float logit) { return distance_from_entropy(logit, log_sum, entropy); };
+  const auto tokens = gather_tokens(logits, distance, scratch);
   const auto nearer = [](const RankedToken& a, const RankedToken& b) {
     return a.key != b.key ? a.key < b.key : a.id < b.id;
   };
-  const std::size_t count = select_mass(tokens, mass, keep, nearer);
+  const std::size_t count = select_mass(tokens, sum.part(mass), keep, nearer);
   // Tokens as far from the entropy as the farthest that was needed stay too.
   float farthest = 0.0F;
   for (const RankedToken& token : tokens.first(count)) farthest = std::max(farthest, token.key);
@@ -169,14 +156,14 @@ void typical_p(std::span<float> logits, double mass, std::size_t keep, Processor
 
 void epsilon_cutoff(std::span<float> logits, double epsilon, std::size_t keep,
                     ProcessorScratch& scratch) {
-  remove_unlikely(logits, epsilon, exp_sum(logits).log(), keep, scratch);
+  remove_unlikely(logits, exact_log(epsilon), weight_sum(logits).log(), keep, scratch);
 }
 
 void eta_cutoff(std::span<float> logits, double epsilon, std::size_t keep,
                 ProcessorScratch& scratch) {
-  const double log_sum = exp_sum(logits).log();
-  const double eta = std::min(epsilon, std::sqrt(epsilon) * std::exp(-entropy(logits, log_sum)));
-  remove_unlikely(logits, eta, log_sum, keep, scratch);
+  const WeightSum sum = weight_sum(logits);
+  if (sum.weight == 0) return;
+  remove_unlikely(logits, log_eta(epsilon, sum.entropy()), sum.log(), keep, scratch);
 }
 
 ProcessorChain::ProcessorChain(const GenerationConfig& config,

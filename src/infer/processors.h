@@ -1,6 +1,7 @@
 // Logits processors: each takes one row of N logits (or log-probabilities) and removes tokens, by
 // setting them to -inf, or rescales. Definitions: transformers 5.17, generation/logits_process.py,
-// of which these are the formulas written anew; sums are float64 here, float32 there.
+// of which these are the formulas written anew; sums are of integers here (ops/token_weights.h),
+// of float32 there.
 //
 // `keep` (transformers' min_tokens_to_keep) is how many of the likeliest tokens a filter never
 // removes.
@@ -19,17 +20,18 @@ namespace deltafox::infer {
 struct RankedToken {
   float key;
   std::int32_t id;
-  double weight;  // its probability
+  std::uint64_t weight;
 };
 
 // Memory of the processors for rows of N logits, so that none allocates.
 struct ProcessorScratch {
   explicit ProcessorScratch(std::size_t vocab_size)
-      : ranked(vocab_size), logits(vocab_size), seen(vocab_size, 0) {}
+      : ranked(vocab_size), logits(vocab_size), weights(vocab_size), seen(vocab_size, 0) {}
 
-  std::vector<RankedToken> ranked;  // [N]
-  std::vector<float> logits;        // [N] a copy to be reordered
-  std::vector<std::uint8_t> seen;   // [N] all zero between calls
+  std::vector<RankedToken> ranked;     // [N]
+  std::vector<float> logits;           // [N] a copy to be reordered
+  std::vector<std::uint64_t> weights;  // [N]
+  std::vector<std::uint8_t> seen;      // [N] all zero between calls
 };
 
 // Divides positive and multiplies negative logits of the tokens in `ids` by `penalty`, once each.

@@ -6,28 +6,17 @@
 #include <span>
 #include <vector>
 
-namespace deltafox::infer {
+#include "ops/token_weights.h"
 
-// Which number of the seed's stream a draw uses: one for each (seed, prompt, sequence, step, draw).
-struct DrawKey {
-  std::uint64_t seed = 0;
-  std::uint32_t prompt = 0;    // index of the prompt
-  std::uint32_t sequence = 0;  // index of the continuation among those of its prompt
-  std::uint32_t step = 0;      // new tokens before this one
-  std::uint32_t draw = 0;      // index of the draw within the step
-};
+namespace deltafox::infer {
 
 // The uniform number in [0, 1), a multiple of 2^-53, that belongs to a key.
 double uniform(const DrawKey& key);
 
-// max x and Σ exp(x - max x), so that log Σ exp(x) = max + log(sum). Where all entries are -inf, so
-// is the maximum, and the sum is 0.
-struct ExpSum {
-  float max;
-  double sum;
-  double log() const;
-};
-ExpSum exp_sum(std::span<const float> x);
+// The weights of a row's tokens together; where all entries are -inf, so is the maximum.
+WeightSum weight_sum(std::span<const float> x);
+// The same, and each token's weight [N].
+WeightSum weigh(std::span<const float> x, std::span<std::uint64_t> weights);
 
 // x <- x - log Σ exp(x); a row of -inf stays as it is.
 void log_softmax(std::span<float> x);
@@ -39,11 +28,11 @@ float log_probability(std::span<const float> logits, std::int32_t id);
 std::int32_t argmax(std::span<const float> logits);
 
 // The first index whose running sum of weights exceeds u·Σ weights, for u in [0, 1); at least one
-// weight is positive, none negative.
-std::size_t sample_weights(std::span<const double> weights, double u);
+// weight is positive.
+std::size_t sample_weights(std::span<const std::uint64_t> weights, double u);
 
-// The index that u selects from softmax(logits): sample_weights of exp(logit - max logit).
-// `weights` is scratch. Throws Error if all logits are -inf.
-std::int32_t sample(std::span<const float> logits, double u, std::vector<double>& weights);
+// The index that u selects from softmax(logits): sample_weights of the tokens' weights. `weights`
+// is scratch. Throws Error if all logits are -inf.
+std::int32_t sample(std::span<const float> logits, double u, std::vector<std::uint64_t>& weights);
 
 }  // namespace deltafox::infer

@@ -15,7 +15,7 @@ namespace deltafox::io {
 namespace {
 
 constexpr std::size_t kMaxFileBytes = std::size_t{1} << 20;
-constexpr int kMaxDepth = 32;
+constexpr int kMaxYamlDepth = 32;
 // Aliases let a small file stand for a huge tree.
 constexpr int kMaxNodes = 100'000;
 
@@ -30,7 +30,7 @@ class Converter {
   YamlNode convert(const YAML::Node& from, int depth = 0) {
     YamlNode node;
     node.where = place(file_, from.Mark());
-    if (depth > kMaxDepth) fail("{}: nested deeper than {} levels", node.where, kMaxDepth);
+    if (depth > kMaxYamlDepth) fail("{}: nested deeper than {} levels", node.where, kMaxYamlDepth);
     if (++count_ > kMaxNodes) fail("{}: more than {} values", node.where, kMaxNodes);
     switch (from.Type()) {
       case YAML::NodeType::Scalar:
@@ -185,7 +185,7 @@ void resolve(YamlNode& node, const YamlNode& tree) {
     const YamlNode* target = end == std::string::npos
                                  ? nullptr
                                  : find_path(tree, node.scalar.substr(begin + 2, end - begin - 2));
-    if (steps > kMaxDepth || target == nullptr || target->kind != YamlNode::Kind::kScalar) {
+    if (steps > kMaxYamlDepth || target == nullptr || target->kind != YamlNode::Kind::kScalar) {
       fail("{}: '{}' refers to no value", node.where, printable(node.scalar));
     }
     node.scalar.replace(begin, end + 1 - begin, target->scalar);

@@ -10,16 +10,24 @@
 namespace deltafox {
 namespace {
 
+// What the layer's mixer keeps of the sequences.
 template <typename M>
-void mix(Context& ctx, const M& mixer, const ConstTensorView& x, const Sequences& sequences,
-         std::span<SequenceState* const> states, std::size_t layer, const TensorView& hidden) {
+std::span<typename M::State*> states_of(ScratchScope& scratch, const M& /*mixer*/,
+                                        std::span<SequenceState* const> states, std::size_t layer) {
   using State = typename M::State;
-  ScratchScope scratch(ctx);
-  const std::span<State*> of_layer = scratch.array<State*>(sequences.count());
+  const std::span<State*> of_layer =
+      scratch.array<State*>(static_cast<std::int64_t>(states.size()));
   for (std::size_t b = 0; b < states.size(); ++b) {
     of_layer[b] = &std::get<State>(states[b]->layers[layer]);
   }
-  mixer.forward(ctx, x, sequences, of_layer, hidden);
+  return of_layer;
+}
+
+template <typename M>
+void mix(Context& ctx, const M& mixer, const ConstTensorView& x, const Sequences& sequences,
+         std::span<SequenceState* const> states, std::size_t layer, const TensorView& hidden) {
+  ScratchScope scratch(ctx);
+  mixer.forward(ctx, x, sequences, states_of(scratch, mixer, states, layer), hidden);
 }
 
 }  // namespace
@@ -71,9 +79,13 @@ bool CausalLM::has_step(const Context& ctx, std::int64_t count) const {
     return false;
   }
   return std::all_of(layers_.begin(), layers_.end(), [](const Layer& layer) {
-    const auto* mixer = std::get_if<DeltaNetMixer>(&layer.mixer);
-    return mixer != nullptr && mixer->has_step() && layer.mixer_norm && layer.mlp &&
-           layer.mlp->has_step();
+    const bool mixes = std::visit(
+        [](const auto& mixer) {
+          if constexpr (requires { mixer.has_step(); }) return mixer.has_step();
+          return false;
+        },
+        layer.mixer);
+    return mixes && layer.mixer_norm && (!layer.mlp || layer.mlp->has_step());
   });
 }
 
@@ -83,20 +95,36 @@ bool CausalLM::replayable() const {
   });
 }
 
+void CausalLM::reserve(SequenceState& state, std::int64_t tokens) const {
+  for (MixerState& layer : state.layers) {
+    if (auto* attention = std::get_if<AttentionMixer::State>(&layer)) {
+      attention->cache.reserve(tokens);
+    }
+  }
+}
+
+void CausalLM::advance(SequenceState& state) const {
+  ++state.position;
+  for (MixerState& layer : state.layers) {
+    if (auto* attention = std::get_if<AttentionMixer::State>(&layer)) attention->cache.extend(1);
+  }
+}
+
 void CausalLM::step(Context& ctx, std::span<SequenceState* const> states,
                     const TensorView& hidden) const {
   ScratchScope scratch(ctx);
   ops::StepProgram program(ctx);
-  const std::span<DeltaNetMixer::State*> of_layer =
-      scratch.array<DeltaNetMixer::State*>(static_cast<std::int64_t>(states.size()));
   for (std::size_t l = 0; l < layers_.size(); ++l) {
     const Layer& layer = layers_[l];
-    for (std::size_t b = 0; b < states.size(); ++b) {
-      of_layer[b] = &std::get<DeltaNetMixer::State>(states[b]->layers[l]);
-    }
-    std::get<DeltaNetMixer>(layer.mixer)
-        .step(ctx, layer.mixer_norm->value, config_.norm_eps, of_layer, hidden);
-    layer.mlp->step(ctx, layer.mlp_norm->value, config_.norm_eps, hidden);
+    std::visit(
+        [&](const auto& mixer) {
+          if constexpr (requires { mixer.has_step(); }) {
+            mixer.step(ctx, layer.mixer_norm->value, config_.norm_eps,
+                       states_of(scratch, mixer, states, l), hidden);
+          }
+        },
+        layer.mixer);
+    if (layer.mlp) layer.mlp->step(ctx, layer.mlp_norm->value, config_.norm_eps, hidden);
   }
   program.run();
   for (SequenceState* state : states) ++state->position;

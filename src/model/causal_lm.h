@@ -106,8 +106,12 @@ class CausalLM {
                         std::span<const std::int32_t> labels, float scale, std::span<float> loss,
                         Gradients& gradients, const BackwardOptions& options) const;
 
-  // Whether forward does the same launches for every token: no layer's memory grows.
+  // Whether no layer's memory grows with the tokens read.
   bool replayable() const;
+  // Room for so many more tokens, so that forward allocates none for them.
+  void reserve(SequenceState& state, std::int64_t tokens) const;
+  // A token more was read by running a recorded step.
+  void advance(SequenceState& state) const;
 
   SequenceState new_state(Device device = Device::kCpu, DType activation_dtype = DType::kF32) const;
 
@@ -137,21 +141,22 @@ class CausalLM {
   }
 
  private:
+  struct LayerInput;
   struct LayerSaved;
   struct StreamGradient;
 
   void step(Context& ctx, std::span<SequenceState* const> states, const TensorView& hidden) const;
 
-  // What a mixer or MLP reads of the stream [T, C]: the normed stream, or with norm_first itself.
-  ConstTensorView layer_input(Context& ctx, ScratchScope& scratch, const std::optional<Param>& norm,
-                              const ConstTensorView& stream) const;
-  // out [T, C] = in [T, C] through a layer, from new states; `saved` stays in the context's kept
-  // memory, and so must `in`. Without data of out only `saved` is computed.
+  LayerInput layer_input(Context& ctx, const std::optional<Param>& norm,
+                         const TensorView& stream) const;
+  // out [T, C] = in [T, C] through a layer, from new states; out may be in. `saved` stays in the
+  // context's kept memory. Without data of out only `saved` is computed.
   void forward_layer(Context& ctx, const Layer& layer, const Sequences& sequences,
                      const TensorView& in, const TensorView& out, LayerSaved& saved) const;
   // dhidden: the gradient of what the layer left behind becomes that of what it read.
   void backward_layer(Context& ctx, const Layer& layer, const Sequences& sequences,
-                      LayerSaved& saved, const StreamGradient& dhidden, Gradients& gradients) const;
+                      const LayerSaved& saved, const StreamGradient& dhidden,
+                      Gradients& gradients) const;
   // loss [T], and dhidden = the gradient of what the last layer left behind.
   void head_backward(Context& ctx, const TensorView& hidden, std::span<const std::int32_t> labels,
                      float scale, std::span<float> loss, const StreamGradient& dhidden,

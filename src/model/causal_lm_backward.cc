@@ -23,12 +23,20 @@ constexpr std::int64_t kGpuColumns = 8;
 
 }  // namespace
 
+// What a mixer or MLP reads of the stream, in the context's kept memory: the normed stream, from
+// which the gradient of the stream can be found with the scales alone; or with norm_first a copy.
+struct CausalLM::LayerInput {
+  TensorView x;       // [T, C]
+  TensorView scales;  // [T] of the norm, or no data
+};
+
 // What a layer's backward needs, in the context's kept memory.
 struct CausalLM::LayerSaved {
   using MixerSaved = std::variant<DeltaNetMixer::Saved, AttentionMixer::Saved, Hgrn2Mixer::Saved,
                                   Mamba2Mixer::Saved, MambaMixer::Saved>;
-  TensorView stream;  // [T, C] what the layer read; behind the mixer it is computed again
+  LayerInput mixer_input;
   MixerSaved mixer;
+  LayerInput mlp_input;
   Mlp::Saved mlp;
 };
 
@@ -38,13 +46,18 @@ struct CausalLM::StreamGradient {
   TensorView rounded;  // [T, C] BF16, the same for products to read; or no data
 };
 
-ConstTensorView CausalLM::layer_input(Context& ctx, ScratchScope& scratch,
-                                      const std::optional<Param>& norm,
-                                      const ConstTensorView& stream) const {
-  if (!norm) return stream;
-  const TensorView y = scratch.activation(stream.shape);
-  ops::rms_norm(ctx, {.x = stream, .w = norm->value, .y = y, .eps = config_.norm_eps});
-  return y;
+CausalLM::LayerInput CausalLM::layer_input(Context& ctx, const std::optional<Param>& norm,
+                                           const TensorView& stream) const {
+  ScratchScope kept(ctx, true);
+  if (!norm) return {.x = copy_of(ctx, kept, stream), .scales = {}};
+  const LayerInput input{.x = kept.activation(stream.shape),
+                         .scales = kept.tensor({stream.shape[0]})};
+  ops::rms_norm(ctx, {.x = stream,
+                      .w = norm->value,
+                      .y = input.x,
+                      .scales = input.scales,
+                      .eps = config_.norm_eps});
+  return input;
 }
 
 void CausalLM::forward_layer(Context& ctx, const Layer& layer, const Sequences& sequences,
@@ -53,76 +66,63 @@ void CausalLM::forward_layer(Context& ctx, const Layer& layer, const Sequences& 
   // What the MLP reads lies where it adds, if it does.
   const bool only_saved = out.data == nullptr && layer.mlp.has_value();
   const TensorView between = only_saved ? scratch.tensor(in.shape) : out;  // [T, C]
-  {
-    ScratchScope mixer_scratch(ctx);
-    const ConstTensorView x = layer_input(ctx, mixer_scratch, layer.mixer_norm, in);
-    std::visit(
-        [&]<typename M>(const M& mixer) {
-          using Saved = typename M::Saved;
-          // Attention reads keys and values from its cache; the others begin by themselves.
-          std::vector<typename M::State> states;
-          std::vector<typename M::State*> pointers;
-          if constexpr (std::is_same_v<M, AttentionMixer>) {
-            states.reserve(static_cast<std::size_t>(sequences.count()));
-            for (std::int64_t b = 0; b < sequences.count(); ++b) {
-              states.push_back(mixer.new_state(ctx.device(), ctx.activation_dtype()));
-              pointers.push_back(&states.back());
-            }
+  saved.mixer_input = layer_input(ctx, layer.mixer_norm, in);
+  std::visit(
+      [&]<typename M>(const M& mixer) {
+        using Saved = typename M::Saved;
+        // Attention reads keys and values from its cache; the others begin by themselves.
+        std::vector<typename M::State> states;
+        std::vector<typename M::State*> pointers;
+        if constexpr (std::is_same_v<M, AttentionMixer>) {
+          states.reserve(static_cast<std::size_t>(sequences.count()));
+          for (std::int64_t b = 0; b < sequences.count(); ++b) {
+            states.push_back(mixer.new_state(ctx.device(), ctx.activation_dtype()));
+            pointers.push_back(&states.back());
           }
-          mixer.forward(ctx, x, sequences, pointers, between,
-                        &saved.mixer.template emplace<Saved>(), in);
-        },
-        layer.mixer);
-  }
-  saved.stream = in;
+        }
+        mixer.forward(ctx, saved.mixer_input.x, sequences, pointers, between,
+                      &saved.mixer.template emplace<Saved>(), in);
+      },
+      layer.mixer);
   if (!layer.mlp) return;
-  const ConstTensorView x = layer_input(ctx, scratch, layer.mlp_norm, between);
-  layer.mlp->forward(ctx, x, out, &saved.mlp);
+  saved.mlp_input = layer_input(ctx, layer.mlp_norm, between);
+  layer.mlp->forward(ctx, saved.mlp_input.x, out, &saved.mlp);
 }
 
 void CausalLM::backward_layer(Context& ctx, const Layer& layer, const Sequences& sequences,
-                              LayerSaved& saved, const StreamGradient& dhidden,
+                              const LayerSaved& saved, const StreamGradient& dhidden,
                               Gradients& gradients) const {
   // backward(x, dy, dx) of what read the stream through a norm; or, with the norm inside, adds to
   // dhidden itself.
-  const auto through = [&](const std::optional<Param>& norm, const TensorView& stream,
+  const auto through = [&](const std::optional<Param>& norm, const LayerInput& input,
                            const auto& backward) {
-    if (!norm) return backward(stream, dhidden.exact, dhidden.exact);
-    ScratchScope norm_scratch(ctx);
-    const ConstTensorView x = layer_input(ctx, norm_scratch, norm, stream);  // [T, C]
-    const TensorView dx = norm_scratch.activation(stream.shape);             // [T, C]
-    backward(x, dhidden.rounded.data != nullptr ? dhidden.rounded : dhidden.exact, dx);
-    ops::rms_norm_backward(ctx, {.x = stream,
+    if (!norm) return backward(input.x, dhidden.exact, dhidden.exact);
+    ScratchScope scratch(ctx);
+    const TensorView dx = scratch.activation(input.x.shape);  // [T, C]
+    backward(input.x, dhidden.rounded.data != nullptr ? dhidden.rounded : dhidden.exact, dx);
+    ops::rms_norm_backward(ctx, {.y = input.x,
+                                 .scales = input.scales,
                                  .w = norm->value,
-                                 .eps = config_.norm_eps,
                                  .dy = dx,
                                  .dx = dhidden.exact,
                                  .accumulate_dx = true,
                                  .rounded = dhidden.rounded,
                                  .dw = gradients.of(norm)});
   };
-  ScratchScope scratch(ctx);
-  const auto with_mixer = [&](const auto& f) {
-    std::visit(
-        [&]<typename M>(const M& mixer) { f(mixer, std::get<typename M::Saved>(saved.mixer)); },
-        layer.mixer);
-  };
-  with_mixer([&](const auto& mixer, auto& kept) { mixer.restore_output(ctx, scratch, kept); });
   if (layer.mlp) {
-    ScratchScope mlp_scratch(ctx);
-    const TensorView between = mlp_scratch.tensor(saved.stream.shape);  // [T, C]
-    with_mixer(
-        [&](const auto& mixer, auto& kept) { mixer.add_again(ctx, kept, saved.stream, between); });
-    through(layer.mlp_norm, between,
+    through(layer.mlp_norm, saved.mlp_input,
             [&](const ConstTensorView& x, const TensorView& dy, const TensorView& dx) {
               layer.mlp->backward(ctx, x, saved.mlp, dy, dx, gradients);
             });
   }
-  through(layer.mixer_norm, saved.stream,
+  through(layer.mixer_norm, saved.mixer_input,
           [&](const ConstTensorView& x, const TensorView& dy, const TensorView& dx) {
-            with_mixer([&](const auto& mixer, auto& kept) {
-              mixer.backward(ctx, x, sequences, kept, dy, dx, gradients);
-            });
+            std::visit(
+                [&]<typename M>(const M& mixer) {
+                  mixer.backward(ctx, x, sequences, std::get<typename M::Saved>(saved.mixer), dy,
+                                 dx, gradients);
+                },
+                layer.mixer);
           });
 }
 
@@ -157,7 +157,7 @@ void CausalLM::head_backward(Context& ctx, const TensorView& hidden,
                                .x = x,
                                .w = weight.value,
                                .dx = rows_of(dnormed, begin, count),
-                               .dw = gradients.of(weight)});
+                               .dw = gradients.sum_of(weight)});
   }
   ops::rms_norm_backward(ctx, {.x = hidden,
                                .w = norm_.value,
@@ -183,15 +183,17 @@ void CausalLM::forward_backward(Context& ctx, std::span<const std::int32_t> ids,
   ScratchScope scratch(ctx);
   TensorView hidden = kept_scratch.tensor(stream);  // [T, C]
   ops::embedding(ctx, {.ids = ids, .table = embeddings_.value, .y = hidden});
-  // With recomputation layers give back what they kept, and keep it once more on the way back: that
-  // way both times compute the same bits.
+  // With recomputation layers give back what they kept but their input, and keep it once more on
+  // the way back: that way both times compute the same bits.
   std::vector<TensorView> inputs;  // of the layers, [T, C]
   std::vector<LayerSaved> saved(layers_.size());
   for (std::size_t l = 0; l < layers_.size(); ++l) {
     inputs.push_back(hidden);
-    hidden = kept_scratch.tensor(stream);
     std::optional<KeptScope> of_layer;
-    if (options.recompute) of_layer.emplace(ctx);
+    if (options.recompute) {
+      hidden = kept_scratch.tensor(stream);
+      of_layer.emplace(ctx);
+    }
     forward_layer(ctx, layers_[l], sequences, inputs[l], hidden, saved[l]);
   }
   const StreamGradient dhidden{
@@ -207,9 +209,10 @@ void CausalLM::forward_backward(Context& ctx, std::span<const std::int32_t> ids,
     }
     backward_layer(ctx, layers_[l], sequences, saved[l], dhidden, gradients);
   }
-  if (const TensorView dtable = gradients.of(embeddings_); dtable.data != nullptr) {
+  if (const TensorView dtable = gradients.zeroed(ctx, embeddings_); dtable.data != nullptr) {
     ops::embedding_backward(ctx, {.ids = ids, .dy = dhidden.exact, .dtable = dtable});
   }
+  gradients.settle(ctx);
 }
 
 }  // namespace deltafox

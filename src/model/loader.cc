@@ -132,10 +132,25 @@ std::vector<Tensor> bind_params(CausalLM& model, const io::Checkpoint& checkpoin
   return buffers;
 }
 
+namespace {
+
+// Packed matrices on a GPU, into the order that it reads.
+void arrange_all_packed(CausalLM& model, ThreadPool& threads) {
+  Context ctx(threads, Device::kCuda, DType::kBF16);
+  model.visit_params([&](const std::string&, const Param& param) {
+    if (!is_packed(param.value.dtype)) return;
+    ops::arrange_packed(
+        ctx, {const_cast<void*>(param.value.data), param.value.dtype, param.value.shape});
+  });
+  ctx.synchronize();
+}
+
+}  // namespace
+
 std::vector<Tensor> place_on_gpu(CausalLM& model, ThreadPool& threads) {
   constexpr std::size_t kAlignment = 256;
   const auto padded = [](const Param& param) {
-    const std::size_t bytes = bytes_of(param.value.dtype, param.shape);
+    const std::size_t bytes = bytes_of(param.value.dtype, param.padded_shape());
     return (bytes + kAlignment - 1) / kAlignment * kAlignment;
   };
   std::size_t total = 0;
@@ -144,8 +159,10 @@ std::vector<Tensor> place_on_gpu(CausalLM& model, ThreadPool& threads) {
   buffers.emplace_back(DType::kU8, Shape{static_cast<std::int64_t>(total)}, Device::kCuda);
   auto* to = static_cast<std::byte*>(buffers[0].view().data);
   std::vector<cuda::Piece> pieces;
+  bool packed = false;
   model.visit_params([&](const std::string&, Param& param) {
     pieces.push_back({to, param.value.data, bytes_of(param.value.dtype, param.shape)});
+    packed = packed || is_packed(param.value.dtype);
     if (param.read_on_host) {
       Tensor& host = buffers.emplace_back(DType::kF32, param.shape);
       convert(param.value, host.view());
@@ -156,6 +173,7 @@ std::vector<Tensor> place_on_gpu(CausalLM& model, ThreadPool& threads) {
     to += padded(param);
   });
   cuda::upload(threads, pieces);
+  if (packed) arrange_all_packed(model, threads);
   return buffers;
 }
 

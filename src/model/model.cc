@@ -10,7 +10,6 @@
 #include <mutex>
 #include <numeric>
 #include <set>
-#include <thread>
 
 #include "core/context.h"
 #include "core/error.h"
@@ -19,6 +18,7 @@
 #include "io/json.h"
 #include "io/safetensors.h"
 #include "model/blocks/projection.h"
+#include "model/decoder.h"
 #include "model/gradients.h"
 #include "model/loader.h"
 #include "model/quantize.h"
@@ -28,7 +28,6 @@
 #include "ops/delta_rule.h"
 #include "ops/gla.h"
 #include "ops/ssd.h"
-#include "ops/step.h"
 
 namespace deltafox {
 namespace {
@@ -43,8 +42,6 @@ static_assert(kPieceAlign % kDeltaRuleChunk == 0 && kPieceAlign % kGlaChunk == 0
               kPieceAlign % kSsdChunk == 0);
 // Rows of logits in memory at a time.
 constexpr std::int64_t kLogitRows = 128;
-// On a GPU a row of logits starts at a multiple of so many (see ops/linear.h).
-constexpr std::int64_t kLogitAlign = 8;
 
 constexpr std::size_t kMaxConfigBytes = std::size_t{16} << 20;
 
@@ -162,9 +159,6 @@ struct Model::Impl {
   void each_logits(Context& ctx, std::int64_t first_row, const TensorView& hidden, OnRows&& on_rows,
                    const HiddenSink& hidden_sink = {}) const;
 
-  void greedy_on_gpu(std::span<const std::int32_t> input_ids, std::span<State* const> states,
-                     std::int64_t steps, const IdsSink& on_ids);
-
   const std::string& hash();
 
   std::uint64_t id_ = next_model_id();
@@ -203,8 +197,8 @@ Model::Impl::Impl(const std::string& directory, const LoadOptions& options)
       device_(options.device) {
   std::optional<DType> dtype = options.dtype;
   if (device_ == Device::kCuda) {
-    activation_dtype_ = gpu_dtype(options);
-    dtype = activation_dtype_;
+    dtype = gpu_dtype(options);
+    activation_dtype_ = *dtype == DType::kF32 ? DType::kF32 : DType::kBF16;
   }
   buffers_ = bind_params(lm_, checkpoint_, dtype, threads_);
   if (device_ == Device::kCuda) {
@@ -216,8 +210,11 @@ Model::Impl::Impl(const std::string& directory, const LoadOptions& options)
 }
 
 DType Model::Impl::gpu_dtype(const LoadOptions& options) const {
-  if (options.dtype == DType::kF32 || options.dtype == DType::kBF16) return *options.dtype;
-  if (options.dtype) fail("dtype: on a GPU weights are kept as float32 or bfloat16");
+  if (options.dtype == DType::kF16) {
+    fail("dtype: on a GPU weights are kept as float32, bfloat16, int8 or int4");
+  }
+  if (options.dtype) return *options.dtype;
+  if (const auto packed = quantization_of(config_)) return *packed;
   const std::string& name = lm_.config().names.embeddings;
   const bool stored_bf16 =
       checkpoint_.contains(name) && checkpoint_.view(name).dtype == DType::kBF16;
@@ -227,7 +224,7 @@ DType Model::Impl::gpu_dtype(const LoadOptions& options) const {
 // Before the model is built: a scheme that is not known explains tensors that are missing.
 io::JsonObject Model::Impl::read_config(const std::string& directory, const std::string& text) {
   io::JsonObject config = io::JsonObject::parse(text, directory + "/config.json");
-  check_quantization(config);
+  quantization_of(config);
   return config;
 }
 
@@ -446,78 +443,15 @@ void Model::Impl::each_logits(Context& ctx, std::int64_t first_row, const Tensor
   lm_.final_norm(ctx, hidden, normed);
   const TensorView logits = scratch.tensor({std::min(rows, kLogitRows), info_.vocab_size});
   for (std::int64_t r = 0; r < rows; r += kLogitRows) {
-    const std::int64_t n = std::min(kLogitRows, rows - r);
+    // On a GPU the last rows are computed with some of those before: the algorithm of fewer rows
+    // would round otherwise.
+    const std::int64_t begin = ctx.device() == Device::kCpu
+                                   ? r
+                                   : std::max<std::int64_t>(0, std::min(r, rows - kLogitRows));
+    const std::int64_t n = std::min(kLogitRows, rows - begin);
     const TensorView part{logits.data, DType::kF32, {n, info_.vocab_size}};
-    lm_.head(ctx, rows_of(normed, r, n), part);
-    on_rows(first_row + r, part);
-  }
-}
-
-void Model::Impl::greedy_on_gpu(std::span<const std::int32_t> input_ids,
-                                std::span<State* const> states, std::int64_t steps,
-                                const IdsSink& on_ids) {
-  if (steps <= 0) return;
-  const auto count = static_cast<std::int64_t>(input_ids.size());
-  std::vector<std::int64_t> cu_seqlens(input_ids.size() + 1);
-  std::iota(cu_seqlens.begin(), cu_seqlens.end(), 0);
-  const std::vector<SequenceState*> sequences = check({input_ids, cu_seqlens}, states);
-  Lease lease(*this);
-  Context& ctx = *lease;
-  Tensor ids(DType::kI32, {count}, Device::kCuda);
-  Tensor counts(DType::kI32, {count}, Device::kCuda);
-  const auto memory = cuda::allocate_shared(static_cast<std::size_t>(steps * count) * 4);
-  auto* history = static_cast<std::int32_t*>(memory.get());  // [steps, B]
-  std::fill_n(history, steps * count, -1);
-  ctx.copy(ids.view().data, input_ids.data(), input_ids.size_bytes());
-  const std::int64_t aligned_vocab =
-      (info_.vocab_size + kLogitAlign - 1) / kLogitAlign * kLogitAlign;
-  const auto work = [&] {
-    ScratchScope scratch(ctx);
-    const TensorView hidden = scratch.tensor({count, lm_.config().hidden_size});  // [B, C]
-    const TensorView logits = scratch.tensor({count, aligned_vocab});             // [B, N']
-    const std::span<const std::int32_t> current(static_cast<const std::int32_t*>(ids.view().data),
-                                                input_ids.size());
-    ops::StepProgram program(ctx, lm_.has_step(ctx, count));
-    lm_.forward(ctx, current, Sequences(cu_seqlens), sequences, hidden);
-    lm_.norm_and_head(ctx, hidden, logits);
-    program.run();
-    ops::greedy_token(ctx, {.logits = logits,
-                            .classes = info_.vocab_size,
-                            .ids = ids.view(),
-                            .counts = counts.view(),
-                            .history = history,
-                            .capacity = steps});
-  };
-  const auto deliver = [&](std::int64_t s) {
-    const volatile std::int32_t* chosen = history + s * count;
-    for (std::int64_t b = 0; b < count;) {
-      if (chosen[b] >= 0) {
-        ++b;
-      } else {
-        std::this_thread::yield();
-      }
-    }
-    if (on_ids) on_ids(s, {history + s * count, input_ids.size()});
-  };
-  // Two steps as they are, so that scratch memory is of a piece.
-  constexpr std::int64_t kWarmUp = 2;
-  constexpr std::int64_t kAhead = 4;  // steps that are under way
-  const std::int64_t warm_up = std::min(steps, lm_.replayable() ? kWarmUp : steps);
-  for (std::int64_t s = 0; s < warm_up; ++s) {
-    work();
-    ctx.synchronize();
-    deliver(s);
-  }
-  if (steps > warm_up) {
-    const auto graph = cuda::record(ctx.stream(), work);
-    for (std::int64_t s = warm_up; s < steps; ++s) {
-      cuda::run(ctx.stream(), *graph);
-      if (s - kAhead >= warm_up) deliver(s - kAhead);
-    }
-    ctx.synchronize();
-    for (std::int64_t s = std::max(warm_up, steps - kAhead); s < steps; ++s) deliver(s);
-    // Recording counted one of the steps.
-    for (SequenceState* sequence : sequences) sequence->position += steps - warm_up - 1;
+    lm_.head(ctx, rows_of(normed, begin, n), part);
+    on_rows(first_row + r, rows_of(part, r - begin, n - (r - begin)));
   }
 }
 
@@ -653,12 +587,50 @@ void Model::step(std::span<const std::int32_t> input_ids, std::span<State* const
   forward({input_ids, cu_seqlens}, states, logits);
 }
 
+SequenceState& contents_of(State& state) {
+  return state.impl().sequence;
+}
+
+std::unique_ptr<Decoder> Model::decoder(const TokenOptions& options,
+                                        std::span<const std::int32_t> eos_token_ids) const {
+  if (impl_->device_ == Device::kCpu) return nullptr;
+  struct Held {
+    explicit Held(std::shared_ptr<Impl> of) : model(std::move(of)), lease(*model) {}
+    std::shared_ptr<Impl> model;
+    Impl::Lease lease;
+  };
+  const auto held = std::make_shared<Held>(impl_);
+  return std::make_unique<Decoder>(std::shared_ptr<Context>(held, &*held->lease), impl_->lm_,
+                                   options, eos_token_ids);
+}
+
+void Model::greedy_on_gpu(std::span<const std::int32_t> input_ids, std::span<State* const> states,
+                          std::int64_t steps, const IdsSink& on_ids) const {
+  std::vector<std::int64_t> cu_seqlens(input_ids.size() + 1);
+  std::iota(cu_seqlens.begin(), cu_seqlens.end(), 0);
+  std::vector<Decoder::Sequence> sequences;
+  for (SequenceState* state : impl_->check({input_ids, cu_seqlens}, states)) {
+    sequences.push_back({.state = state, .ids = input_ids.subspan(sequences.size(), 1)});
+  }
+  const std::unique_ptr<Decoder> decoder = this->decoder({}, {});
+  decoder->start(sequences, std::max<std::int64_t>(steps, 0));
+  std::vector<std::int32_t> ids(input_ids.size());
+  for (std::int64_t s = 0, launched = 0; s < steps; ++s) {
+    for (; launched < steps && decoder->under_way() < Decoder::kMostUnderWay; ++launched) {
+      decoder->launch();
+    }
+    const std::span<const ChosenToken> chosen = decoder->take();
+    std::transform(chosen.begin(), chosen.end(), ids.begin(),
+                   [](const ChosenToken& token) { return token.id; });
+    if (on_ids) on_ids(s, ids);
+  }
+}
+
 void Model::greedy(std::span<const std::int32_t> input_ids, std::span<State* const> states,
                    std::int64_t steps, const IdsSink& on_ids) const {
   const std::size_t count = input_ids.size();
   const auto vocab = static_cast<std::size_t>(info().vocab_size);
-  if (impl_->device_ == Device::kCuda)
-    return impl_->greedy_on_gpu(input_ids, states, steps, on_ids);
+  if (impl_->device_ == Device::kCuda) return greedy_on_gpu(input_ids, states, steps, on_ids);
   std::vector<std::int32_t> ids(input_ids.begin(), input_ids.end());
   std::vector<float> logits(count * vocab);
   for (std::int64_t s = 0; s < steps; ++s) {
@@ -715,9 +687,10 @@ void Model::loss_and_gradients(const Batch& batch, std::span<const std::int32_t>
   impl_->check(batch);
   impl_->check_labels(batch, labels, loss);
   impl_->lm_.visit_params([&](const std::string& name, const Param& param) {
-    if (impl_->device_ == Device::kCuda || param.value.dtype == DType::kF32) return;
+    const DType kept = param.value.dtype;
+    if (kept == DType::kF32 || (impl_->device_ == Device::kCuda && !is_packed(kept))) return;
     fail("gradients: tensor '{}' is kept as {}; load the model with dtype float32", name,
-         name_of(param.value.dtype));
+         name_of(kept));
   });
   const auto counted = std::count_if(labels.begin(), labels.end(), [](auto id) { return id >= 0; });
   const float scale = counted > 0 ? 1 / static_cast<float>(counted) : 0;

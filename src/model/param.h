@@ -47,8 +47,17 @@ struct Param {
   bool trainable = true;       // false for what the official code keeps as a buffer
   bool read_on_host = false;   // true for a vector that its block reads on the host as well
   ConstTensorView value = {};  // bound by the loader
-  bool in_one_piece = false;   // value lies in one buffer with the others, in the model's order
-  ConstTensorView host = {};   // of such a vector whose value lies on a GPU, the same on the host
+  // value lies in one buffer with the others, in the model's order, matrices with padded_rows()
+  bool in_one_piece = false;
+  ConstTensorView host = {};  // of such a vector whose value lies on a GPU, the same on the host
+
+  // In a piece, zeros follow a matrix's rows up to a whole set of 16: several matrices, one below
+  // the other, are then one whose products need no special case for its last rows.
+  std::int64_t padded_rows() const {
+    constexpr std::int64_t kRows = 16;
+    return is_matrix ? (shape[0] + kRows - 1) / kRows * kRows : shape[0];
+  }
+  Shape padded_shape() const { return is_matrix ? Shape{padded_rows(), shape[1]} : shape; }
 
   const ConstTensorView& on_host() const { return host.data != nullptr ? host : value; }
 

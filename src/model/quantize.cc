@@ -19,7 +19,7 @@ namespace {
 namespace fs = std::filesystem;
 
 constexpr const char* kMethod = "deltafox";
-constexpr std::int64_t kVersion = 1;
+constexpr std::int64_t kSchemeVersion = 1;
 constexpr std::size_t kMaxSmallFile = std::size_t{256} << 20;
 
 // How a parameter is written.
@@ -72,7 +72,7 @@ std::string with_quantization(const std::string& config, DType dtype) {
   return fmt::format(
       "{}{}\n  \"quantization_config\": {{\"quant_method\": \"{}\", \"version\": {}, \"weights\": "
       "\"{}\"}}\n}}\n",
-      text, empty ? "" : ",", kMethod, kVersion, dtype == DType::kQ8 ? "int8" : "int4");
+      text, empty ? "" : ",", kMethod, kSchemeVersion, dtype == DType::kQ8 ? "int8" : "int4");
 }
 
 void refuse_existing(const fs::path& directory) {
@@ -87,16 +87,17 @@ std::string packed_name(const std::string& name, DType dtype) {
   return name + (dtype == DType::kQ8 ? ".q8" : ".q4");
 }
 
-void check_quantization(const io::JsonObject& config) {
+std::optional<DType> quantization_of(const io::JsonObject& config) {
   const auto scheme = config.object("quantization_config");
-  if (!scheme) return;
+  if (!scheme) return std::nullopt;
   scheme->choice("quant_method", "", {kMethod});
-  scheme->choice("weights", "", {"int8", "int4"});
+  const std::string weights = scheme->choice("weights", "", {"int8", "int4"});
   const std::int64_t version = scheme->integer("version", 0, 0, 1 << 20);
-  if (version != kVersion) {
+  if (version != kSchemeVersion) {
     fail("{}: key 'quantization_config.version': {} is not known, only {}", config.file(), version,
-         kVersion);
+         kSchemeVersion);
   }
+  return weights == "int8" ? DType::kQ8 : DType::kQ4;
 }
 
 void write_quantized(const std::string& from, const std::string& to,

@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <functional>
+#include <optional>
 #include <string>
 
 #include "deltafox/dtype.h"
@@ -23,9 +24,9 @@ struct QuantizeOptions {
 void write_quantized(const std::string& from, const std::string& to,
                      const QuantizeOptions& options);
 
-// Throws Error that names the file if a config.json says that the weights are quantised in a way
-// that is not ours, or of another version.
-void check_quantization(const io::JsonObject& config);
+// The packed form of the matrices that a config.json names, if any. Throws Error that names the
+// file if they are quantised in a way that is not ours, or of another version.
+std::optional<DType> quantization_of(const io::JsonObject& config);
 
 // What a packed parameter's tensor is called in a file: its name and ".q8" or ".q4".
 std::string packed_name(const std::string& name, DType dtype);

@@ -13,7 +13,7 @@ namespace deltafox {
 namespace {
 
 constexpr const char* kFormat = "deltafox-state";
-constexpr const char* kVersion = "1";
+constexpr const char* kStateVersion = "1";
 // Bounds sizes computed from a position far inside 64 bits.
 constexpr std::int64_t kMaxPosition = std::int64_t{1} << 36;
 
@@ -67,7 +67,7 @@ void write_state(SequenceState& state, const std::string& model_hash, const std:
   });
   io::SafetensorsWriter writer(path, tensors,
                                {{"format", kFormat},
-                                {"version", kVersion},
+                                {"version", kStateVersion},
                                 {"model", model_hash},
                                 {"position", std::to_string(state.position)}});
   visit_tensors(state, [&](const std::string& name, const StateTensor& tensor) {
@@ -90,9 +90,9 @@ void read_state(const std::string& path, const std::string& model_hash, Sequence
     return found == metadata.end() ? std::string() : found->second;
   };
   if (value("format") != kFormat) fail("{}: not a deltafox state file", path);
-  if (value("version") != kVersion) {
+  if (value("version") != kStateVersion) {
     fail("{}: state file of version '{}', this program reads version {}", path, value("version"),
-         kVersion);
+         kStateVersion);
   }
   if (value("model") != model_hash) {
     fail("{}: the state belongs to another model (hash {}, this model's is {})", path,

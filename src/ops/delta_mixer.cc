@@ -1,5 +1,6 @@
 #include "ops/delta_mixer.h"
 
+#include <algorithm>
 #include <bit>
 
 #include "ops/check.h"
@@ -34,10 +35,43 @@ void delta_inputs(Context& ctx, const DeltaInputsArgs& args) {
   check("delta_inputs", "projected", args.projected, {tokens, 3 * heads * keys}, args.q.dtype);
   check_convolutions("delta_inputs", args.convolutions, heads * keys, args.sequences.count());
   check("delta_inputs", "beta", args.beta, {tokens, heads});
+  if (args.x.data != nullptr) {
+    const std::int64_t width = args.x.shape[1];
+    if (width % 8 != 0 || heads > kDeltaInputsHeads) {
+      fail("delta_inputs: {} columns or {} heads do not fit", width, heads);
+    }
+    check("delta_inputs", "x", args.x, {tokens, width}, DType::kBF16);
+    check("delta_inputs", "b_proj", args.b_proj, {heads, width}, DType::kBF16);
+  }
   check_activation(ctx, "delta_inputs", "q", args.q, {tokens, heads, keys});
   check("delta_inputs", "k", args.k, args.q.shape, args.q.dtype);
   check("delta_inputs", "v", args.v, args.q.shape, args.q.dtype);
   cuda::delta_inputs(ctx, args);
+}
+
+void delta_inputs_backward(Context& ctx, const DeltaInputsBackwardArgs& args) {
+  constexpr const char* kOp = "delta_inputs_backward";
+  const OpTimer timer(kOp);
+  if (ctx.device() == Device::kCpu) fail("{}: runs on a GPU only", kOp);
+  const std::int64_t tokens = args.sequences.tokens();
+  const std::int64_t heads = args.dq.shape[1];
+  const std::int64_t channels = heads * args.dq.shape[2];
+  const DType dtype = args.projected.dtype;
+  const Shape taps{channels, kDeltaConvWidth};
+  const std::int64_t columns = std::max(3 * channels + heads, args.d_projected.shape[1]);
+  check_activation(ctx, kOp, "projected", args.projected, {tokens, 3 * channels});
+  check(kOp, "beta_logits", args.beta_logits, {tokens, heads});
+  check(kOp, "dbeta", args.dbeta, {tokens, heads});
+  check(kOp, "d_projected", args.d_projected, {tokens, columns}, dtype);
+  if (columns % 8 != 0) fail("{}: rows of {} do not begin aligned", kOp, columns);
+  for (const ConstTensorView& d : {args.dq, args.dk, args.dv}) {
+    check(kOp, "a gradient", d, args.dq.shape, dtype);
+  }
+  for (const ConstTensorView& w : {args.q, args.k, args.v}) check(kOp, "a weight", w, taps);
+  for (const TensorView& dw : {args.dq_conv, args.dk_conv, args.dv_conv}) {
+    check(kOp, "the gradient of a weight", dw, taps);
+  }
+  cuda::delta_inputs_backward(ctx, args);
 }
 
 void delta_token(Context& ctx, const DeltaTokenArgs& args) {

@@ -13,8 +13,10 @@ void delta_rule(Context& ctx, const DeltaRuleArgs& args) {
   check_activation(ctx, "delta_rule", "v", args.v, {tokens, heads, args.v.shape[2]});
   check_activation(ctx, "delta_rule", "o", args.o, args.v.shape);
   if (args.beta.data != nullptr) check("delta_rule", "beta", args.beta, {tokens, heads});
+  if (args.norm.data != nullptr) check("delta_rule", "norm", args.norm, {args.v.shape[2]});
   switch (ctx.device()) {
     case Device::kCpu:
+      if (args.norm.data != nullptr) fail("delta_rule: norms outputs on a GPU only");
       return cpu::delta_rule(ctx, args);
     case Device::kCuda:
       return cuda::delta_rule(ctx, args);

@@ -29,6 +29,10 @@ struct DeltaRuleArgs {
   // it has tiles for such products; sums, S and the solution within 32 tokens stay float32.
   bool bf16_products = false;
   TensorView o;  // [T, H, V]
+  // On a GPU [V] F32: o ← rms_norm(o) · norm of each head, with norm_eps (ops/rms_norm.h); or no
+  // data.
+  ConstTensorView norm = {};
+  float norm_eps = 0;
 };
 
 // Of whole sequences, which begin from a zero state. With dS the gradient of the state behind a

@@ -21,6 +21,18 @@ void gla(Context& ctx, const GlaArgs& args) {
   }
 }
 
+void gla_step(Context& ctx, const GlaStepArgs& args) {
+  const OpTimer timer("gla_step");
+  if (ctx.device() == Device::kCpu) fail("gla_step: runs on a GPU only");
+  const std::int64_t batch = args.q.shape[0];
+  const std::int64_t heads = args.q.shape[1];
+  check("gla_step", "q", args.q, {batch, heads, args.q.shape[2]});
+  check("gla_step", "f", args.f, args.q.shape);
+  check("gla_step", "v", args.v, {batch, heads, args.v.shape[2]});
+  check("gla_step", "o", args.o, args.v.shape);
+  cuda::gla_step(ctx, args);
+}
+
 void gla_backward(Context& ctx, const GlaBackwardArgs& args) {
   const OpTimer timer("gla_backward");
   const std::int64_t tokens = args.sequences.tokens();

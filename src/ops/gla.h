@@ -48,7 +48,18 @@ struct GlaBackwardArgs {
   TensorView dv;        // [T, H, V], =
 };
 
+// One token of each of B sequences on a GPU, from what the projections give: q ← silu(q), g = σ(f),
+// k = σ(−f), then as above.
+struct GlaStepArgs {
+  ConstTensorView q;               // [B, H, K] F32
+  ConstTensorView f;               // [B, H, K] F32
+  ConstTensorView v;               // [B, H, V] F32
+  std::span<float* const> states;  // [B], each [H, K, V]; updated
+  TensorView o;                    // [B, H, V] F32
+};
+
 namespace ops {
+void gla_step(Context& ctx, const GlaStepArgs& args);
 void gla(Context& ctx, const GlaArgs& args);
 void gla_backward(Context& ctx, const GlaBackwardArgs& args);
 }  // namespace ops
@@ -57,6 +68,7 @@ void gla(Context& ctx, const GlaArgs& args);
 void gla_backward(Context& ctx, const GlaBackwardArgs& args);
 }  // namespace cpu
 namespace cuda {
+void gla_step(Context& ctx, const GlaStepArgs& args);
 void gla(Context& ctx, const GlaArgs& args);
 void gla_backward(Context& ctx, const GlaBackwardArgs& args);
 }  // namespace cuda

@@ -1,13 +1,6 @@
 #include "ops/kv_cache.h"
 
 namespace deltafox {
-namespace {
-
-constexpr std::int64_t pages_for(std::int64_t length) {
-  return (length + kKvPage - 1) / kKvPage;
-}
-
-}  // namespace
 
 std::int64_t KvLayout::gpu_page_bytes() const {
   const std::int64_t padded = head_dim <= 32 ? 32 : head_dim <= 64 ? 64 : 128;
@@ -30,7 +23,9 @@ KvCache::KvCache(const KvCache& other)
     : layout_(other.layout_),
       length_(other.length_),
       first_page_(other.first_page_),
-      pages_(other.pages_) {
+      pages_(other.pages_.begin(),
+             other.pages_.begin() +
+                 static_cast<std::ptrdiff_t>(other.end_page() - other.first_page_)) {
   if (length_ % kKvPage != 0) pages_.back() = std::make_shared<KvPage>(*pages_.back());
 }
 
@@ -43,8 +38,14 @@ KvCache& KvCache::operator=(KvCache other) noexcept {
 }
 
 void KvCache::extend(std::int64_t tokens) {
+  reserve(tokens);
   length_ += tokens;
-  while (end_page() < pages_for(length_)) pages_.push_back(std::make_shared<KvPage>(layout_));
+}
+
+void KvCache::reserve(std::int64_t tokens) {
+  while (room_page() < pages_for(length_ + tokens)) {
+    pages_.push_back(std::make_shared<KvPage>(layout_));
+  }
 }
 
 void KvCache::drop_unseen() {

@@ -60,7 +60,9 @@ class KvCache {
   const KvLayout& layout() const { return layout_; }
   std::int64_t length() const { return length_; }          // tokens read, those dropped included
   std::int64_t first_page() const { return first_page_; }  // the first that is held
-  std::int64_t end_page() const { return first_page_ + static_cast<std::int64_t>(pages_.size()); }
+  std::int64_t end_page() const { return std::max(first_page_, pages_for(length_)); }
+  // The first page for which there is no room yet; pages from end_page() on hold nothing.
+  std::int64_t room_page() const { return first_page_ + static_cast<std::int64_t>(pages_.size()); }
   // Page p holds positions [p · kKvPage, (p + 1) · kKvPage).
   const KvPage& page(std::int64_t p) const {
     return *pages_[static_cast<std::size_t>(p - first_page_)];
@@ -74,6 +76,8 @@ class KvCache {
 
   // Makes room for `tokens` more; what they hold is for kv_append to write.
   void extend(std::int64_t tokens);
+  // The room that extend will need for so many, so that nothing is allocated then.
+  void reserve(std::int64_t tokens);
   // Drops the pages that only queries before length() see.
   void drop_unseen();
 
@@ -84,6 +88,9 @@ class KvCache {
   std::int64_t bytes_at(std::int64_t length) const;
 
  private:
+  static constexpr std::int64_t pages_for(std::int64_t length) {
+    return (length + kKvPage - 1) / kKvPage;
+  }
   // The page of the last token is kept in any case: running sums continue from it.
   std::int64_t first_page_at(std::int64_t length) const {
     return std::max<std::int64_t>(0, std::min(first_visible(length), length - 1)) / kKvPage;

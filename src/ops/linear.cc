@@ -38,16 +38,24 @@ void linear(Context& ctx, const LinearArgs& args) {
 void linear_glu(Context& ctx, const LinearGluArgs& args) {
   const std::int64_t rows = args.x.shape[0];
   check_activation(ctx, "linear_glu", "x", args.x, {rows, args.w.shape[1]});
-  check_activation(ctx, "linear_glu", "y", args.y, {rows, args.w.shape[0] / 2});
+  if (args.gate_up.data != nullptr) {
+    check_activation(ctx, "linear_glu", "gate_up", args.gate_up, {rows, args.w.shape[0]});
+  }
+  if (args.y.data != nullptr) {
+    check_activation(ctx, "linear_glu", "y", args.y, {rows, args.w.shape[0] / 2});
+  }
   {
     const OpTimer timer("linear_glu");
-    if (ctx.device() == Device::kCuda ? cuda::linear_glu(ctx, args) : cpu::linear_glu(ctx, args)) {
-      return;
-    }
+    const bool in_one_pass = ctx.device() == Device::kCuda
+                                 ? cuda::linear_glu(ctx, args)
+                                 : args.gate_up.data == nullptr && cpu::linear_glu(ctx, args);
+    if (in_one_pass) return;
   }
   ScratchScope scratch(ctx);
-  const TensorView gate_up = scratch.activation({rows, args.w.shape[0]});
+  const TensorView gate_up =
+      args.gate_up.data != nullptr ? args.gate_up : scratch.activation({rows, args.w.shape[0]});
   linear(ctx, {.x = args.x, .w = args.w, .y = gate_up});
+  if (args.y.data == nullptr) return;
   glu(ctx, {.activation = args.activation, .gate_up = gate_up, .y = args.y});
 }
 
@@ -68,6 +76,7 @@ void linear_backward(Context& ctx, const LinearBackwardArgs& args) {
   if (args.dbias.data != nullptr) check("linear_backward", "dbias", args.dbias, {outputs});
   switch (ctx.device()) {
     case Device::kCpu:
+      if (args.dw.begins) ctx.zero(args.dw.data, bytes_of(args.dw.dtype, args.dw.shape));
       return cpu::linear_backward(ctx, args);
     case Device::kCuda:
       return cuda::linear_backward(ctx, args);

@@ -10,7 +10,9 @@
 // alone: not on T, N, the position in the matrix or the number of threads. So a token's result does
 // not depend on the tokens beside it.
 //
-// On a GPU w and x are both F32 or both BF16, y is F32 or of the Context's activation dtype. There
+// On a GPU w and x are both F32 or both BF16, or w is packed and x BF16: weights are then integers
+// times a scale for a few rows of x, and rounded to bfloat16 for more. y is F32 or of the Context's
+// activation dtype. There
 // rows of y (and of dy) may be longer than N: what lies behind is not touched. Rows that start
 // aligned make products with an odd N, such as a vocabulary's, several times as fast.
 #pragma once
@@ -30,15 +32,26 @@ struct LinearArgs {
   ConstTensorView added = {};
 };
 
-// y = act(gate) · up, where [gate | up] = x wᵀ, which is not kept
+// y = act(gate) · up, where [gate | up] = x wᵀ. What is asked for changes no bit of the rest.
 struct LinearGluArgs {
   Activation activation = Activation::kSilu;
-  ConstTensorView x;  // [T, K]
-  ConstTensorView w;  // [2N, K]
-  TensorView y;       // [T, N]
+  ConstTensorView x;        // [T, K]
+  ConstTensorView w;        // [2N, K]
+  TensorView gate_up = {};  // [T, 2N] or no data
+  TensorView y = {};        // [T, N] or no data
 };
 
-// dx = dy w, or dx += dy w; dw += dyᵀ x; dbias += Σ_t dy_t
+// A sum that is added to, or that begins.
+struct SumView : TensorView {
+  bool begins = false;  // =: what is there is no part of it
+
+  SumView() = default;
+  // NOLINTNEXTLINE(google-explicit-constructor)
+  SumView(const TensorView& view, bool begins_here = false)
+      : TensorView(view), begins(begins_here) {}
+};
+
+// dx = dy w, or dx += dy w; dw += dyᵀ x, or dw =; dbias += Σ_t dy_t
 //
 // The order of each sum depends on its length alone, as in linear. With w BF16 dy and x are rounded
 // to bfloat16, products and sums are float32. On a GPU dy and dx are F32 or of
@@ -49,7 +62,7 @@ struct LinearBackwardArgs {
   ConstTensorView w;           // [N, K] F32 or BF16
   TensorView dx = {};          // [T, K] or no data
   bool accumulate_dx = false;  // dx += dy w
-  TensorView dw = {};          // [N, K] or no data
+  SumView dw = {};             // [N, K] or no data
   TensorView dbias = {};       // [N] or no data
 };
 

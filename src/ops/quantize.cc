@@ -14,4 +14,10 @@ void quantize(Context& ctx, const QuantizeArgs& args) {
   }
 }
 
+void arrange_packed(Context& ctx, const TensorView& packed) {
+  if (!is_packed(packed.dtype)) fail("arrange_packed: {} is not packed", name_of(packed.dtype));
+  // On the CPU matrices are read as they lie in files.
+  if (ctx.device() == Device::kCuda) cuda::arrange_packed(ctx, packed);
+}
+
 }  // namespace deltafox::ops

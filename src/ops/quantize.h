@@ -18,10 +18,15 @@ struct QuantizeArgs {
 
 namespace ops {
 void quantize(Context& ctx, const QuantizeArgs& args);
-}
+// Puts a packed matrix that was copied to a GPU into the order that its kernels read, in place.
+void arrange_packed(Context& ctx, const TensorView& packed);
+}  // namespace ops
 namespace cpu {
 void quantize(Context& ctx, const QuantizeArgs& args);
 // Row `row` of a packed matrix, widened to y [K].
 void dequantize_row(const ConstTensorView& packed, std::int64_t row, float* y);
 }  // namespace cpu
+namespace cuda {
+void arrange_packed(Context& ctx, const TensorView& packed);
+}
 }  // namespace deltafox

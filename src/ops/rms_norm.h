@@ -2,9 +2,12 @@
 //
 // With `gate_first` the gate comes before the norm: x · act(gate) takes the place of x.
 //
+// Where `scales` are kept, a weight nearer to 0 than 2⁻⁴⁰ counts as 2⁻⁴⁰: then backward, which
+// has no use for x besides, finds x · r in y / w.
+//
 // On a GPU x, y, the gate and their gradients are each F32 or of the Context's activation dtype; w
-// and dw are F32. Backward, x and dx are of one dtype and so are dy, the gate and its gradient;
-// where x is BF16, so is dy.
+// and dw are F32. Backward, x and dx are of one dtype and so are dy, y, the gate and its gradient;
+// where dx is BF16, so is dy.
 #pragma once
 
 #include "core/context.h"
@@ -12,22 +15,30 @@
 
 namespace deltafox {
 
+constexpr float kLeastNormWeight = 0x1p-40F;
+constexpr float invertible_weight(float w) {
+  return -kLeastNormWeight < w && w < kLeastNormWeight ? kLeastNormWeight : w;
+}
+
 struct RmsNormArgs {
   ConstTensorView x;  // [R, D]
   ConstTensorView w;  // [G·D], where row r has the weights of group r mod G; no data for ones
   ConstTensorView gate = {};  // [R, D] or no data
   Activation gate_activation = Activation::kSilu;
   bool gate_first = false;
-  TensorView y;  // [R, D], may be x
+  TensorView y;            // [R, D], may be x
+  TensorView scales = {};  // [R] F32: each row's rsqrt, for backward, without a gate; or no data
   float eps = 0;
 };
 
 // With r = rsqrt(mean(x²) + eps) and dz the gradient of x · r:
 //   dx = r (dz − x · r² mean(dz · x)); dw += Σ_rows dy · x r [· act(gate)]
 struct RmsNormBackwardArgs {
-  ConstTensorView x;          // [R, D]
-  ConstTensorView w;          // [G·D] or no data
-  ConstTensorView gate = {};  // [R, D] or no data
+  ConstTensorView x = {};       // [R, D]; or no data, and then, without a gate,
+  ConstTensorView y = {};       // [R, D] what forward gave, and
+  ConstTensorView scales = {};  // [R] F32 what it kept
+  ConstTensorView w;            // [G·D] or no data
+  ConstTensorView gate = {};    // [R, D] or no data
   Activation gate_activation = Activation::kSilu;
   bool gate_first = false;
   float eps = 0;

@@ -34,15 +34,15 @@ void selective_scan_backward(Context& ctx, const SelectiveScanBackwardArgs& args
   const std::int64_t size = args.a_log.shape[1];
   const Shape inputs{tokens, channels};
   const Shape rows{tokens, size};
-  check("selective_scan_backward", "x", args.x, inputs);
+  check_activation(ctx, "selective_scan_backward", "x", args.x, inputs);
   check("selective_scan_backward", "dt", args.dt, inputs);
-  check("selective_scan_backward", "dy", args.dy, inputs);
-  check("selective_scan_backward", "dx", args.dx, inputs);
+  check_activation(ctx, "selective_scan_backward", "dy", args.dy, inputs);
+  check_activation(ctx, "selective_scan_backward", "dx", args.dx, inputs);
   check("selective_scan_backward", "ddt", args.ddt, inputs);
-  check("selective_scan_backward", "b", args.b, rows);
-  check("selective_scan_backward", "c", args.c, rows);
-  check("selective_scan_backward", "db", args.db, rows);
-  check("selective_scan_backward", "dc", args.dc, rows);
+  check_activation(ctx, "selective_scan_backward", "b", args.b, rows);
+  check_activation(ctx, "selective_scan_backward", "c", args.c, rows);
+  check_activation(ctx, "selective_scan_backward", "db", args.db, rows);
+  check_activation(ctx, "selective_scan_backward", "dc", args.dc, rows);
   check("selective_scan_backward", "dt_bias", args.dt_bias, {channels});
   check("selective_scan_backward", "d", args.d, {channels});
   check("selective_scan_backward", "d_dt_bias", args.d_dt_bias, {channels});
@@ -50,14 +50,14 @@ void selective_scan_backward(Context& ctx, const SelectiveScanBackwardArgs& args
   check("selective_scan_backward", "a_log", args.a_log, {channels, size});
   check("selective_scan_backward", "d_a_log", args.d_a_log, {channels, size});
   if (args.gate.data != nullptr) {
-    check("selective_scan_backward", "gate", args.gate, inputs);
-    check("selective_scan_backward", "dgate", args.dgate, inputs);
+    check_activation(ctx, "selective_scan_backward", "gate", args.gate, inputs);
+    check_activation(ctx, "selective_scan_backward", "dgate", args.dgate, inputs);
   }
   switch (ctx.device()) {
     case Device::kCpu:
       return cpu::selective_scan_backward(ctx, args);
     case Device::kCuda:
-      fail_on_cuda("selective_scan_backward");
+      return cuda::selective_scan_backward(ctx, args);
   }
 }
 

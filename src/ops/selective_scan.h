@@ -31,6 +31,9 @@ struct SelectiveScanArgs {
 //   dh_n ← dh_n + c_n dȳ,  dc_n = Σ_channels h_n dȳ,  db_n = Σ_channels dh_n Δ x,
 //   da_n = dh_n h₋_n,  dh₋_n = a_n dh_n     (a_n = e^(−e^a_log_n · Δ), h₋: before the token)
 //   dx = d dȳ + Δ Σ_n dh_n b_n,  dΔ = x Σ_n dh_n b_n − Σ_n e^a_log_n a_n da_n
+//
+// On a GPU x, b, c, gate, dy and the gradients of the first four are each F32 or of the Context's
+// activation dtype, the rest is F32.
 struct SelectiveScanBackwardArgs {
   ConstTensorView x;          // [T, C]
   ConstTensorView dt;         // [T, C]
@@ -62,7 +65,8 @@ void selective_scan_backward(Context& ctx, const SelectiveScanBackwardArgs& args
 }  // namespace cpu
 namespace cuda {
 void selective_scan(Context& ctx, const SelectiveScanArgs& args);
-}
+void selective_scan_backward(Context& ctx, const SelectiveScanBackwardArgs& args);
+}  // namespace cuda
 namespace reference {
 void selective_scan(const SelectiveScanArgs& args);
 void selective_scan_backward(const SelectiveScanBackwardArgs& args);

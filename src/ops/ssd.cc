@@ -28,6 +28,22 @@ void ssd(Context& ctx, const SsdArgs& args) {
   }
 }
 
+void ssd_step(Context& ctx, const SsdStepArgs& args) {
+  const OpTimer timer("ssd_step");
+  if (ctx.device() == Device::kCpu) fail("ssd_step: runs on a GPU only");
+  const std::int64_t heads = args.y.shape[1];
+  const Shape rows{args.y.shape[0], heads, args.y.shape[2]};
+  check("ssd_step", "y", args.y, rows);
+  check("ssd_step", "z", args.z, rows);
+  check("ssd_step", "xbc", args.xbc,
+        {rows[0], heads * rows[2] + 2 * args.num_groups * args.state_size()});
+  check("ssd_step", "dt", args.dt, {rows[0], heads});
+  check("ssd_step", "dt_bias", args.dt_bias, {heads});
+  check("ssd_step", "a_log", args.a_log, {heads});
+  check("ssd_step", "d", args.d, {heads});
+  cuda::ssd_step(ctx, args);
+}
+
 void ssd_backward(Context& ctx, const SsdBackwardArgs& args) {
   const OpTimer timer("ssd_backward");
   const std::int64_t tokens = args.sequences.tokens();

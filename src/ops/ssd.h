@@ -68,7 +68,27 @@ struct SsdBackwardArgs {
   }
 };
 
+// One token of each of B sequences on a GPU, and what comes behind: y · silu(z).
+struct SsdStepArgs {
+  ConstTensorView xbc;      // [B, H·P + 2·G·N] F32
+  ConstTensorView dt;       // [B, H]
+  ConstTensorView dt_bias;  // [H]
+  ConstTensorView a_log;    // [H]
+  ConstTensorView d;        // [H]
+  float dt_min = 0;
+  float dt_max = 0;
+  std::int64_t num_groups = 1;
+  std::span<float* const> states;  // [B], each [H, N, P]; updated
+  ConstTensorView z;               // [B, H, P] F32
+  TensorView y;                    // [B, H, P] F32
+
+  std::int64_t state_size() const {  // N
+    return (xbc.shape[1] - y.shape[1] * y.shape[2]) / (2 * num_groups);
+  }
+};
+
 namespace ops {
+void ssd_step(Context& ctx, const SsdStepArgs& args);
 void ssd(Context& ctx, const SsdArgs& args);
 void ssd_backward(Context& ctx, const SsdBackwardArgs& args);
 }  // namespace ops
@@ -77,6 +97,7 @@ void ssd(Context& ctx, const SsdArgs& args);
 void ssd_backward(Context& ctx, const SsdBackwardArgs& args);
 }  // namespace cpu
 namespace cuda {
+void ssd_step(Context& ctx, const SsdStepArgs& args);
 void ssd(Context& ctx, const SsdArgs& args);
 void ssd_backward(Context& ctx, const SsdBackwardArgs& args);
 }  // namespace cuda

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 
+#include "core/quantized.h"
 #include "ops/check.h"
 
 namespace deltafox::ops {
@@ -17,29 +18,26 @@ void step_linear(Context& ctx, const StepLinearArgs& args) {
   require_gpu(ctx, "step_linear");
   const std::int64_t rows = args.x.shape[0];
   const std::int64_t k = args.x.shape[1];
-  if (rows > kStepLinearRows || k % 256 != 0 || args.parts.size() > 6) {
+  if (rows > kStepLinearRows || k % 256 != 0 || args.parts.size() > kStepLinearParts) {
     fail("step_linear: {} rows of {} and {} parts do not fit", rows, k, args.parts.size());
   }
   for (const StepLinearPart& part : args.parts) {
     const std::int64_t n = outputs_of(part);
     const bool glu = part.epilogue == StepEpilogue::kGlu;
-    check("step_linear", "w", part.w, {glu ? 2 * n : n, k}, DType::kBF16);
+    check("step_linear", "w", part.w, {glu ? 2 * n : n, k},
+          is_packed(part.w.dtype) ? part.w.dtype : DType::kBF16);
+    if (glu && is_packed(part.w.dtype) && n % kPanelRows != 0) {
+      fail("step_linear: {} rows of a gate do not end a panel", n);
+    }
     check_activation(ctx, "step_linear", "y", part.y, {rows, std::max(n, part.y.shape[1])});
     if (part.epilogue == StepEpilogue::kConvSilu) {
       check("step_linear", "conv", part.conv, {n, kStepConvWidth});
+      if (part.conv_bias.data != nullptr) {
+        check("step_linear", "conv_bias", part.conv_bias, {n});
+      }
     }
   }
   cuda::step_linear(ctx, args);
-}
-
-void greedy_token(Context& ctx, const GreedyTokenArgs& args) {
-  require_gpu(ctx, "greedy_token");
-  const std::int64_t rows = args.logits.shape[0];
-  check("greedy_token", "logits", args.logits,
-        {rows, std::max(args.classes, args.logits.shape[1])});
-  check("greedy_token", "ids", args.ids, {rows}, DType::kI32);
-  check("greedy_token", "counts", args.counts, {rows}, DType::kI32);
-  cuda::greedy_token(ctx, args);
 }
 
 void delta_rule_step(Context& ctx, const DeltaRuleStepArgs& args) {

@@ -12,12 +12,10 @@
 // delta_rule_step: delta_rule (ops/delta_rule.h) of one token a sequence, with
 // q and k of length one first: q · rsqrt(Σq² + 1e-6).
 //
-// greedy_token: the first index of the largest logit of each row. It becomes the sequence's id, and
-// for the host to see, history[count · B + b], count being how many calls there were before.
-//
 // StepProgram: while one lives, step_linear and delta_rule_step of its Context are gathered where
-// the card can run them in one launch; run() launches. Nothing else may be launched between them
-// that they depend on or that depends on them.
+// the card can run them in one launch; run() launches, and so do attention_step, gla_step and ssd_step
+// what comes before them. Nothing else may be launched between them that they depend on or that depends
+// on them.
 //
 // Sums do not depend on B.
 #pragma once
@@ -29,16 +27,19 @@
 namespace deltafox {
 
 constexpr std::int64_t kStepLinearRows = 16;  // B at most
-constexpr std::int64_t kStepConvWidth = 4;    // W
-constexpr std::int64_t kStepHeadDim = 128;    // K and V of delta_rule_step, groups of a norm
+constexpr std::int64_t kStepLinearParts = 6;
+constexpr std::int64_t kStepConvWidth = 4;  // W
+constexpr std::int64_t kStepHeadDim = 128;  // K and V of delta_rule_step, groups of a norm
 
 enum class StepEpilogue : std::uint8_t { kStore, kAdd, kSigmoid, kGlu, kConvSilu };
 
 struct StepLinearPart {
-  ConstTensorView w;  // [N, K] BF16; [2·N, K] with kGlu
-  TensorView y;       // [B, N'] F32 or BF16, N' >= N; what lies behind N is not touched
+  // [N, K] BF16, kQ8 or kQ4; [2·N, K] with kGlu, N being whole panels if it is packed
+  ConstTensorView w;
+  TensorView y;  // [B, N'] F32 or BF16, N' >= N; what lies behind N is not touched
   StepEpilogue epilogue = StepEpilogue::kStore;
   ConstTensorView conv = {};                 // [N, W]
+  ConstTensorView conv_bias = {};            // [N]; no data for none
   std::span<float* const> conv_states = {};  // [B], each [N, W]
 };
 
@@ -51,7 +52,8 @@ struct StepLinearArgs {
   ConstTensorView x;          // [B, K] F32 or BF16, K a multiple of 256
   ConstTensorView norm = {};  // [K] or [kStepHeadDim]; no data for none
   float norm_eps = 0;
-  std::span<const StepLinearPart> parts;  // at most six
+  ConstTensorView gate = {};              // [B, K] F32, under a norm of all of K; no data for none
+  std::span<const StepLinearPart> parts;  // at most kStepLinearParts
 };
 
 struct DeltaRuleStepArgs {
@@ -63,22 +65,11 @@ struct DeltaRuleStepArgs {
   TensorView o;                    // [B, H, 128] F32
 };
 
-struct GreedyTokenArgs {
-  ConstTensorView logits;  // [B, N'] F32, N' >= N
-  std::int64_t classes;    // N
-  TensorView ids;          // [B] I32
-  TensorView counts;       // [B] I32, += 1
-  std::int32_t* history;   // [capacity, B] as of cuda::allocate_shared
-  std::int64_t capacity;   // what is beyond is not written
-};
-
 namespace ops {
-void greedy_token(Context& ctx, const GreedyTokenArgs& args);
 void step_linear(Context& ctx, const StepLinearArgs& args);
 void delta_rule_step(Context& ctx, const DeltaRuleStepArgs& args);
 }  // namespace ops
 namespace cuda {
-void greedy_token(Context& ctx, const GreedyTokenArgs& args);
 void step_linear(Context& ctx, const StepLinearArgs& args);
 void delta_rule_step(Context& ctx, const DeltaRuleStepArgs& args);
 // False where one is open already, which then goes on, or where the card has no use for one.

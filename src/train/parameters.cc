@@ -74,7 +74,7 @@ Parameters::Parameters(Context& ctx, const std::string& config_json, const Decay
 void Parameters::place_copies() {
   constexpr std::int64_t kAlignment = 128;  // elements
   const auto padded = [](const Param& param) {
-    return (param.shape.size() + kAlignment - 1) / kAlignment * kAlignment;
+    return (param.padded_shape().size() + kAlignment - 1) / kAlignment * kAlignment;
   };
   std::int64_t total = 0;
   for (const Entry& entry : entries_) {

@@ -154,11 +154,7 @@ TEST_P(Score, HiddenStatesOfEveryLayer) {
   }
 }
 
-INSTANTIATE_TEST_SUITE_P(Golden, Score, testing::ValuesIn(Golden::cases()), [](const auto& param) {
-  std::string name = param.param;
-  std::replace(name.begin(), name.end(), '-', '_');
-  return name;
-});
+INSTANTIATE_TEST_SUITE_P(Golden, Score, testing::ValuesIn(Golden::cases()), Golden::test_name);
 
 class ScoreRefusal : public testing::Test {
  protected:

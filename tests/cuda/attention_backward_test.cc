@@ -31,6 +31,7 @@ struct Case {
   std::optional<std::int64_t> window = {};
   std::optional<float> tolerance = {};
   std::vector<float> bounds = {};
+  double gates_sum = 0;  // of log-gates, where it is large: weights are off by its rounding
 };
 
 struct Inputs {
@@ -154,7 +155,8 @@ void expect_plain_results(Gpu& gpu, const Case& c, Inputs& inputs) {
   run(gpu.cpu(), c, inputs, DType::kF32, expected, true);
   for (std::size_t i = 0; i < member_count(c); ++i) {
     SCOPED_TRACE(kNames[i]);
-    expect_close(got.*kMembers[i], expected.*kMembers[i], tolerance(gpu.dtype()));
+    expect_close(got.*kMembers[i], expected.*kMembers[i],
+                 tolerance(gpu.dtype()) + 2 * c.gates_sum * epsilon(DType::kF32));
   }
 }
 
@@ -216,7 +218,12 @@ TEST_P(CudaAttentionBackward, BlocksOfOneThreadBlockAreReadApart) {
   Random random(5);
   Gpu gpu(GetParam());
   for (const std::int64_t dim : {64, 128}) {
-    const Case c{.cu = {0, 1000}, .heads = 1, .kv_heads = 1, .dim = dim, .tolerance = -20.0F};
+    const Case c{.cu = {0, 1000},
+                 .heads = 1,
+                 .kv_heads = 1,
+                 .dim = dim,
+                 .tolerance = -20.0F,
+                 .gates_sum = 100};
     Inputs inputs(random, c);
     for (std::int64_t t = 0; t < c.cu.back(); ++t) {
       inputs.gates.f32()[t] = t == 192 ? -100.0F : 0.01F * inputs.gates.f32()[t];

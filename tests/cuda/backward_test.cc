@@ -9,6 +9,7 @@
 #include "ops/gate.h"
 #include "ops/log_sigmoid.h"
 #include "ops/rms_norm.h"
+#include "support/activations.h"
 #include "support/tensors.h"
 
 namespace deltafox {
@@ -55,8 +56,7 @@ class CudaBackward : public EachDType {};
 TEST_P(CudaBackward, ActivationsAndGates) {
   Random random(1);
   Gpu gpu(GetParam());
-  for (const Activation kind : {Activation::kIdentity, Activation::kSilu, Activation::kSigmoid,
-                                Activation::kRelu, Activation::kEluPlusOne}) {
+  for (const Activation kind : test::kActivations) {
     const Shape shape{3, random.integer(1, 99)};
     Tensor x = random.normal_tensor(shape);
     Tensor gate = random.normal_tensor(shape);
@@ -191,6 +191,71 @@ TEST_P(CudaBackward, RmsNormWithGatesGroupsAndAnyWidth) {
     if (gated && (width > 1 || !args.gate_first)) {
       expect_close(gpu.download(gpu_dgate), dgate, tolerance(gpu.dtype()));
     }
+  }
+}
+
+TEST_P(CudaBackward, RmsNormFromWhatForwardGave) {
+  Random random(40);
+  Gpu gpu(GetParam());
+  const std::int64_t widths[] = {1, 64, 128, 33, 260, 1536, 777, 2048, 2062, 8200};
+  for (int round = 0; round < 20; ++round) {
+    const std::int64_t width = widths[round % 10];
+    const std::int64_t groups = round % 4 == 0 ? random.integer(2, 3) : 1;
+    const std::int64_t rows = groups * random.integer(1, round >= 10 && width < 64 ? 5000 : 9);
+    Tensor x = random.normal_tensor({rows, width});
+    Tensor w = uniform_tensor(random, {groups * width}, 0.5F, 1.5F);
+    if (width > 1) w.f32()[0] = 0;
+    Tensor y(DType::kF32, {rows, width});
+    Tensor scales(DType::kF32, {rows});
+    const Tensor gpu_x = gpu.upload(x);
+    const Tensor gpu_w = gpu.upload(w);
+    Tensor gpu_y = on_gpu(gpu.dtype(), y);
+    Tensor gpu_scales = on_gpu(DType::kF32, scales);
+    RmsNormArgs forward{
+        .x = x.view(), .w = w.view(), .y = y.view(), .scales = scales.view(), .eps = 1e-5F};
+    reference::rms_norm(forward);
+    forward.x = gpu_x.view();
+    forward.w = gpu_w.view();
+    forward.y = gpu_y.view();
+    forward.scales = gpu_scales.view();
+    ops::rms_norm(gpu.ctx(), forward);
+    SCOPED_TRACE(testing::Message() << "round " << round << ": " << rows << " x " << width);
+    expect_close(gpu.download(gpu_y), y, tolerance(gpu.dtype()));
+    expect_close(gpu.download(gpu_scales), scales, tolerance(DType::kF32));
+
+    // The stream's gradient is float32 and added to; that of heads is not.
+    const bool accumulate = round % 2 == 0;
+    const DType stream = accumulate ? DType::kF32 : gpu.dtype();
+    y = gpu.download(gpu_y);
+    scales = gpu.download(gpu_scales);
+    Tensor dy = uniform_tensor(random, {rows, width}, -2, 2);
+    Tensor dx = random.normal_tensor({rows, width});
+    Tensor dw = random.normal_tensor({groups * width});
+    const Tensor gpu_dy = gpu.upload(dy, gpu.dtype());
+    Tensor gpu_dx = gpu.upload(dx, stream);
+    Tensor gpu_dw = gpu.upload(dw);
+    Tensor gpu_rounded = on_gpu(DType::kBF16, dx);
+    RmsNormBackwardArgs args{.y = y.view(),
+                             .scales = scales.view(),
+                             .w = w.view(),
+                             .dy = dy.view(),
+                             .dx = dx.view(),
+                             .accumulate_dx = accumulate,
+                             .dw = dw.view()};
+    reference::rms_norm_backward(args);
+    args.y = gpu_y.view();
+    args.scales = gpu_scales.view();
+    args.w = gpu_w.view();
+    args.dy = gpu_dy.view();
+    args.dx = gpu_dx.view();
+    args.rounded = gpu_rounded.view();
+    args.dw = gpu_dw.view();
+    ops::rms_norm_backward(gpu.ctx(), args);
+    if (width > 1) {
+      expect_close(gpu.download(gpu_dx), dx, tolerance(stream));
+      expect_close(gpu.download(gpu_rounded), dx, tolerance(DType::kBF16));
+    }
+    expect_close(gpu.download(gpu_dw), dw, kSums);
   }
 }
 

@@ -132,8 +132,9 @@ Inputs plain_inputs(Side& side, const std::vector<std::int64_t>& cu, std::int64_
   return inputs;
 }
 
+// Beta from its logits, or with `from_x` from x.
 Inputs gpu_inputs(Gpu& gpu, Side& side, const std::vector<std::int64_t>& cu, std::int64_t heads,
-                  std::int64_t keys) {
+                  std::int64_t keys, bool from_x = false) {
   const Shape shape{cu.back(), heads, keys};
   Inputs inputs{Tensor(gpu.dtype(), shape, Device::kCuda),
                 Tensor(gpu.dtype(), shape, Device::kCuda),
@@ -141,6 +142,8 @@ Inputs gpu_inputs(Gpu& gpu, Side& side, const std::vector<std::int64_t>& cu, std
   ops::delta_inputs(gpu.ctx(), {.projected = side.projected.view(),
                                 .convolutions = side.convolutions(),
                                 .sequences = Sequences(cu),
+                                .x = from_x ? side.x.view() : TensorView{},
+                                .b_proj = side.b_proj.view(),
                                 .beta = side.beta.view(),
                                 .q = inputs.q.view(),
                                 .k = inputs.k.view(),
@@ -149,6 +152,83 @@ Inputs gpu_inputs(Gpu& gpu, Side& side, const std::vector<std::int64_t>& cu, std
 }
 
 class CudaDeltaMixer : public EachDType {};
+
+// The convolutions as the CPU has them, one by one.
+TEST_P(CudaDeltaMixer, InputsBackwardEqualsItsParts) {
+  Random random(21);
+  Gpu gpu(GetParam());
+  for (const std::int64_t keys : {8, 64, 128, 256}) {
+    SCOPED_TRACE(testing::Message() << "heads of " << keys);
+    const std::int64_t heads = 3;
+    const std::int64_t channels = heads * keys;
+    const std::int64_t columns = 3 * channels + 8;
+    const std::vector<std::int64_t> cu = random.lengths(3, 150);
+    const std::int64_t tokens = cu.back();
+    const Shape values{tokens, heads, keys};
+    Side side = random_side(random, tokens, 0, heads, keys);
+    const Side device = upload(gpu, side);
+    std::array<Tensor, 3> dy;
+    std::array<Tensor, 3> gpu_dy;
+    std::array<Tensor, 3> dw;
+    std::array<Tensor, 3> gpu_dw;
+    for (std::size_t i = 0; i < 3; ++i) {
+      dy[i] = random.normal_tensor(values);
+      gpu_dy[i] = gpu.upload(dy[i], gpu.dtype());
+      dw[i] = random.normal_tensor({channels, 4});
+      gpu_dw[i] = gpu.upload(dw[i]);
+    }
+    Tensor dbeta = random.normal_tensor({tokens, heads});
+    const Tensor gpu_dbeta = gpu.upload(dbeta);
+    Tensor gpu_d(gpu.dtype(), {tokens, columns}, Device::kCuda);
+    ops::delta_inputs_backward(gpu.ctx(), {.projected = device.projected.view(),
+                                           .beta_logits = device.beta.view(),
+                                           .q = device.conv[0].view(),
+                                           .k = device.conv[1].view(),
+                                           .v = device.conv[2].view(),
+                                           .sequences = Sequences(cu),
+                                           .dq = gpu_dy[0].view(),
+                                           .dk = gpu_dy[1].view(),
+                                           .dv = gpu_dy[2].view(),
+                                           .dbeta = gpu_dbeta.view(),
+                                           .d_projected = gpu_d.view(),
+                                           .dq_conv = gpu_dw[0].view(),
+                                           .dk_conv = gpu_dw[1].view(),
+                                           .dv_conv = gpu_dw[2].view()});
+    const Tensor got = gpu.download(gpu_d);
+    const auto columns_of = [&](const Tensor& all, std::int64_t first, std::int64_t count) {
+      const std::int64_t stride = all.view().shape[1];
+      Tensor part(DType::kF32, {tokens, count});
+      for (std::int64_t i = 0; i < tokens * count; ++i) {
+        part.f32()[i] = all.f32()[i / count * stride + first + i % count];
+      }
+      return part;
+    };
+    for (std::size_t i = 0; i < 3; ++i) {
+      const std::int64_t first = static_cast<std::int64_t>(i) * channels;
+      const Tensor x = columns_of(side.projected, first, channels);
+      Tensor dx(DType::kF32, {tokens, channels});
+      ops::short_conv_backward(gpu.cpu(), {.x = x.view(),
+                                           .w = side.conv[i].view(),
+                                           .sequences = Sequences(cu),
+                                           .activation = Activation::kSilu,
+                                           .norm_width = i < 2 ? keys : 0,
+                                           .dy = dy[i].view().reshaped({tokens, channels}),
+                                           .dx = dx.view(),
+                                           .dw = dw[i].view()});
+      // Sums of some hundred terms, with cancellation behind a norm.
+      const double sums = 128 * test::epsilon(DType::kF32);
+      expect_close(columns_of(got, first, channels), dx, tolerance(gpu.dtype()) + sums);
+      expect_close(gpu.download(gpu_dw[i]), dw[i], sums);
+    }
+    for (std::int64_t i = 0; i < dbeta.view().shape.size(); ++i) {
+      const float beta = 1 / (1 + std::exp(-side.beta.f32()[i]));
+      dbeta.f32()[i] *= beta * (1 - beta);
+    }
+    expect_close(columns_of(got, 3 * channels, heads), dbeta, tolerance(gpu.dtype()));
+    const Tensor rest = columns_of(got, 3 * channels + heads, 8 - heads);
+    expect_equal(rest, Tensor(DType::kF32, rest.view().shape));
+  }
+}
 
 TEST_P(CudaDeltaMixer, InputsEqualPlainOnRaggedBatches) {
   Random random(1);
@@ -176,6 +256,23 @@ TEST_P(CudaDeltaMixer, InputsEqualPlainOnRaggedBatches) {
   }
 }
 
+TEST(CudaDeltaMixerBeta, BetaFromXEqualsPlain) {
+  Random random(4);
+  Gpu gpu(DType::kBF16);
+  for (const auto& [heads, longest] :
+       {std::pair<std::int64_t, std::int64_t>{12, 60}, {16, 5}, {3, 900}}) {
+    SCOPED_TRACE(testing::Message() << heads << " heads");
+    const std::vector<std::int64_t> cu = random.lengths(4, longest);
+    Side host = random_side(random, cu.back(), 4, heads, 8);
+    Side device = upload(gpu, host);
+    gpu_inputs(gpu, device, cu, heads, 8, true);
+    reference::linear({.x = host.x.view(), .w = host.b_proj.view(), .y = host.beta.view()});
+    reference::activation({.activation = Activation::kSigmoid, .x = host.beta.view()});
+    // Tensor cores cut sums off where others round.
+    expect_close(gpu.download(device.beta), host.beta, 0x1p-17);
+  }
+}
+
 // Rows are dealt out to blocks by the number of tokens, and sequences to launches by their number.
 TEST_P(CudaDeltaMixer, InputsDependOnTheirSequenceAlone) {
   Random random(2);
@@ -185,7 +282,8 @@ TEST_P(CudaDeltaMixer, InputsDependOnTheirSequenceAlone) {
   const std::vector<std::int64_t> cu{0, 2400, 2437, 2438};
   Side host = random_side(random, cu.back(), 3, kHeads, kKeys);
   Side device = upload(gpu, host);
-  const Inputs all = gpu_inputs(gpu, device, cu, kHeads, kKeys);
+  const bool from_x = gpu.dtype() == DType::kBF16;
+  const Inputs all = gpu_inputs(gpu, device, cu, kHeads, kKeys, from_x);
   Side alone;
   const auto row = static_cast<std::ptrdiff_t>(cu[1]);
   alone.projected = Tensor(DType::kF32, {37, 3 * kHeads * kKeys});
@@ -198,10 +296,11 @@ TEST_P(CudaDeltaMixer, InputsDependOnTheirSequenceAlone) {
   alone.recurrent.push_back(host.recurrent[1]);
   alone.beta = Tensor(DType::kF32, {37, kHeads});
   alone.x = Tensor(DType::kF32, {37, kWidth});
+  std::copy_n(host.x.f32() + row * kWidth, 37 * kWidth, alone.x.f32());
   alone.b_proj = host.b_proj;
   alone.norm = host.norm;
   Side device_alone = upload(gpu, alone);
-  const Inputs one = gpu_inputs(gpu, device_alone, {0, 37}, kHeads, kKeys);
+  const Inputs one = gpu_inputs(gpu, device_alone, {0, 37}, kHeads, kKeys, from_x);
   const auto expect_part = [&](const Tensor& part, const Tensor& whole) {
     const Tensor got = gpu.download(part);
     const Tensor of = gpu.download(whole);
@@ -212,6 +311,12 @@ TEST_P(CudaDeltaMixer, InputsDependOnTheirSequenceAlone) {
   expect_part(one.q, all.q);
   expect_part(one.k, all.k);
   expect_part(one.v, all.v);
+  if (!from_x) return;
+  const Tensor beta = gpu.download(device.beta);
+  const Tensor beta_alone = gpu.download(device_alone.beta);
+  for (std::int64_t i = 0; i < 37 * kHeads; ++i) {
+    ASSERT_EQ(beta_alone.f32()[i], beta.f32()[row * kHeads + i]) << i;
+  }
 }
 
 TEST_P(CudaDeltaMixer, ATokenEqualsPlain) {

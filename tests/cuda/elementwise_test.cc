@@ -6,6 +6,7 @@
 #include "ops/gate.h"
 #include "ops/log_sigmoid.h"
 #include "ops/rms_norm.h"
+#include "support/activations.h"
 
 namespace deltafox {
 namespace {
@@ -57,24 +58,42 @@ TEST_P(CudaElementwise, RmsNormWithGatesGroupsAndOddWidths) {
   }
 }
 
-// More rows than are walked at a time, and every size of team.
+// More rows than are walked at a time, and every size of team; plain, and with groups and gates.
 TEST_P(CudaElementwise, RmsNormOfManyRows) {
   Random random(6);
   Gpu gpu(GetParam());
   for (const std::int64_t width : {8, 64, 72, 128, 136, 512, 520, 1536, 1544, 4096}) {
-    const std::int64_t rows = (std::int64_t{3} << 21) / width + 3;
+    constexpr std::int64_t kGroups = 3;
+    const std::int64_t rows = ((std::int64_t{1} << 21) / width + 1) * kGroups;
     Tensor x = random.normal_tensor({rows, width});
-    Tensor w = random.normal_tensor({width});
+    Tensor gate = random.normal_tensor({rows, width});
+    Tensor w = random.normal_tensor({kGroups * width});
     Tensor y(DType::kF32, x.view().shape);
     const Tensor gpu_w = gpu.upload(w);
     for (const DType dtype : {DType::kF32, gpu.dtype()}) {
       const Tensor gpu_x = gpu.upload(x, dtype);
+      const Tensor gpu_gate = gpu.upload(gate, dtype);
       Tensor gpu_y(gpu.dtype(), x.view().shape, Device::kCuda);
-      reference::rms_norm({.x = x.view(), .w = w.view(), .y = y.view(), .eps = 1e-5F});
-      ops::rms_norm(gpu.ctx(),
-                    {.x = gpu_x.view(), .w = gpu_w.view(), .y = gpu_y.view(), .eps = 1e-5F});
-      SCOPED_TRACE(testing::Message() << width << " wide, from " << name_of(dtype));
-      expect_close(gpu.download(gpu_y), y, tolerance(gpu.dtype()));
+      for (const bool gated : {false, true}) {
+        SCOPED_TRACE(testing::Message()
+                     << width << " wide, from " << name_of(dtype) << (gated ? ", gated" : ""));
+        const std::int64_t weights = gated ? kGroups * width : width;
+        RmsNormArgs args{
+            .x = x.view(),
+            .w = {w.view().data, DType::kF32, {weights}},
+            .gate_activation = width % 3 == 0 ? Activation::kSigmoid : Activation::kSilu,
+            .gate_first = width >= 1536,
+            .y = y.view(),
+            .eps = 1e-5F};
+        if (gated) args.gate = gate.view();
+        reference::rms_norm(args);
+        args.x = gpu_x.view();
+        args.w.data = gpu_w.view().data;
+        args.y = gpu_y.view();
+        if (gated) args.gate = gpu_gate.view();
+        ops::rms_norm(gpu.ctx(), args);
+        expect_close(gpu.download(gpu_y), y, tolerance(gpu.dtype()));
+      }
     }
   }
 }
@@ -96,8 +115,7 @@ TEST_P(CudaElementwise, GluOfAnyWidth) {
 TEST_P(CudaElementwise, ActivationsAndGatesInPlace) {
   Random random(3);
   Gpu gpu(GetParam());
-  for (const Activation kind : {Activation::kIdentity, Activation::kSilu, Activation::kSigmoid,
-                                Activation::kRelu, Activation::kEluPlusOne}) {
+  for (const Activation kind : test::kActivations) {
     Tensor x = random.normal_tensor({3, 5, 9});
     Tensor gate = random.normal_tensor({3, 5, 9});
     Tensor gpu_x = gpu.upload(x, gpu.dtype());

@@ -9,6 +9,7 @@
 
 #include "core/context.h"
 #include "core/float_convert.h"
+#include "ops/quantize.h"
 #include "support/random.h"
 
 namespace deltafox::test {
@@ -22,10 +23,11 @@ class Gpu {
   Context& cpu() { return cpu_; }
   DType dtype() { return ctx_.activation_dtype(); }
 
-  // A copy of a float32 tensor in the GPU's memory, rounded to `dtype`. With BF16 the host's tensor
-  // is rounded as well, so that both sides compute with the same numbers.
+  // A copy of a float32 tensor in the GPU's memory, rounded to `dtype` or packed. With others than
+  // F32 the host's tensor is rounded as well, so that both sides compute with the same numbers.
   Tensor upload(Tensor& host, DType dtype = DType::kF32) {
     const Shape shape = host.view().shape;
+    if (is_packed(dtype)) return upload_packed(host, dtype);
     Tensor device(dtype, shape, Device::kCuda);
     if (dtype == DType::kF32) {
       cuda::copy(device.view().data, host.view().data, host.bytes());
@@ -51,6 +53,19 @@ class Gpu {
   }
 
  private:
+  Tensor upload_packed(Tensor& host, DType dtype) {
+    const Shape shape = host.view().shape;
+    Tensor packed(dtype, shape);
+    ops::quantize(cpu_, {.w = host.view(), .packed = packed.view()});
+    for (std::int64_t n = 0; n < shape[0]; ++n) {
+      cpu::dequantize_row(packed.view(), n, host.f32() + n * shape[1]);
+    }
+    Tensor device(dtype, shape, Device::kCuda);
+    cuda::copy(device.view().data, packed.view().data, packed.bytes());
+    ops::arrange_packed(ctx_, device.view());
+    return device;
+  }
+
   ThreadPool threads_;
   Context cpu_;
   Context ctx_;

@@ -3,7 +3,6 @@
 
 #include <array>
 #include <cmath>
-#include <cstring>
 
 #include "cuda/gpu.h"
 #include "ops/delta_rule.h"
@@ -29,28 +28,42 @@ double tolerance(DType output, std::int64_t k) {
          2 * std::sqrt(static_cast<double>(k)) * test::epsilon(DType::kF32);
 }
 
+// The same for weights of some form: those of packed ones are rounded to bfloat16 for more than a
+// few rows.
+double tolerance(DType output, std::int64_t k, DType weights, std::int64_t rows) {
+  return tolerance(output, k) +
+         (is_packed(weights) && rows > kStepLinearRows ? test::epsilon(DType::kBF16) : 0);
+}
+
 Tensor device(DType dtype, const Shape& shape) {
   return {dtype, shape, Device::kCuda};
 }
 
 class CudaLinear : public EachDType {};
 
-TEST_P(CudaLinear, EqualsPlainOnAllShapes) {
+// The parameter is the form of the weights.
+class CudaProduct : public EachDType {
+ protected:
+  DType form() const { return GetParam(); }
+  DType activations() const { return form() == DType::kF32 ? DType::kF32 : DType::kBF16; }
+};
+
+TEST_P(CudaProduct, EqualsPlainOnAllShapes) {
   Random random(1);
-  Gpu gpu(GetParam());
-  const std::int64_t widths[] = {256, 768, 8, 64, 33, 1, 1536};
-  for (int round = 0; round < 42; ++round) {
+  Gpu gpu(activations());
+  const std::int64_t widths[] = {256, 768, 8, 64, 33, 1, 1536, 448};
+  for (int round = 0; round < 48; ++round) {
     const std::int64_t tokens = round % 2 == 0 ? random.integer(1, 16) : random.integer(17, 200);
     const std::int64_t outputs = random.integer(1, 150);
-    const std::int64_t k = widths[round % 7];
+    const std::int64_t k = widths[round % 8];
     Tensor x = random.normal_tensor({tokens, k});
     Tensor w = random.normal_tensor({outputs, k});
     Tensor bias = random.normal_tensor({outputs});
     Tensor y = random.normal_tensor({tokens, outputs});
-    const bool accumulate = round % 3 == 0;
-    const DType y_dtype = accumulate || round % 5 == 0 ? DType::kF32 : gpu.dtype();
+    const bool accumulate = round / 2 % 3 == 0;
+    const DType y_dtype = round % 5 < 2 ? DType::kF32 : gpu.dtype();
     const Tensor gpu_x = gpu.upload(x, gpu.dtype());
-    const Tensor gpu_w = gpu.upload(w, gpu.dtype());
+    const Tensor gpu_w = gpu.upload(w, form());
     const Tensor gpu_bias = gpu.upload(bias);
     Tensor gpu_y = gpu.upload(y, y_dtype);
     const Tensor gpu_added = gpu_y;
@@ -69,14 +82,14 @@ TEST_P(CudaLinear, EqualsPlainOnAllShapes) {
                             .bias = biased ? gpu_bias.view() : ConstTensorView{},
                             .added = apart ? gpu_added.view() : ConstTensorView{}});
     SCOPED_TRACE(testing::Message() << tokens << " x " << outputs << " x " << k);
-    expect_close(gpu.download(gpu_y), y, tolerance(y_dtype, k));
+    expect_close(gpu.download(gpu_y), y, tolerance(y_dtype, k, form(), tokens));
   }
 }
 
 // Shapes that no tile divides, stored, added and under a gate.
-TEST_P(CudaLinear, ManyRowsEqualPlain) {
+TEST_P(CudaProduct, ManyRowsEqualPlain) {
   Random random(10);
-  Gpu gpu(GetParam());
+  Gpu gpu(activations());
   struct Case {
     std::int64_t tokens, outputs, k;
   };
@@ -86,7 +99,7 @@ TEST_P(CudaLinear, ManyRowsEqualPlain) {
     Tensor w = random.normal_tensor({2 * c.outputs, c.k}, 1 / std::sqrt(static_cast<float>(c.k)));
     Tensor sums = random.normal_tensor({c.tokens, 2 * c.outputs});
     const Tensor gpu_x = gpu.upload(x, gpu.dtype());
-    const Tensor gpu_w = gpu.upload(w, gpu.dtype());
+    const Tensor gpu_w = gpu.upload(w, form());
     Tensor gpu_sums = gpu.upload(sums);
     Tensor gpu_y = device(gpu.dtype(), {c.tokens, 2 * c.outputs});
     Tensor gpu_gated = device(gpu.dtype(), {c.tokens, c.outputs});
@@ -99,22 +112,55 @@ TEST_P(CudaLinear, ManyRowsEqualPlain) {
     Tensor gated(DType::kF32, {c.tokens, c.outputs});
     reference::glu({.gate_up = y.view(), .y = gated.view()});
     for (std::int64_t i = 0; i < sums.view().shape.size(); ++i) sums.f32()[i] += y.f32()[i];
-    expect_close(gpu.download(gpu_y), y, tolerance(gpu.dtype(), c.k));
-    expect_close(gpu.download(gpu_sums), sums, tolerance(DType::kF32, c.k));
+    expect_close(gpu.download(gpu_y), y, tolerance(gpu.dtype(), c.k, form(), c.tokens));
+    expect_close(gpu.download(gpu_sums), sums, tolerance(DType::kF32, c.k, form(), c.tokens));
     // Exponentials to 20 bits; gate and up lie in memory, rounded, where no kernel gates at once.
-    expect_close(gpu.download(gpu_gated), gated, 2 * tolerance(gpu.dtype(), c.k) + 0x1p-17);
+    expect_close(gpu.download(gpu_gated), gated,
+                 2 * tolerance(gpu.dtype(), c.k, form(), c.tokens) + 0x1p-17);
+
+    // With gate and up kept, with them alone.
+    Tensor kept = device(gpu.dtype(), {c.tokens, 2 * c.outputs});
+    Tensor alone = device(gpu.dtype(), {c.tokens, 2 * c.outputs});
+    Tensor again = device(gpu.dtype(), {c.tokens, c.outputs});
+    ops::linear_glu(
+        gpu.ctx(),
+        {.x = gpu_x.view(), .w = gpu_w.view(), .gate_up = kept.view(), .y = again.view()});
+    ops::linear_glu(gpu.ctx(), {.x = gpu_x.view(), .w = gpu_w.view(), .gate_up = alone.view()});
+    expect_close(gpu.download(kept), y, tolerance(gpu.dtype(), c.k, form(), c.tokens));
+    test::expect_near(gpu.download(alone), gpu.download(kept), 0);
+    test::expect_near(gpu.download(again), gpu.download(gpu_gated), 0);
   }
 }
 
-TEST_P(CudaLinear, ARowOfManyDoesNotDependOnTheOthers) {
+// More than a card has thread blocks for at a time.
+TEST_P(CudaProduct, ManyOutputsEqualPlain) {
+  Random random(12);
+  Gpu gpu(activations());
+  constexpr std::int64_t kOutputs = 17030;
+  constexpr std::int64_t kInputs = 520;
+  for (const std::int64_t tokens : {3, 70}) {
+    SCOPED_TRACE(tokens);
+    Tensor x = random.normal_tensor({tokens, kInputs});
+    Tensor w = random.normal_tensor({kOutputs, kInputs});
+    const Tensor gpu_x = gpu.upload(x, gpu.dtype());
+    const Tensor gpu_w = gpu.upload(w, form());
+    Tensor gpu_y = device(DType::kF32, {tokens, kOutputs});
+    ops::linear(gpu.ctx(), {.x = gpu_x.view(), .w = gpu_w.view(), .y = gpu_y.view()});
+    Tensor y(DType::kF32, {tokens, kOutputs});
+    reference::linear({.x = x.view(), .w = w.view(), .y = y.view()});
+    expect_close(gpu.download(gpu_y), y, tolerance(DType::kF32, kInputs, form(), tokens));
+  }
+}
+
+TEST_P(CudaProduct, ARowOfManyDoesNotDependOnTheOthers) {
   Random random(11);
-  Gpu gpu(GetParam());
+  Gpu gpu(activations());
   constexpr std::int64_t kOutputs = 256;
   constexpr std::int64_t kInputs = 320;
   Tensor x = random.normal_tensor({2000, kInputs});
   Tensor w = random.normal_tensor({2 * kOutputs, kInputs});
   const Tensor gpu_x = gpu.upload(x, gpu.dtype());
-  const Tensor gpu_w = gpu.upload(w, gpu.dtype());
+  const Tensor gpu_w = gpu.upload(w, form());
   const auto gated = [&](std::int64_t rows) {
     Tensor y = device(gpu.dtype(), {rows, kOutputs});
     ops::linear_glu(
@@ -127,15 +173,55 @@ TEST_P(CudaLinear, ARowOfManyDoesNotDependOnTheOthers) {
   for (std::int64_t i = 0; i < 1029 * kOutputs; ++i) ASSERT_EQ(some.f32()[i], all.f32()[i]) << i;
 }
 
-// Rows of a bucket: 1 to 16, 17 to 32, 33 to 64 and so on.
-TEST_P(CudaLinear, ARowDoesNotDependOnTheOthersOfItsBucket) {
-  Random random(2);
+// Blocks that share a tile, in four parts of K and in two, and those that have whole ones; y and K
+// end within a tile.
+TEST_P(CudaLinear, SumsOfManyRowsEqualPlainAndDoNotDependOnTheOthers) {
+  Random random(12);
   Gpu gpu(GetParam());
+  struct Case {
+    std::int64_t tokens, fewer, outputs, k;
+  };
+  for (const Case& c : {Case{500, 257, 396, 520},
+                        {512, 300, 96, 264},
+                        {901, 513, 1160, 328},
+                        {2100, 2050, 1400, 264},
+                        {4100, 4097, 40, 200}}) {
+    SCOPED_TRACE(testing::Message() << c.tokens << " x " << c.outputs << " x " << c.k);
+    Tensor x = random.normal_tensor({c.tokens, c.k});
+    Tensor w = random.normal_tensor({c.outputs, c.k}, 1 / std::sqrt(static_cast<float>(c.k)));
+    Tensor sums = random.normal_tensor({c.tokens, c.outputs});
+    const Tensor gpu_x = gpu.upload(x, gpu.dtype());
+    const Tensor gpu_w = gpu.upload(w, gpu.dtype());
+    const auto added = [&](std::int64_t rows) {
+      Tensor y = gpu.upload(sums);
+      const Shape shape{rows, c.outputs};
+      ops::linear(gpu.ctx(), {.x = {gpu_x.view().data, gpu.dtype(), {rows, c.k}},
+                              .w = gpu_w.view(),
+                              .y = {y.view().data, DType::kF32, shape},
+                              .accumulate = true});
+      return gpu.download(y);
+    };
+    const Tensor all = added(c.tokens);
+    const Tensor some = added(c.fewer);
+    const std::int64_t size = c.fewer * c.outputs;
+    for (std::int64_t i = 0; i < size; ++i) ASSERT_EQ(some.f32()[i], all.f32()[i]) << i;
+    for (std::int64_t i = size; i < c.tokens * c.outputs; ++i) {
+      ASSERT_EQ(some.f32()[i], sums.f32()[i]) << i;
+    }
+    reference::linear({.x = x.view(), .w = w.view(), .y = sums.view(), .accumulate = true});
+    expect_close(all, sums, tolerance(DType::kF32, c.k));
+  }
+}
+
+// Rows of a bucket: 1 to 16, 17 to 32, 33 to 64 and so on.
+TEST_P(CudaProduct, ARowDoesNotDependOnTheOthersOfItsBucket) {
+  Random random(2);
+  Gpu gpu(activations());
   const std::int64_t k = 512;
   const std::int64_t outputs = 392;
   Tensor w = random.normal_tensor({outputs, k});
   Tensor x = random.normal_tensor({64, k});
-  const Tensor gpu_w = gpu.upload(w, gpu.dtype());
+  const Tensor gpu_w = gpu.upload(w, form());
   const Tensor gpu_x = gpu.upload(x, gpu.dtype());
   for (const auto& [all, some] : {std::pair{16, 1}, {16, 7}, {32, 17}, {64, 33}, {64, 50}}) {
     const auto product = [&](std::int64_t rows) {
@@ -168,6 +254,7 @@ TEST_P(CudaLinear, BackwardEqualsPlainOnAllShapes) {
     Tensor dw = random.normal_tensor({outputs, k});
     Tensor dbias = random.normal_tensor({outputs});
     const bool accumulate = round % 3 == 0;
+    const bool begins = round % 4 == 0;
     const DType dx_dtype = round % 2 == 0 ? DType::kF32 : gpu.dtype();
     // A float32 gradient that bfloat16 holds exactly is rounded without a trace.
     Tensor gpu_dy = gpu.upload(dy, gpu.dtype());
@@ -182,14 +269,14 @@ TEST_P(CudaLinear, BackwardEqualsPlainOnAllShapes) {
                                 .w = w.view(),
                                 .dx = dx.view(),
                                 .accumulate_dx = accumulate,
-                                .dw = dw.view(),
+                                .dw = {dw.view(), begins},
                                 .dbias = dbias.view()});
     ops::linear_backward(gpu.ctx(), {.dy = gpu_dy.view(),
                                      .x = gpu_x.view(),
                                      .w = gpu_w.view(),
                                      .dx = gpu_dx.view(),
                                      .accumulate_dx = accumulate,
-                                     .dw = gpu_dw.view(),
+                                     .dw = {gpu_dw.view(), begins},
                                      .dbias = gpu_dbias.view()});
     SCOPED_TRACE(testing::Message() << tokens << " x " << outputs << " x " << k);
     expect_close(gpu.download(gpu_dx), dx, tolerance(dx_dtype, outputs));
@@ -249,6 +336,9 @@ TEST_P(CudaLinear, RowsMayBeLongerThanTheirOutputs) {
   }
 }
 
+INSTANTIATE_TEST_SUITE_P(Forms, CudaProduct,
+                         testing::Values(DType::kF32, DType::kBF16, DType::kQ8, DType::kQ4),
+                         [](const auto& p) { return std::string(name_of(p.param)); });
 INSTANTIATE_TEST_SUITE_P(DTypes, CudaLinear, testing::Values(DType::kF32, DType::kBF16),
                          [](const auto& p) { return std::string(name_of(p.param)); });
 
@@ -260,8 +350,12 @@ Tensor normed(Tensor& x, Tensor& w, std::int64_t width) {
   return y;
 }
 
-TEST(CudaStep, FusedProjectionsEqualTheirParts) {
+// The parameter is the form of the weights but for those of β.
+class CudaStepOfForm : public EachDType {};
+
+TEST_P(CudaStepOfForm, FusedProjectionsEqualTheirParts) {
   Random random(3);
+  const DType form = GetParam();
   Gpu gpu(DType::kBF16);
   for (const std::int64_t batch : {1, 3, 8, 11, 16}) {
     const std::int64_t k = batch % 2 == 1 ? 512 : 2816;
@@ -271,7 +365,7 @@ TEST(CudaStep, FusedProjectionsEqualTheirParts) {
     Tensor conv_w = random.normal_tensor({40, 4});
     Tensor w_conv = random.normal_tensor({40, k});
     Tensor w_beta = random.normal_tensor({5, k}, 0.05F);
-    Tensor w_glu = random.normal_tensor({2 * 27, k}, 0.05F);
+    Tensor w_glu = random.normal_tensor({2 * 32, k}, 0.05F);
     Tensor w_add = random.normal_tensor({17, k});
     Tensor y_add = random.normal_tensor({batch, 17});
     std::vector<Tensor> states;
@@ -282,10 +376,10 @@ TEST(CudaStep, FusedProjectionsEqualTheirParts) {
     const Tensor gpu_x = gpu.upload(x);
     const Tensor gpu_norm = gpu.upload(norm);
     const Tensor gpu_conv = gpu.upload(conv_w);
-    const Tensor gpu_w[] = {gpu.upload(w_conv, DType::kBF16), gpu.upload(w_beta, DType::kBF16),
-                            gpu.upload(w_glu, DType::kBF16), gpu.upload(w_add, DType::kBF16)};
+    const Tensor gpu_w[] = {gpu.upload(w_conv, form), gpu.upload(w_beta, DType::kBF16),
+                            gpu.upload(w_glu, form), gpu.upload(w_add, form)};
     Tensor gpu_y[] = {device(DType::kF32, {batch, 40}), device(DType::kF32, {batch, 5}),
-                      device(DType::kBF16, {batch, 27}), gpu.upload(y_add)};
+                      device(DType::kBF16, {batch, 32}), gpu.upload(y_add)};
     const std::vector<float*> gpu_pointers = test::pointers(gpu_states);
     const StepLinearPart parts[] = {
         {.w = gpu_w[0].view(),
@@ -318,7 +412,7 @@ TEST(CudaStep, FusedProjectionsEqualTheirParts) {
                            .y = convolved.view()});
     Tensor beta = product(w_beta);
     reference::activation({.activation = Activation::kSigmoid, .x = beta.view()});
-    Tensor glu(DType::kF32, {batch, 27});
+    Tensor glu(DType::kF32, {batch, 32});
     const Tensor gate_up = product(w_glu);
     reference::glu({.gate_up = gate_up.view(), .y = glu.view()});
     reference::linear(
@@ -384,7 +478,8 @@ TEST(CudaStep, DeltaRuleEqualsPlain) {
 // A layer of a DeltaNet and a head, by steps.
 class Layer {
  public:
-  explicit Layer(Gpu& gpu) : gpu_(gpu) {
+  // With weights of a form, but for those of β.
+  Layer(Gpu& gpu, DType form) : gpu_(gpu), form_(form) {
     for (Tensor& proj : projections_) proj = matrix(kWidth, kWidth);
     for (Tensor& conv : convolutions_) conv = vector({kWidth, kStepConvWidth});
   }
@@ -419,10 +514,11 @@ class Layer {
   static constexpr std::int64_t kVocab = 40001;  // several groups of tiles a thread block
 
  private:
-  Tensor matrix(std::int64_t rows, std::int64_t columns) {
+  Tensor matrix(std::int64_t rows, std::int64_t columns) { return matrix(rows, columns, form_); }
+  Tensor matrix(std::int64_t rows, std::int64_t columns, DType form) {
     Tensor host =
         random_.normal_tensor({rows, columns}, 1 / std::sqrt(static_cast<float>(columns)));
-    return gpu_.upload(host, DType::kBF16);
+    return gpu_.upload(host, form);
   }
   Tensor vector(const Shape& shape) {
     Tensor host = random_.normal_tensor(shape);
@@ -478,10 +574,11 @@ class Layer {
   }
 
   Gpu& gpu_;
+  DType form_;
   Random random_{7};
   std::array<Tensor, 4> projections_;   // q, k, v, o [kWidth, kWidth]
   std::array<Tensor, 3> convolutions_;  // [kWidth, 4]
-  Tensor beta_ = matrix(kHeads, kWidth);
+  Tensor beta_ = matrix(kHeads, kWidth, DType::kBF16);
   Tensor gate_up_ = matrix(2 * kInner, kWidth);
   Tensor down_ = matrix(kWidth, kInner);
   Tensor head_ = matrix(kVocab, kWidth);
@@ -490,10 +587,10 @@ class Layer {
 };
 
 // Inputs of five products are rounded to bfloat16; at worst each rounding falls the other way.
-TEST(CudaStep, AProgramEqualsItsSteps) {
+TEST_P(CudaStepOfForm, AProgramEqualsItsSteps) {
   Random random(8);
   Gpu gpu(DType::kBF16);
-  Layer layer(gpu);
+  Layer layer(gpu, GetParam());
   for (const std::int64_t batch : {1, 3, 8, 11, 16}) {
     SCOPED_TRACE(testing::Message() << batch << " sequences");
     const Tensor inputs = random.normal_tensor({3, batch, Layer::kWidth});
@@ -502,10 +599,10 @@ TEST(CudaStep, AProgramEqualsItsSteps) {
   }
 }
 
-TEST(CudaStep, AProgramDoesNotDependOnTheBatch) {
+TEST_P(CudaStepOfForm, AProgramDoesNotDependOnTheBatch) {
   Random random(9);
   Gpu gpu(DType::kBF16);
-  Layer layer(gpu);
+  Layer layer(gpu, GetParam());
   const Tensor inputs = random.normal_tensor({3, 16, Layer::kWidth});
   const Tensor all = layer.run(inputs, 0, 16, true);
   expect_equal(layer.run(inputs, 0, 16, true), all);
@@ -518,32 +615,9 @@ TEST(CudaStep, AProgramDoesNotDependOnTheBatch) {
   }
 }
 
-TEST(CudaStep, GreedyTokenIsTheFirstOfTheLargest) {
-  Random random(5);
-  Gpu gpu(DType::kF32);
-  constexpr std::int64_t kStride = 5004;  // what lies behind the classes does not count
-  Tensor logits = random.normal_tensor({3, kStride});
-  for (const int i : {40, 4999, 4100, 5001}) logits.f32()[i] = 9;
-  logits.f32()[kStride] = 9;
-  logits.f32()[2 * kStride + 4999] = 9;
-  logits.f32()[2 * kStride + 5000] = 10;
-  const Tensor gpu_logits = gpu.upload(logits);
-  Tensor ids = device(DType::kI32, {3});
-  Tensor counts = device(DType::kI32, {3});
-  const auto memory = cuda::allocate_shared(2 * 3 * 4);
-  auto* history = static_cast<std::int32_t*>(memory.get());
-  for (int call = 0; call < 3; ++call) {  // the last one finds no room
-    ops::greedy_token(gpu.ctx(), {.logits = gpu_logits.view(),
-                                  .classes = 5000,
-                                  .ids = ids.view(),
-                                  .counts = counts.view(),
-                                  .history = history,
-                                  .capacity = 2});
-  }
-  gpu.ctx().synchronize();
-  const std::int32_t expected[] = {40, 0, 4999, 40, 0, 4999};
-  EXPECT_EQ(std::memcmp(history, expected, sizeof expected), 0);
-}
+INSTANTIATE_TEST_SUITE_P(Forms, CudaStepOfForm,
+                         testing::Values(DType::kBF16, DType::kQ8, DType::kQ4),
+                         [](const auto& p) { return std::string(name_of(p.param)); });
 
 }  // namespace
 }  // namespace deltafox

@@ -17,16 +17,9 @@
 namespace deltafox {
 namespace {
 
+using test::error_of;
 using test::Golden;
 using train::Parameters;
-
-// The cases of the architectures whose mixers have gradients on a GPU.
-std::vector<std::string> cases() {
-  std::vector<std::string> names = Golden::cases();
-  const auto missing = [](const std::string& name) { return name.starts_with("samba-"); };
-  names.erase(std::remove_if(names.begin(), names.end(), missing), names.end());
-  return names;
-}
 
 // A batch in the GPU's memory.
 class DeviceBatch {
@@ -210,11 +203,8 @@ TEST_P(CudaGradients, FiveStepsGiveTheOfficialLossesAndNorms) {
   }
 }
 
-INSTANTIATE_TEST_SUITE_P(Golden, CudaGradients, testing::ValuesIn(cases()), [](const auto& p) {
-  std::string name = p.param;
-  std::replace(name.begin(), name.end(), '-', '_');
-  return name;
-});
+INSTANTIATE_TEST_SUITE_P(Golden, CudaGradients, testing::ValuesIn(Golden::cases()),
+                         Golden::test_name);
 
 // Options of DeltaNet that no golden case has, against the CPU.
 class CudaDeltaNetOptions : public testing::TestWithParam<std::string> {

@@ -5,25 +5,15 @@
 #include "deltafox/error.h"
 #include "deltafox/generate.h"
 #include "deltafox/model.h"
+#include "infer/generation.h"
 
 namespace deltafox {
 namespace {
 
-using Ids = std::vector<std::int32_t>;
-using Prompts = std::vector<Ids>;
-
-Model tiny_model() {
-  static const Model model =
-      Model::load(std::string(DELTAFOX_TEST_DATA) + "/golden/delta_net-tiny");
-  return model;
-}
-
-GenerationConfig greedy(std::int64_t max_new_tokens) {
-  GenerationConfig config;
-  config.max_new_tokens = max_new_tokens;
-  config.eos_token_id.emplace();
-  return config;
-}
+using test::greedy;
+using test::Ids;
+using test::Prompts;
+using test::tiny_model;
 
 TEST(GenerateFromState, IsTheUnbrokenContinuation) {
   const Model model = tiny_model();

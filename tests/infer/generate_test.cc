@@ -11,27 +11,21 @@
 #include <set>
 
 #include "deltafox/error.h"
-#include "infer/golden.h"
+#include "infer/generation.h"
 #include "infer/sampler.h"
+#include "support/errors.h"
 
 namespace deltafox {
 
 namespace {
 
+using test::golden_model;
+using test::greedy;
+using test::Ids;
+using test::Prompts;
+using test::tiny_model;
 using testing::ElementsAre;
 using testing::HasSubstr;
-using Ids = std::vector<std::int32_t>;
-using Prompts = std::vector<Ids>;
-
-Model golden_model(const std::string& name, int threads = 1) {
-  LoadOptions options;
-  options.threads = threads;
-  return Model::load(test::golden_path(name), options);
-}
-
-Model tiny_model(int threads = 1) {
-  return golden_model("delta_net-tiny", threads);
-}
 
 // The golden checkpoints that hold `file` and are of an architecture that can be loaded.
 std::vector<std::string> loadable_checkpoints(const std::string& file) {
@@ -50,13 +44,6 @@ std::vector<std::string> loadable_checkpoints(const std::string& file) {
   return names;
 }
 
-GenerationConfig greedy(std::int64_t max_new_tokens) {
-  GenerationConfig config;
-  config.max_new_tokens = max_new_tokens;
-  config.eos_token_id.emplace();
-  return config;
-}
-
 GenerationConfig sampling(std::int64_t max_new_tokens, std::uint64_t seed = 1) {
   GenerationConfig config = greedy(max_new_tokens);
   config.do_sample = true;
@@ -70,12 +57,7 @@ Ids new_ids(const GeneratedSequence& sequence) {
 
 std::string error_of(const Prompts& prompts, const GenerationConfig& config,
                      const GenerateOptions& options = {}) {
-  try {
-    generate(tiny_model(), prompts, config, options);
-  } catch (const Error& error) {
-    return error.what();
-  }
-  return "no error";
+  return test::error_of([&] { generate(tiny_model(), prompts, config, options); });
 }
 
 const Prompts kRagged = {{17, 4, 99, 200, 31}, {5}, {8, 8, 120, 54, 3, 77, 90, 41, 11}};

@@ -8,20 +8,15 @@
 #include <functional>
 
 #include "deltafox/generate.h"
-#include "infer/golden.h"
+#include "infer/generation.h"
 
 namespace deltafox {
 
 namespace {
 
-using Ids = std::vector<std::int32_t>;
-using Prompts = std::vector<Ids>;
-
-Model tiny_model() {
-  LoadOptions options;
-  options.threads = 1;
-  return Model::load(test::golden_path("delta_net-tiny"), options);
-}
+using test::Ids;
+using test::Prompts;
+using test::tiny_model;
 
 std::string joined(const std::vector<std::string>& pieces) {
   std::string text;

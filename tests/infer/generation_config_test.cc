@@ -6,23 +6,15 @@
 #include <functional>
 #include <limits>
 
-#include "deltafox/error.h"
 #include "deltafox/generate.h"
+#include "support/errors.h"
 
 namespace deltafox {
 
 namespace {
 
+using test::error_of;
 using testing::ElementsAre;
-
-std::string error_of(const std::function<void()>& action) {
-  try {
-    action();
-  } catch (const Error& error) {
-    return error.what();
-  }
-  return "no error";
-}
 
 std::string parse_error(std::string_view text) {
   return error_of([&] { GenerationConfig::from_json(text, "g.json"); });

@@ -3,7 +3,7 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
-#include "deltafox/error.h"
+#include "support/errors.h"
 
 namespace deltafox::infer {
 namespace {
@@ -29,13 +29,8 @@ TEST(PaddedBatch, WithoutAMaskEveryPlaceIsAToken) {
 }
 
 TEST(PaddedBatch, NamesTheRowOfAMaskItCannotTake) {
-  const auto error_of = [](std::vector<std::uint8_t> mask) -> std::string {
-    try {
-      const PaddedBatch padded(kIds, mask, 3, 10);
-    } catch (const Error& error) {
-      return error.what();
-    }
-    return "no error";
+  const auto error_of = [](const std::vector<std::uint8_t>& mask) {
+    return test::error_of([&] { const PaddedBatch padded(kIds, mask, 3, 10); });
   };
   EXPECT_THAT(error_of({1, 1, 1, 1, 0, 1, 1, 1, 1}), testing::HasSubstr("row 11"));
   EXPECT_THAT(error_of({1, 1, 1, 1, 1, 1, 0, 0, 0}), testing::HasSubstr("row 12"));

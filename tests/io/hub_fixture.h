@@ -13,9 +13,9 @@
 #include <optional>
 #include <string>
 
-#include "deltafox/error.h"
 #include "deltafox/hub.h"
 #include "io/fake_hub.h"
+#include "support/errors.h"
 
 namespace deltafox::test {
 
@@ -77,18 +77,6 @@ class HubTest : public ::testing::Test {
   // The message of the Error that a pull throws.
   std::string pull_error() {
     return error_of([this] { pull(); });
-  }
-
-  template <typename Function>
-  static std::string error_of(const Function& function) {
-    try {
-      function();
-    } catch (const Error& error) {
-      EXPECT_EQ(std::string(error.what()).find('\n'), std::string::npos) << error.what();
-      return error.what();
-    }
-    ADD_FAILURE() << "no Error was thrown";
-    return {};
   }
 
   std::filesystem::path repository() const { return root_ / "hub" / "models--org--tiny"; }

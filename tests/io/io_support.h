@@ -1,4 +1,4 @@
-// What the tests of files share: a folder that goes when the test ends, and what an error says.
+// What the tests of files share: a folder that goes when the test ends.
 #pragma once
 
 #include <gtest/gtest.h>
@@ -13,7 +13,8 @@
 #include <stdexcept>
 #include <string>
 
-#include "deltafox/error.h"
+#include "core/tensor.h"
+#include "support/errors.h"
 
 namespace deltafox::io {
 
@@ -54,18 +55,7 @@ inline std::span<const std::byte> as_bytes(const std::string& text) {
   return std::as_bytes(std::span(text));
 }
 
-// What the Error says that `action` throws; every message is one line.
-template <typename Action>
-std::string error_of(Action&& action) {
-  try {
-    action();
-  } catch (const Error& error) {
-    const std::string what = error.what();
-    EXPECT_EQ(what.find('\n'), std::string::npos) << what;
-    return what;
-  }
-  return "no error";
-}
+using test::error_of;
 
 // No file of this process may grow beyond `bytes` while the object lives: a disk that is full.
 class FileSizeLimit {
@@ -86,5 +76,10 @@ class FileSizeLimit {
   rlimit before_{};
   void (*handler_)(int);
 };
+
+inline std::string bytes_of(const ConstTensorView& view) {
+  return {static_cast<const char*>(view.data),
+          static_cast<std::size_t>(view.shape.size()) * size_of(view.dtype)};
+}
 
 }  // namespace deltafox::io

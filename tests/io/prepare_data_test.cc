@@ -6,10 +6,10 @@
 
 #include <filesystem>
 
-#include "core/error.h"
 #include "deltafox/tokenizer.h"
 #include "io/text_corpus.h"
 #include "io/token_file.h"
+#include "support/errors.h"
 #include "support/random.h"
 #include "support/temporary.h"
 
@@ -51,15 +51,6 @@ class Prepare : public testing::Test {
     options.tokenizer = kGpt2;
     options.threads = 2;
     return options;
-  }
-  template <typename Action>
-  static std::string error_of(Action&& action) {
-    try {
-      action();
-    } catch (const Error& error) {
-      return error.what();
-    }
-    return "no error";
   }
 
   TemporaryDirectory directory_;

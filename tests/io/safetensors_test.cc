@@ -49,11 +49,6 @@ std::string braces(const std::string& members) {
   return fmt::format("{{{}}}", members);
 }
 
-std::string bytes_of(const ConstTensorView& view) {
-  return {static_cast<const char*>(view.data),
-          static_cast<std::size_t>(view.shape.size()) * size_of(view.dtype)};
-}
-
 std::vector<std::string> golden_files() {
   std::vector<std::string> paths;
   for (const auto& entry : fs::recursive_directory_iterator(DELTAFOX_TEST_DATA "/golden")) {

@@ -14,11 +14,6 @@ using testing::ElementsAre;
 using testing::EndsWith;
 using testing::Pair;
 
-std::string bytes_of(const ConstTensorView& view) {
-  return {static_cast<const char*>(view.data),
-          static_cast<std::size_t>(view.shape.size()) * size_of(view.dtype)};
-}
-
 TEST(SafetensorsWriter, WritesTheBytesOfTheReferenceImplementation) {
   int files = 0;
   for (const auto& entry :

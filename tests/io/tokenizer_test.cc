@@ -7,15 +7,16 @@
 #include <map>
 #include <thread>
 
-#include "deltafox/error.h"
 #include "io/bpe.h"
 #include "io/json_escape.h"
 #include "io/pretokenizer.h"
 #include "io/tokenizer_testing.h"
+#include "support/errors.h"
 
 namespace deltafox {
 namespace {
 
+using test::error_of;
 using Ids = std::vector<std::int32_t>;
 
 std::vector<std::string> pieces(std::string_view text) {
@@ -173,35 +174,25 @@ TEST(Tokenizer, KnowsItsSpecialTokens) {
   EXPECT_EQ(tokenizer.decode(Ids{64, 50256, 65}, true), "ab");
 }
 
-template <typename Function>
-std::string message_of(Function&& function) {
-  try {
-    function();
-  } catch (const Error& error) {
-    return error.what();
-  }
-  return "no error";
-}
-
 TEST(Tokenizer, RefusesTextThatIsNotUtf8) {
   const Tokenizer tokenizer = json_gpt2_tokenizer();
-  EXPECT_EQ(message_of([&] { tokenizer.encode("abc\xFF"); }), "the text is not UTF-8 at byte 3");
-  EXPECT_EQ(message_of([&] { tokenizer.encode("0123456789\xE2\x82"); }),
+  EXPECT_EQ(error_of([&] { tokenizer.encode("abc\xFF"); }), "the text is not UTF-8 at byte 3");
+  EXPECT_EQ(error_of([&] { tokenizer.encode("0123456789\xE2\x82"); }),
             "the text is not UTF-8 at byte 10");
-  EXPECT_EQ(message_of([&] { tokenizer.encode("é\xED\xA0\x80"); }),
+  EXPECT_EQ(error_of([&] { tokenizer.encode("é\xED\xA0\x80"); }),
             "the text is not UTF-8 at byte 2");
-  EXPECT_EQ(message_of([&] { tokenizer.encode("\xC0\x80"); }), "the text is not UTF-8 at byte 0");
-  EXPECT_EQ(message_of([&] { tokenizer.encode("\xF4\x90\x80\x80"); }),
+  EXPECT_EQ(error_of([&] { tokenizer.encode("\xC0\x80"); }), "the text is not UTF-8 at byte 0");
+  EXPECT_EQ(error_of([&] { tokenizer.encode("\xF4\x90\x80\x80"); }),
             "the text is not UTF-8 at byte 0");
 }
 
 TEST(Tokenizer, RefusesIdsOutOfRange) {
   const Tokenizer tokenizer = gpt2_tokenizer();
-  EXPECT_EQ(message_of([&] {
+  EXPECT_EQ(error_of([&] {
               tokenizer.decode(Ids{1, 50257});
             }),
             "token id 50257 is out of range, the vocabulary has 50257 ids");
-  EXPECT_EQ(message_of([&] { tokenizer.decode(Ids{-1}); }),
+  EXPECT_EQ(error_of([&] { tokenizer.decode(Ids{-1}); }),
             "token id -1 is out of range, the vocabulary has 50257 ids");
 }
 

@@ -202,11 +202,7 @@ TEST_P(GoldenModel, ForkingAndSavingAStateChangesNothing) {
 }
 
 INSTANTIATE_TEST_SUITE_P(Golden, GoldenModel, testing::ValuesIn(Golden::cases()),
-                         [](const auto& param) {
-                           std::string name = param.param;
-                           std::replace(name.begin(), name.end(), '-', '_');
-                           return name;
-                         });
+                         Golden::test_name);
 
 }  // namespace
 }  // namespace deltafox

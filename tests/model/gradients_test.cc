@@ -76,11 +76,7 @@ TEST_P(GoldenGradients, AreTheSameBitsWithRecomputationAndOnAnyNumberOfThreads) 
 }
 
 INSTANTIATE_TEST_SUITE_P(Golden, GoldenGradients, testing::ValuesIn(Golden::cases()),
-                         [](const auto& param) {
-                           std::string name = param.param;
-                           std::replace(name.begin(), name.end(), '-', '_');
-                           return name;
-                         });
+                         Golden::test_name);
 
 }  // namespace
 }  // namespace deltafox

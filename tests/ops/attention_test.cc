@@ -12,17 +12,13 @@
 #include "ops/rope.h"
 #include "ops/token_shift.h"
 #include "support/random.h"
+#include "support/tensors.h"
 
 namespace deltafox {
 namespace {
 
+using test::expect_near;
 using test::Random;
-
-void expect_near(const Tensor& got, const Tensor& expected, float tolerance) {
-  for (std::int64_t i = 0; i < got.view().shape.size(); ++i) {
-    ASSERT_NEAR(got.f32()[i], expected.f32()[i], tolerance) << "element " << i;
-  }
-}
 
 class AttentionOps : public testing::Test {
  protected:

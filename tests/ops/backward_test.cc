@@ -13,6 +13,7 @@
 #include "ops/rope.h"
 #include "ops/short_conv.h"
 #include "ops/token_shift.h"
+#include "support/activations.h"
 #include "support/gradients.h"
 
 namespace deltafox {
@@ -21,10 +22,6 @@ namespace {
 using test::dot;
 using test::GradientCheck;
 using test::Random;
-
-constexpr Activation kActivations[] = {Activation::kIdentity, Activation::kSilu,
-                                       Activation::kSigmoid, Activation::kRelu,
-                                       Activation::kEluPlusOne};
 
 // Away from the kink of ReLU, which finite differences must not cross.
 Tensor away_from_zero(Tensor x) {
@@ -52,7 +49,7 @@ void check(Random& random, std::vector<test::Input> inputs, Fast fast, Plain pla
 
 TEST(Backward, Activation) {
   Random random(1);
-  for (const Activation activation : kActivations) {
+  for (const Activation activation : test::kActivations) {
     Tensor x = away_from_zero(random.normal_tensor({random.integer(1, 50), random.integer(1, 99)}));
     const Tensor dy = random.normal_tensor(x.view().shape);
     check(
@@ -152,7 +149,7 @@ TEST(Backward, ForgetGate) {
 
 TEST(Backward, FeatureMap) {
   Random random(6);
-  for (const Activation activation : kActivations) {
+  for (const Activation activation : test::kActivations) {
     for (const FeatureNorm norm : {FeatureNorm::kNone, FeatureNorm::kL2, FeatureNorm::kSum}) {
       Tensor x =
           away_from_zero(random.normal_tensor({random.integer(1, 9), 3, random.integer(1, 70)}));
@@ -219,6 +216,53 @@ TEST(Backward, RmsNorm) {
   }
 }
 
+TEST(Backward, RmsNormFromWhatForwardGave) {
+  Random random(70);
+  for (int round = 0; round < 8; ++round) {
+    const std::int64_t groups = random.integer(1, 3);
+    const std::int64_t width = random.integer(2, 70);
+    const bool has_weight = round % 4 != 0;
+    Tensor x = random.normal_tensor({groups * random.integer(1, 40), width});
+    Tensor w = random.normal_tensor({groups * width});
+    w.f32()[0] = 0;
+    const Tensor dy = random.normal_tensor(x.view().shape);
+    const auto w_view = has_weight ? ConstTensorView(w.view()) : ConstTensorView();
+    Tensor y(DType::kF32, x.view().shape);
+    Tensor scales(DType::kF32, {x.view().shape[0]});
+    ThreadPool threads(1);
+    Context ctx(threads);
+    const RmsNormArgs forward{
+        .x = x.view(), .w = w_view, .y = y.view(), .scales = scales.view(), .eps = 1e-3F};
+    ops::rms_norm(ctx, forward);
+    Tensor plain_y = y;
+    Tensor plain_scales = scales;
+    RmsNormArgs plain = forward;
+    plain.y = plain_y.view();
+    plain.scales = plain_scales.view();
+    reference::rms_norm(plain);
+    test::expect_near(y, plain_y, 1e-6F * test::largest(plain_y));
+    test::expect_near(scales, plain_scales, 1e-6F * test::largest(plain_scales));
+    std::vector<test::Input> inputs{{"x", &x, round % 3 == 0}};
+    if (has_weight) inputs.push_back({"w", &w, true});
+    check(
+        random, inputs, ops::rms_norm_backward, reference::rms_norm_backward,
+        [&](auto&& op, std::vector<Tensor>& d) {
+          op(RmsNormBackwardArgs{.y = y.view(),
+                                 .scales = scales.view(),
+                                 .w = w_view,
+                                 .dy = dy.view(),
+                                 .dx = d[0].view(),
+                                 .accumulate_dx = round % 3 == 0,
+                                 .dw = has_weight ? d[1].view() : TensorView{}});
+        },
+        [&] {
+          Tensor again = x;
+          reference::rms_norm({.x = x.view(), .w = w_view, .y = again.view(), .eps = 1e-3F});
+          return dot(dy, again);
+        });
+  }
+}
+
 TEST(Backward, LogSigmoid) {
   Random random(8);
   for (const bool has_x : {true, false}) {
@@ -258,7 +302,7 @@ TEST(Backward, Linear) {
     Tensor bias = random.normal_tensor({columns});
     const Tensor dy = random.normal_tensor({rows, columns});
     check(
-        random, {{"x", &x, round % 2 == 0}, {"w", &w, true}, {"bias", &bias, true}},
+        random, {{"x", &x, round % 2 == 0}, {"w", &w, round % 3 != 0}, {"bias", &bias, true}},
         ops::linear_backward, reference::linear_backward,
         [&](auto&& op, std::vector<Tensor>& d) {
           op(LinearBackwardArgs{.dy = dy.view(),
@@ -266,7 +310,7 @@ TEST(Backward, Linear) {
                                 .w = w.view(),
                                 .dx = d[0].view(),
                                 .accumulate_dx = round % 2 == 0,
-                                .dw = d[1].view(),
+                                .dw = {d[1].view(), round % 3 == 0},
                                 .dbias = d[2].view()});
         },
         [&] {

@@ -9,16 +9,13 @@
 #include "ops/cross_entropy.h"
 #include "ops/embedding.h"
 #include "ops/rms_norm.h"
+#include "support/activations.h"
 #include "support/random.h"
 
 namespace deltafox {
 namespace {
 
 using test::Random;
-
-constexpr Activation kActivations[] = {Activation::kIdentity, Activation::kSilu,
-                                       Activation::kSigmoid, Activation::kRelu,
-                                       Activation::kEluPlusOne};
 
 class Elementwise : public testing::Test {
  protected:
@@ -36,7 +33,7 @@ class Elementwise : public testing::Test {
 };
 
 TEST_F(Elementwise, ActivationEqualsPlain) {
-  for (const Activation activation : kActivations) {
+  for (const Activation activation : test::kActivations) {
     Tensor x = random_.normal_tensor({random_.integer(1, 50), random_.integer(1, 99)}, 10);
     Tensor expected = x;
     ops::activation(ctx_, {activation, x.view()});
@@ -86,7 +83,7 @@ TEST_F(Elementwise, ForgetGateEqualsPlainAndKeepsTheGatesPrecision) {
 }
 
 TEST_F(Elementwise, FeatureMapEqualsPlain) {
-  for (const Activation activation : kActivations) {
+  for (const Activation activation : test::kActivations) {
     for (const FeatureNorm norm : {FeatureNorm::kNone, FeatureNorm::kL2, FeatureNorm::kSum}) {
       Tensor x = random_.normal_tensor({random_.integer(1, 9), 3, random_.integer(1, 70)});
       if (norm == FeatureNorm::kSum) {  // a sum near zero would magnify rounding without bound

@@ -22,7 +22,7 @@ std::vector<float> unpacked(const Tensor& packed, std::int64_t row) {
 }
 
 // Σ (w − ŵ)² / Σ w²
-double relative_error(const Tensor& w, const Tensor& packed) {
+double packing_error(const Tensor& w, const Tensor& packed) {
   double error = 0;
   double total = 0;
   const std::int64_t depth = w.view().shape[1];
@@ -76,7 +76,7 @@ TEST(Quantize, FourBitsOfNormalWeightsLoseLessThanAHundredthOfTheSquare) {
   const Tensor w = random.normal_tensor({48, 512}, 0.02F);
   Tensor packed(DType::kQ4, {48, 512});
   ops::quantize(ctx, {.w = w.view(), .packed = packed.view()});
-  EXPECT_LT(relative_error(w, packed), 0.01);
+  EXPECT_LT(packing_error(w, packed), 0.01);
 }
 
 TEST(Quantize, ZerosAndMultiplesOfTheScaleAreExact) {

@@ -36,9 +36,9 @@ void normalise_rows(Tensor& x) {
   }
 }
 
-struct DeltaCase {
-  DeltaCase(Random& random, Lengths lengths, std::int64_t heads, std::int64_t key_dim,
-            std::int64_t value_dim, bool has_beta)
+struct DeltaGradients {
+  DeltaGradients(Random& random, Lengths lengths, std::int64_t heads, std::int64_t key_dim,
+                 std::int64_t value_dim, bool has_beta)
       : cu(std::move(lengths)),
         q(random.normal_tensor({cu.back(), heads, key_dim})),
         k(random.normal_tensor({cu.back(), heads, key_dim})),
@@ -87,9 +87,9 @@ struct DeltaCase {
   bool use_beta;
 };
 
-struct GlaCase {
-  GlaCase(Random& random, Lengths lengths, std::int64_t heads, std::int64_t key_dim,
-          std::int64_t value_dim)
+struct GlaGradients {
+  GlaGradients(Random& random, Lengths lengths, std::int64_t heads, std::int64_t key_dim,
+               std::int64_t value_dim)
       : cu(std::move(lengths)),
         q(random.normal_tensor({cu.back(), heads, key_dim})),
         k(random.normal_tensor({cu.back(), heads, key_dim})),
@@ -133,9 +133,9 @@ struct GlaCase {
   Tensor q, k, g, v, dy;
 };
 
-struct SsdCase {
-  SsdCase(Random& random, Lengths lengths, std::int64_t num_groups, std::int64_t group_heads,
-          std::int64_t dim, std::int64_t state_size, bool clamps)
+struct SsdGradients {
+  SsdGradients(Random& random, Lengths lengths, std::int64_t num_groups, std::int64_t group_heads,
+               std::int64_t dim, std::int64_t state_size, bool clamps)
       : cu(std::move(lengths)),
         heads(num_groups * group_heads),
         groups(num_groups),
@@ -198,8 +198,9 @@ struct SsdCase {
   float dt_min, dt_max;
 };
 
-struct ScanCase {
-  ScanCase(Random& random, Lengths lengths, std::int64_t channels, std::int64_t size, bool has_gate)
+struct ScanGradients {
+  ScanGradients(Random& random, Lengths lengths, std::int64_t channels, std::int64_t size,
+                bool has_gate)
       : cu(std::move(lengths)),
         x(random.normal_tensor({cu.back(), channels})),
         dt(random.normal_tensor({cu.back(), channels})),
@@ -261,9 +262,9 @@ struct ScanCase {
   bool use_gate;
 };
 
-struct AttentionCase {
-  AttentionCase(Random& random, Lengths lengths, std::int64_t kv_heads, std::int64_t group,
-                std::int64_t dim, bool has_gates)
+struct AttentionGradients {
+  AttentionGradients(Random& random, Lengths lengths, std::int64_t kv_heads, std::int64_t group,
+                     std::int64_t dim, bool has_gates)
       : cu(std::move(lengths)),
         q(random.normal_tensor({cu.back(), kv_heads * group, dim})),
         k(random.normal_tensor({cu.back(), kv_heads, dim})),
@@ -351,9 +352,9 @@ void check(Random& random, Case& c, Fast fast, Plain plain, bool slopes) {
 TEST(DeltaRuleBackward, ChunkedEqualsRecurrent) {
   Random random(21);
   for (int round = 0; round < 10; ++round) {
-    DeltaCase c(random, random.lengths(2, 150), random.integer(1, 2), random.integer(1, 40),
-                random.integer(1, 40), round % 3 != 0);
-    if (round % 5 == 0) c = DeltaCase(random, {0, 64, 192}, 1, 16, 32, true);
+    DeltaGradients c(random, random.lengths(2, 150), random.integer(1, 2), random.integer(1, 40),
+                     random.integer(1, 40), round % 3 != 0);
+    if (round % 5 == 0) c = DeltaGradients(random, {0, 64, 192}, 1, 16, 32, true);
     check(random, c, ops::delta_rule_backward, reference::delta_rule_backward, false);
   }
 }
@@ -361,7 +362,7 @@ TEST(DeltaRuleBackward, ChunkedEqualsRecurrent) {
 TEST(DeltaRuleBackward, EqualsFiniteDifferences) {
   Random random(22);
   for (const bool has_beta : {true, false}) {
-    DeltaCase c(random, {0, 9, 10}, 2, 5, 4, has_beta);
+    DeltaGradients c(random, {0, 9, 10}, 2, 5, 4, has_beta);
     check(random, c, ops::delta_rule_backward, reference::delta_rule_backward, true);
   }
 }
@@ -369,38 +370,38 @@ TEST(DeltaRuleBackward, EqualsFiniteDifferences) {
 TEST(GlaBackward, FastEqualsPlain) {
   Random random(23);
   for (int round = 0; round < 10; ++round) {
-    GlaCase c(random, random.lengths(2, 70), random.integer(1, 3), random.integer(1, 20),
-              random.integer(1, 40));
+    GlaGradients c(random, random.lengths(2, 70), random.integer(1, 3), random.integer(1, 20),
+                   random.integer(1, 40));
     check(random, c, ops::gla_backward, reference::gla_backward, false);
   }
 }
 
 TEST(GlaBackward, EqualsFiniteDifferences) {
   Random random(24);
-  GlaCase c(random, {0, 9, 10}, 2, 5, 4);
+  GlaGradients c(random, {0, 9, 10}, 2, 5, 4);
   check(random, c, ops::gla_backward, reference::gla_backward, true);
 }
 
 TEST(SsdBackward, FastEqualsPlain) {
   Random random(25);
   for (int round = 0; round < 10; ++round) {
-    SsdCase c(random, random.lengths(2, 70), random.integer(1, 2), random.integer(1, 3),
-              random.integer(1, 20), random.integer(1, 20), round % 2 == 0);
+    SsdGradients c(random, random.lengths(2, 70), random.integer(1, 2), random.integer(1, 3),
+                   random.integer(1, 20), random.integer(1, 20), round % 2 == 0);
     check(random, c, ops::ssd_backward, reference::ssd_backward, false);
   }
 }
 
 TEST(SsdBackward, EqualsFiniteDifferences) {
   Random random(26);
-  SsdCase c(random, {0, 9, 10}, 2, 2, 5, 4, false);
+  SsdGradients c(random, {0, 9, 10}, 2, 2, 5, 4, false);
   check(random, c, ops::ssd_backward, reference::ssd_backward, true);
 }
 
 TEST(SelectiveScanBackward, FastEqualsPlain) {
   Random random(27);
   for (int round = 0; round < 10; ++round) {
-    ScanCase c(random, random.lengths(2, 50), random.integer(1, 90), random.integer(1, 20),
-               round % 3 != 0);
+    ScanGradients c(random, random.lengths(2, 50), random.integer(1, 90), random.integer(1, 20),
+                    round % 3 != 0);
     check(random, c, ops::selective_scan_backward, reference::selective_scan_backward, false);
   }
 }
@@ -408,7 +409,7 @@ TEST(SelectiveScanBackward, FastEqualsPlain) {
 TEST(SelectiveScanBackward, EqualsFiniteDifferences) {
   Random random(28);
   for (const bool has_gate : {true, false}) {
-    ScanCase c(random, {0, 9, 10}, 5, 4, has_gate);
+    ScanGradients c(random, {0, 9, 10}, 5, 4, has_gate);
     check(random, c, ops::selective_scan_backward, reference::selective_scan_backward, true);
   }
 }
@@ -416,8 +417,8 @@ TEST(SelectiveScanBackward, EqualsFiniteDifferences) {
 TEST(ForgettingAttentionBackward, FastEqualsPlain) {
   Random random(29);
   for (int round = 0; round < 12; ++round) {
-    AttentionCase c(random, random.lengths(2, 200), random.integer(1, 2), random.integer(1, 2),
-                    random.integer(1, 40), round % 3 != 0);
+    AttentionGradients c(random, random.lengths(2, 200), random.integer(1, 2), random.integer(1, 2),
+                         random.integer(1, 40), round % 3 != 0);
     if (round % 4 == 1) c.window = random.integer(1, 150);
     c.use_lse = round % 2 == 0;
     check(random, c, ops::forgetting_attention_backward, reference::forgetting_attention_backward,
@@ -428,7 +429,7 @@ TEST(ForgettingAttentionBackward, FastEqualsPlain) {
 TEST(ForgettingAttentionBackward, EqualsFiniteDifferences) {
   Random random(30);
   for (const bool has_gates : {true, false}) {
-    AttentionCase c(random, {0, 9, 10}, 2, 2, 5, has_gates);
+    AttentionGradients c(random, {0, 9, 10}, 2, 2, 5, has_gates);
     if (has_gates) c.window = 4;
     check(random, c, ops::forgetting_attention_backward, reference::forgetting_attention_backward,
           true);
@@ -438,7 +439,7 @@ TEST(ForgettingAttentionBackward, EqualsFiniteDifferences) {
 // With gates of e^-1 and less a token, all but the last pages weigh less than e^-20.
 TEST(ForgettingAttentionBackward, PruningChangesGradientsByNoMoreThanItsTolerance) {
   Random random(31);
-  AttentionCase c(random, {0, 400}, 1, 2, 8, true);
+  AttentionGradients c(random, {0, 400}, 1, 2, 8, true);
   for (std::int64_t i = 0; i < c.gates.view().shape.size(); ++i) c.gates.f32()[i] -= 1;
   for (std::int64_t i = 0; i < c.q.view().shape.size(); ++i) c.q.f32()[i] *= 0.1F;
   c.tolerance = -20.0F;

@@ -1,6 +1,8 @@
 // The golden cases in tests/data/golden, and short ways to run a model on them.
 #pragma once
 
+#include <gtest/gtest.h>
+
 #include <algorithm>
 #include <filesystem>
 #include <span>
@@ -22,6 +24,13 @@ class Golden {
     }
     std::sort(names.begin(), names.end());
     return names;
+  }
+
+  // Of a parametrised test's case.
+  static std::string test_name(const testing::TestParamInfo<std::string>& info) {
+    std::string name = info.param;
+    std::replace(name.begin(), name.end(), '-', '_');
+    return name;
   }
 
   explicit Golden(const std::string& name)

@@ -10,8 +10,8 @@
 #include <string>
 #include <vector>
 
-#include "core/error.h"
 #include "io/token_file.h"
+#include "support/errors.h"
 #include "support/temporary.h"
 #include "train/trainer.h"
 
@@ -66,15 +66,6 @@ class Training : public testing::Test {
     }
     std::sort(names.begin(), names.end());
     return names;
-  }
-  template <typename Action>
-  static std::string error_of(Action&& action) {
-    try {
-      action();
-    } catch (const Error& error) {
-      return error.what();
-    }
-    return "no error";
   }
 
   Device device_;

@@ -8,7 +8,7 @@
 #include <nlohmann/json.hpp>
 #include <set>
 
-#include "core/error.h"
+#include "support/errors.h"
 #include "support/temporary.h"
 
 namespace deltafox::test {
@@ -38,16 +38,6 @@ std::vector<std::int32_t> flat(const nlohmann::json& rows) {
     for (const auto& id : row) ids.push_back(id.get<std::int32_t>());
   }
   return ids;
-}
-
-template <typename Action>
-std::string error_of(Action&& action) {
-  try {
-    action();
-  } catch (const Error& error) {
-    return error.what();
-  }
-  return "no error";
 }
 
 class Order : public testing::TestWithParam<const char*> {};

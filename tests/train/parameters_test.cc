@@ -114,11 +114,7 @@ TEST_P(Golden5Steps, LeaveMatricesOfBFloat16Rounded) {
 }
 
 INSTANTIATE_TEST_SUITE_P(Cases, Golden5Steps, testing::ValuesIn(Golden::cases()),
-                         [](const auto& param) {
-                           std::string name = param.param;
-                           std::replace(name.begin(), name.end(), '-', '_');
-                           return name;
-                         });
+                         Golden::test_name);
 
 }  // namespace
 }  // namespace deltafox::test

@@ -73,7 +73,7 @@ void linear_backward(const LinearBackwardArgs& args) {
     args.dx.f32()[i] = static_cast<float>(sum);
   }
   for (std::int64_t i = 0; args.dw.data != nullptr && i < columns * depth; ++i) {
-    double sum = args.dw.f32()[i];
+    double sum = args.dw.begins ? 0 : args.dw.f32()[i];
     for (std::int64_t t = 0; t < rows; ++t) {
       sum += static_cast<double>(dy[t * columns + i / depth]) * args.x.f32()[t * depth + i % depth];
     }

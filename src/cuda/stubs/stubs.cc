@@ -3,6 +3,8 @@
 #include "core/error.h"
 #include "ops/activation.h"
 #include "ops/adamw.h"
+#include "ops/attention_step.h"
+#include "ops/choose_token.h"
 #include "ops/cross_entropy.h"
 #include "ops/delta_mixer.h"
 #include "ops/delta_rule.h"
@@ -13,6 +15,7 @@
 #include "ops/kv_append.h"
 #include "ops/linear.h"
 #include "ops/log_sigmoid.h"
+#include "ops/quantize.h"
 #include "ops/rms_norm.h"
 #include "ops/rope.h"
 #include "ops/selective_scan.h"
@@ -108,6 +111,12 @@ void adamw_step(Context& /*ctx*/, const AdamWStepArgs& /*args*/) {
 double sum_of_squares(Context& /*ctx*/, const ConstTensorView& /*x*/) {
   fail_without_cuda();
 }
+void attention_step(Context& /*ctx*/, const AttentionStepArgs& /*args*/) {
+  fail_without_cuda();
+}
+void choose_token(Context& /*ctx*/, const ChooseTokenArgs& /*args*/) {
+  fail_without_cuda();
+}
 void cross_entropy(Context& /*ctx*/, const CrossEntropyArgs& /*args*/) {
   fail_without_cuda();
 }
@@ -115,6 +124,9 @@ void cross_entropy_backward(Context& /*ctx*/, const CrossEntropyBackwardArgs& /*
   fail_without_cuda();
 }
 void delta_inputs(Context& /*ctx*/, const DeltaInputsArgs& /*args*/) {
+  fail_without_cuda();
+}
+void delta_inputs_backward(Context& /*ctx*/, const DeltaInputsBackwardArgs& /*args*/) {
   fail_without_cuda();
 }
 void delta_token(Context& /*ctx*/, const DeltaTokenArgs& /*args*/) {
@@ -148,10 +160,16 @@ void gate_backward(Context& /*ctx*/, const GateBackwardArgs& /*args*/) {
 void gla(Context& /*ctx*/, const GlaArgs& /*args*/) {
   fail_without_cuda();
 }
+void gla_step(Context& /*ctx*/, const GlaStepArgs& /*args*/) {
+  fail_without_cuda();
+}
 void gla_backward(Context& /*ctx*/, const GlaBackwardArgs& /*args*/) {
   fail_without_cuda();
 }
 void kv_append(Context& /*ctx*/, const KvAppendArgs& /*args*/) {
+  fail_without_cuda();
+}
+void arrange_packed(Context& /*ctx*/, const TensorView& /*packed*/) {
   fail_without_cuda();
 }
 void linear(Context& /*ctx*/, const LinearArgs& /*args*/) {
@@ -184,6 +202,9 @@ void rope_backward(Context& /*ctx*/, const RopeBackwardArgs& /*args*/) {
 void selective_scan(Context& /*ctx*/, const SelectiveScanArgs& /*args*/) {
   fail_without_cuda();
 }
+void selective_scan_backward(Context& /*ctx*/, const SelectiveScanBackwardArgs& /*args*/) {
+  fail_without_cuda();
+}
 void short_conv(Context& /*ctx*/, const ShortConvArgs& /*args*/) {
   fail_without_cuda();
 }
@@ -194,6 +215,9 @@ bool short_conv_backward_has_norm(const ShortConvBackwardArgs& /*args*/) {
   fail_without_cuda();
 }
 void ssd(Context& /*ctx*/, const SsdArgs& /*args*/) {
+  fail_without_cuda();
+}
+void ssd_step(Context& /*ctx*/, const SsdStepArgs& /*args*/) {
   fail_without_cuda();
 }
 void ssd_backward(Context& /*ctx*/, const SsdBackwardArgs& /*args*/) {
@@ -219,9 +243,6 @@ void run_step_program(Context& /*ctx*/) {
   fail_without_cuda();
 }
 void end_step_program(Context& /*ctx*/) {
-  fail_without_cuda();
-}
-void greedy_token(Context& /*ctx*/, const GreedyTokenArgs& /*args*/) {
   fail_without_cuda();
 }
 

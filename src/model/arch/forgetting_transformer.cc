@@ -37,7 +37,7 @@ Init forget_gate_bias_init(const io::JsonObject& config, ForgetGate gate) {
   return given ? Init::decay_times(*min, *max) : Init::constant(0);
 }
 
-QkNorm qk_norm(const io::JsonObject& config) {
+QkNorm qk_norm_kind(const io::JsonObject& config) {
   const bool shared = config.boolean("qk_norm_share_param_across_head", false);
   if (!config.boolean("qk_norm", false)) return QkNorm::kNone;
   return shared ? QkNorm::kShared : QkNorm::kPerHead;
@@ -49,7 +49,7 @@ CausalLM build_forgetting_transformer(const io::JsonObject& config) {
   AttentionMixer::Config mixer = attention_config(config, false);
   mixer.forget_gate = forget_gate(config);
   mixer.forget_gate_bias_init = forget_gate_bias_init(config, mixer.forget_gate);
-  mixer.qk_norm = qk_norm(config);
+  mixer.qk_norm = qk_norm_kind(config);
   mixer.use_k_shift = config.boolean("use_k_shift", false);
   mixer.use_v_shift = config.boolean("use_v_shift", false);
   mixer.use_output_gate = config.boolean("use_output_gate", false);

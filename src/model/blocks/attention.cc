@@ -2,9 +2,11 @@
 
 #include <algorithm>
 #include <cmath>
+#include <numeric>
 
 #include "model/blocks/projection.h"
 #include "ops/activation.h"
+#include "ops/attention_step.h"
 #include "ops/forgetting_attention.h"
 #include "ops/gate.h"
 #include "ops/kv_append.h"
@@ -12,6 +14,7 @@
 #include "ops/log_sigmoid.h"
 #include "ops/rms_norm.h"
 #include "ops/rope.h"
+#include "ops/step.h"
 #include "ops/token_shift.h"
 
 namespace deltafox {
@@ -166,18 +169,30 @@ std::span<const float> AttentionMixer::score_bounds(ScratchScope& scratch) const
   return bounds;
 }
 
-void AttentionMixer::attend(Context& ctx, const TensorView& q, const TensorView& k,
-                            const TensorView& v, const TensorView& gates,
-                            const Sequences& sequences, std::span<State* const> states,
-                            const TensorView& o, const TensorView& lse) const {
-  ScratchScope scratch(ctx);
+std::span<KvCache*> AttentionMixer::extended(ScratchScope& scratch, const Sequences& sequences,
+                                             std::span<State* const> states,
+                                             std::span<std::int64_t> positions) {
   const std::span<KvCache*> caches = scratch.array<KvCache*>(sequences.count());
-  const std::span<std::int64_t> positions = scratch.array<std::int64_t>(sequences.count());
   for (std::size_t b = 0; b < states.size(); ++b) {
     caches[b] = &states[b]->cache;
     positions[b] = caches[b]->length();
     caches[b]->extend(sequences.length(static_cast<std::int64_t>(b)));
   }
+  return caches;
+}
+
+void AttentionMixer::drop_unseen(const Context& ctx, std::span<KvCache* const> caches) {
+  if (ctx.recorded_runs() != nullptr) return;  // the first run sees what this recording sees
+  for (KvCache* cache : caches) cache->drop_unseen();
+}
+
+void AttentionMixer::attend(Context& ctx, const TensorView& q, const TensorView& k,
+                            const TensorView& v, const TensorView& gates,
+                            const Sequences& sequences, std::span<State* const> states,
+                            const TensorView& o, const TensorView& lse) const {
+  ScratchScope scratch(ctx);
+  const std::span<std::int64_t> positions = scratch.array<std::int64_t>(sequences.count());
+  const std::span<KvCache*> caches = extended(scratch, sequences, states, positions);
   if (config_.use_rope) {
     ops::rope(ctx, {.q = q,
                     .k = k,
@@ -195,7 +210,7 @@ void AttentionMixer::attend(Context& ctx, const TensorView& q, const TensorView&
                                   .bf16_products = weights_.q_proj.value.dtype != DType::kF32,
                                   .o = o,
                                   .lse = lse});
-  for (KvCache* cache : caches) cache->drop_unseen();
+  drop_unseen(ctx, caches);
 }
 
 TensorView AttentionMixer::output(Context& ctx, ScratchScope& scratch, const Saved& saved) const {
@@ -270,20 +285,94 @@ void AttentionMixer::forward(Context& ctx, const ConstTensorView& x, const Seque
   *saved = kept;
 }
 
-void AttentionMixer::add_again(Context& ctx, const Saved& saved, const ConstTensorView& residual,
-                               const TensorView& hidden) const {
-  add_output(ctx, saved.output, weights_.o_proj, {}, residual, hidden);
+bool AttentionMixer::has_step() const {
+  const std::int64_t width = config_.num_heads * config_.head_dim;
+  const bool key_norms = config_.forget_gate != ForgetGate::kNone &&
+                         config_.log_pruning_tolerance && config_.qk_norm == QkNorm::kNone;
+  return (config_.head_dim == 64 || config_.head_dim == 128) && !key_norms &&
+         config_.hidden_size % 256 == 0 && width % 256 == 0 &&
+         weights_.q_proj.value.dtype != DType::kF32;
+}
+
+void AttentionMixer::step(Context& ctx, const ConstTensorView& norm, float eps,
+                          std::span<State* const> states, const TensorView& hidden) const {
+  const std::int64_t batch = hidden.shape[0];
+  const std::int64_t heads = config_.num_heads;
+  const std::int64_t keys = config_.num_kv_heads;
+  const std::int64_t dim = config_.head_dim;
+  ScratchScope scratch(ctx);
+  const std::span<StepLinearPart> parts = scratch.array<StepLinearPart>(kStepLinearParts);
+  std::size_t count = 0;
+  // A product of the normed stream [B, N]; no data without its weight.
+  const auto projected = [&](const std::optional<Param>& w,
+                             StepEpilogue epilogue = StepEpilogue::kStore) -> TensorView {
+    if (!w) return {};
+    const TensorView y = scratch.tensor({batch, w->shape[0]});
+    parts[count++] = {.w = w->value, .y = y, .epilogue = epilogue};
+    return y;
+  };
+  const auto shift_states = [&](Tensor State::*state) {
+    return (states[0]->*state).bytes() > 0 ? state_pointers(scratch, states, state)
+                                           : std::span<float*>{};
+  };
+  const TensorView q = projected(weights_.q_proj);
+  const TensorView k = projected(weights_.k_proj);
+  const TensorView v = projected(weights_.v_proj);
+  const TensorView k_alpha = projected(weights_.k_shift_proj, StepEpilogue::kSigmoid);
+  const TensorView v_alpha = projected(weights_.v_shift_proj, StepEpilogue::kSigmoid);
+  const TensorView gates = projected(weights_.fgate_proj);
+  ops::step_linear(ctx, {.x = hidden, .norm = norm, .norm_eps = eps, .parts = parts.first(count)});
+  count = 0;
+  const TensorView output_gate = projected(weights_.ogate_proj);
+  if (count > 0) {
+    ops::step_linear(ctx,
+                     {.x = hidden, .norm = norm, .norm_eps = eps, .parts = parts.first(count)});
+  }
+
+  const std::span<std::int64_t> cu_seqlens = scratch.array<std::int64_t>(batch + 1);
+  std::iota(cu_seqlens.begin(), cu_seqlens.end(), 0);
+  const std::span<KvCache*> caches =
+      extended(scratch, Sequences(cu_seqlens), states, scratch.array<std::int64_t>(batch));
+  const TensorView o = scratch.activation({batch, heads * dim});
+  ops::attention_step(
+      ctx, {.q = q.reshaped({batch, heads, dim}),
+            .k = k.reshaped({batch, keys, dim}),
+            .v = v.reshaped({batch, keys, dim}),
+            .k_alpha = k_alpha,
+            .v_alpha = v_alpha,
+            .k_shift_states = shift_states(&State::k_shift),
+            .v_shift_states = shift_states(&State::v_shift),
+            .q_norm = value_of(weights_.q_norm),
+            .k_norm = value_of(weights_.k_norm),
+            .qk_norm_eps = kQkNormEps,
+            .rope_base = config_.use_rope ? std::optional(config_.rope_base) : std::nullopt,
+            .gates = gates,
+            .gate_bias = value_of(weights_.fgate_bias),
+            .caches = caches,
+            .log_pruning_tolerance = config_.log_pruning_tolerance,
+            .score_bounds = score_bounds(scratch),
+            .output_norm = value_of(weights_.output_norm),
+            .output_norm_eps = config_.norm_eps,
+            .output_gate = output_gate,
+            .output_gate_activation = config_.output_gate_activation,
+            .o = o});
+  drop_unseen(ctx, caches);
+  const StepLinearPart output{
+      .w = weights_.o_proj.value, .y = hidden, .epilogue = StepEpilogue::kAdd};
+  ops::step_linear(ctx, {.x = o, .parts = {&output, 1}});
 }
 
 void AttentionMixer::output_backward(Context& ctx, const Saved& saved, const TensorView& dy,
                                      const TensorView& d_o, const TensorView& dgate,
                                      Gradients& gradients) const {
-  const Shape flat = saved.output.shape;  // [T, H·D]
+  ScratchScope scratch(ctx);
+  const TensorView gated = output(ctx, scratch, saved);  // [T, H·D]
+  const Shape& flat = gated.shape;
   ops::linear_backward(ctx, {.dy = dy,
-                             .x = saved.output,
+                             .x = gated,
                              .w = weights_.o_proj.value,
                              .dx = d_o.reshaped(flat),
-                             .dw = gradients.of(weights_.o_proj)});
+                             .dw = gradients.sum_of(weights_.o_proj)});
   if (weights_.output_norm) {
     const Shape rows{d_o.shape[0] * d_o.shape[1], d_o.shape[2]};
     ops::rms_norm_backward(ctx,
@@ -374,14 +463,14 @@ void AttentionMixer::shifted_backward(Context& ctx, const ConstTensorView& x,
                                .w = shift_proj->value,
                                .dx = dx,
                                .accumulate_dx = true,
-                               .dw = gradients.of(shift_proj)});
+                               .dw = gradients.sum_of(shift_proj)});
   }
   ops::linear_backward(ctx, {.dy = dprojected.reshaped({x.shape[0], proj.shape[0]}),
                              .x = x,
                              .w = proj.value,
                              .dx = dx,
                              .accumulate_dx = true,
-                             .dw = gradients.of(proj)});
+                             .dw = gradients.sum_of(proj)});
 }
 
 void AttentionMixer::backward(Context& ctx, const ConstTensorView& x, const Sequences& sequences,
@@ -395,7 +484,7 @@ void AttentionMixer::backward(Context& ctx, const ConstTensorView& x, const Sequ
   const TensorView dgates =
       weights_.fgate_bias ? scratch.like(saved.log_gates) : TensorView{};  // [T, H]
   const TensorView dgate =
-      weights_.ogate_proj ? scratch.like(saved.output) : TensorView{};  // [T, H·D]
+      weights_.ogate_proj ? scratch.like(saved.gate) : TensorView{};  // [T, H·D]
   output_backward(ctx, saved, dy, d_o, dgate, gradients);
   attend_backward(ctx, sequences, saved, d_o, dq, dk, dv, dgates, gradients);
   const auto through_projection = [&](const Param& proj, const TensorView& d, bool first = false) {
@@ -404,7 +493,7 @@ void AttentionMixer::backward(Context& ctx, const ConstTensorView& x, const Sequ
                                .w = proj.value,
                                .dx = dx,
                                .accumulate_dx = !first,
-                               .dw = gradients.of(proj)});
+                               .dw = gradients.sum_of(proj)});
   };
   through_projection(weights_.q_proj, dq, true);
   shifted_backward(ctx, x, sequences, weights_.k_proj, weights_.k_shift_proj, saved.k_before, dk,

@@ -106,7 +106,6 @@ class AttentionMixer {
     TensorView lse;              // [T, H] of the scores, on a GPU
     TensorView o;                // [T, H, D] before norm and gate
     TensorView gate;             // [T, H·D], with ogate_proj
-    TensorView output;           // [T, H·D] what o_proj reads; see restore_output
   };
 
   explicit AttentionMixer(const Config& config);
@@ -119,17 +118,13 @@ class AttentionMixer {
                std::span<State* const> states, const TensorView& hidden, Saved* saved = nullptr,
                const ConstTensorView& residual = {}) const;
 
-  // saved.output, which forward does not keep, in scratch memory.
-  void restore_output(Context& ctx, ScratchScope& scratch, Saved& saved) const {
-    saved.output = output(ctx, scratch, saved);
-  }
-  // hidden [T, C] = residual [T, C] + what forward added: its last product once more, after
-  // restore_output.
-  void add_again(Context& ctx, const Saved& saved, const ConstTensorView& residual,
-                 const TensorView& hidden) const;
+  // The fused way of a GPU for one token of each of a few sequences: hidden [B, C] +=
+  // mixer(rms_norm(hidden) with the weight `norm` and `eps`).
+  bool has_step() const;
+  void step(Context& ctx, const ConstTensorView& norm, float eps, std::span<State* const> states,
+            const TensorView& hidden) const;
 
-  // Of whole sequences, after restore_output: dx [T, C] =, given dy [T, C], the gradient of what
-  // forward added.
+  // Of whole sequences: dx [T, C] =, given dy [T, C], the gradient of what forward added.
   void backward(Context& ctx, const ConstTensorView& x, const Sequences& sequences,
                 const Saved& saved, const TensorView& dy, const TensorView& dx,
                 Gradients& gradients) const;
@@ -180,6 +175,12 @@ class AttentionMixer {
   TensorView log_gates(Context& ctx, ScratchScope& scratch, const ConstTensorView& x) const;
   // The bounds of |q·k| / √D that the norms' weights give, [H]; empty without them.
   std::span<const float> score_bounds(ScratchScope& scratch) const;
+  // The states' caches, with room for the tokens to come; `positions` are those of the first.
+  static std::span<KvCache*> extended(ScratchScope& scratch, const Sequences& sequences,
+                                      std::span<State* const> states,
+                                      std::span<std::int64_t> positions);
+  // Once all that looks at them was launched.
+  static void drop_unseen(const Context& ctx, std::span<KvCache* const> caches);
   // o [T, H, D], and lse [T, H] if it has data
   void attend(Context& ctx, const TensorView& q, const TensorView& k, const TensorView& v,
               const TensorView& gates, const Sequences& sequences, std::span<State* const> states,

@@ -61,18 +61,23 @@ ConstTensorView DeltaNetMixer::normed(Context& ctx, ScratchScope& scratch,
 }
 
 DeltaNetMixer::Inputs DeltaNetMixer::inputs(Context& ctx, ScratchScope& scratch,
+                                            const ConstTensorView& of_beta,
                                             const Sequences& sequences,
                                             std::span<State* const> states, const Saved& saved,
-                                            bool backward) const {
+                                            bool keep, bool backward) const {
   Inputs in;
-  if (weights_.b_proj) in.beta = copy_of(ctx, scratch, saved.beta_logits);
+  if (weights_.b_proj)
+    in.beta = keep ? copy_of(ctx, scratch, saved.beta_logits) : saved.beta_logits;
+  const std::int64_t tokens = sequences.tokens();
   if (saved.joined.data != nullptr) {
-    in.q = scratch.like(saved.o);
-    in.k = scratch.like(saved.o);
-    in.v = scratch.like(saved.o);
+    in.q = scratch.activation(keys(tokens));
+    in.k = scratch.activation(keys(tokens));
+    in.v = scratch.activation(values(tokens));
     ops::delta_inputs(ctx, {.projected = saved.joined,
                             .convolutions = convolutions(ctx, scratch, sequences, states),
                             .sequences = sequences,
+                            .x = of_beta,
+                            .b_proj = weights_.b_proj->value,
                             .beta = in.beta,
                             .q = in.q,
                             .k = in.k,
@@ -90,8 +95,6 @@ DeltaNetMixer::Inputs DeltaNetMixer::inputs(Context& ctx, ScratchScope& scratch,
         state_pointers(ctx, scratch, sequences, states, conv_state, state_shape(*conv));
     return convolve(ctx, scratch, projected, *conv, {}, sequences, conv_states, activation);
   };
-  const std::int64_t heads = config_.num_heads;
-  const Shape keys{saved.o.shape[0], heads, config_.key_dim / heads};
   const auto mapped = [&](const TensorView& before) {
     const TensorView y = backward ? copy_of(ctx, scratch, before) : before;
     ops::feature_map(ctx, {.activation = head_activation(), .norm = config_.qk_norm, .x = y});
@@ -99,12 +102,12 @@ DeltaNetMixer::Inputs DeltaNetMixer::inputs(Context& ctx, ScratchScope& scratch,
   };
   in.q_convolved =
       convolved(saved.q_projected, weights_.q_conv1d, &State::q_conv, qk_conv_activation())
-          .reshaped(keys);
+          .reshaped(keys(tokens));
   in.k_convolved =
       convolved(saved.k_projected, weights_.k_conv1d, &State::k_conv, qk_conv_activation())
-          .reshaped(keys);
+          .reshaped(keys(tokens));
   in.v = convolved(saved.v_projected, weights_.v_conv1d, &State::v_conv, Activation::kSilu)
-             .reshaped(saved.o.shape);
+             .reshaped(values(tokens));
   in.q = mapped(in.q_convolved);
   in.k = mapped(in.k_convolved);
   if (weights_.b_proj) ops::activation(ctx, {.activation = Activation::kSigmoid, .x = in.beta});
@@ -142,16 +145,24 @@ ConstTensorView DeltaNetMixer::joined_projections(const Context& ctx) const {
   return joined({weights_.q_proj.value, weights_.k_proj.value, weights_.v_proj.value});
 }
 
-TensorView DeltaNetMixer::output(Context& ctx, ScratchScope& scratch, const Saved& saved) const {
-  const Shape rows{saved.o.shape[0] * saved.o.shape[1], saved.o.shape[2]};
-  const TensorView y = scratch.like(saved.o);
-  ops::rms_norm(ctx, {.x = saved.o.reshaped(rows),
+ConstTensorView DeltaNetMixer::joined_inputs(const Context& ctx) const {
+  ConstTensorView w = joined({joined_projections(ctx), weights_.b_proj->value});
+  w.shape = {w.shape[0] - weights_.b_proj->shape[0] + weights_.b_proj->padded_rows(), w.shape[1]};
+  return w;
+}
+
+TensorView DeltaNetMixer::output(Context& ctx, ScratchScope& scratch, const TensorView& o,
+                                 const TensorView& gate, const TensorView& scales) const {
+  const Shape rows{o.shape[0] * o.shape[1], o.shape[2]};
+  const TensorView y = scratch.like(o);
+  ops::rms_norm(ctx, {.x = o.reshaped(rows),
                       .w = weights_.o_norm.value,
-                      .gate = weights_.g_proj ? saved.gate.reshaped(rows) : TensorView{},
+                      .gate = weights_.g_proj ? gate.reshaped(rows) : TensorView{},
                       .gate_activation = Activation::kSilu,
                       .y = y.reshaped(rows),
+                      .scales = scales,
                       .eps = config_.norm_eps});
-  return y.reshaped({saved.o.shape[0], config_.value_dim});
+  return y.reshaped({o.shape[0], config_.value_dim});
 }
 
 void DeltaNetMixer::forward(Context& ctx, const ConstTensorView& x, const Sequences& sequences,
@@ -178,14 +189,25 @@ void DeltaNetMixer::forward(Context& ctx, const ConstTensorView& x, const Sequen
     kept.k_projected = projected(weights_.k_proj);
     kept.v_projected = projected(weights_.v_proj);
   }
-  if (weights_.b_proj) {
+  // Where nothing needs its logits, beta is computed with what else the rule reads.
+  const bool beta_within = saved == nullptr && kept.joined.data != nullptr &&
+                           input.dtype == DType::kBF16 &&
+                           weights_.b_proj->value.dtype == DType::kBF16 &&
+                           input.shape[1] % 8 == 0 && heads <= kDeltaInputsHeads;
+  if (beta_within) {
+    kept.beta_logits = scratch.tensor({tokens, heads});
+  } else if (weights_.b_proj) {
     kept.beta_logits = project(ctx, kept_scratch, input, weights_.b_proj->value, {}, DType::kF32);
   }
   if (weights_.g_proj) kept.gate = projected(*weights_.g_proj);
-  kept.o = kept_scratch.activation({tokens, heads, config_.value_dim / heads});
+  const bool keeps_output = saved != nullptr && !weights_.g_proj;
+  const TensorView o = (keeps_output ? scratch : kept_scratch).activation(values(tokens));
+  // Where nothing else reads o, a GPU writes it normed.
+  const bool norm_within = ctx.device() == Device::kCuda && saved == nullptr && !weights_.g_proj;
   {
     ScratchScope input_scratch(ctx);
-    const Inputs in = inputs(ctx, input_scratch, sequences, states, kept, false);
+    const Inputs in = inputs(ctx, input_scratch, beta_within ? input : ConstTensorView{}, sequences,
+                             states, kept, saved != nullptr, false);
     const Shape state{heads, config_.key_dim / heads, config_.value_dim / heads};
     ops::delta_rule(ctx, {.q = in.q,
                           .k = in.k,
@@ -195,10 +217,21 @@ void DeltaNetMixer::forward(Context& ctx, const ConstTensorView& x, const Sequen
                           .states = state_pointers(ctx, input_scratch, sequences, states,
                                                    &State::recurrent, state),
                           .bf16_products = weights_.q_proj.value.dtype != DType::kF32,
-                          .o = kept.o});
+                          .o = o,
+                          .norm = norm_within ? weights_.o_norm.value : ConstTensorView{},
+                          .norm_eps = config_.norm_eps});
   }
-  if (hidden.data != nullptr) {
-    add_output(ctx, output(ctx, scratch, kept), weights_.o_proj, {}, residual, hidden);
+  if (keeps_output) {
+    kept.output_scales = kept_scratch.tensor({tokens * heads});
+    kept.output = output(ctx, kept_scratch, o, {}, kept.output_scales);
+    add_output(ctx, kept.output, weights_.o_proj, {}, residual, hidden);
+  } else if (norm_within) {
+    add_output(ctx, o.reshaped({tokens, config_.value_dim}), weights_.o_proj, {}, residual, hidden);
+  } else {
+    kept.o = o;
+    if (hidden.data != nullptr) {
+      add_output(ctx, output(ctx, scratch, o, kept.gate), weights_.o_proj, {}, residual, hidden);
+    }
   }
   if (saved != nullptr) *saved = kept;
 }
@@ -206,6 +239,7 @@ void DeltaNetMixer::forward(Context& ctx, const ConstTensorView& x, const Sequen
 bool DeltaNetMixer::has_token(const Context& ctx) const {
   return !weights_.g_proj && weights_.b_proj && config_.hidden_size % 8 == 0 &&
          config_.value_dim == config_.num_heads * kDeltaTokenHead &&
+         weights_.b_proj->value.dtype == ctx.activation_dtype() &&
          joined_projections(ctx).data != nullptr;
 }
 
@@ -230,7 +264,7 @@ bool DeltaNetMixer::has_step() const {
          config_.conv_size == kStepConvWidth && config_.qk_activation == Activation::kSilu &&
          config_.qk_norm == FeatureNorm::kL2 && config_.key_dim == heads * kStepHeadDim &&
          config_.value_dim == heads * kStepHeadDim && config_.hidden_size % 256 == 0 &&
-         config_.value_dim % 256 == 0 && weights_.q_proj.value.dtype == DType::kBF16;
+         config_.value_dim % 256 == 0 && weights_.q_proj.value.dtype != DType::kF32;
 }
 
 void DeltaNetMixer::step(Context& ctx, const ConstTensorView& norm, float eps,
@@ -272,16 +306,11 @@ void DeltaNetMixer::step(Context& ctx, const ConstTensorView& norm, float eps,
       {.x = o, .norm = weights_.o_norm.value, .norm_eps = config_.norm_eps, .parts = {&output, 1}});
 }
 
-void DeltaNetMixer::add_again(Context& ctx, const Saved& saved, const ConstTensorView& residual,
-                              const TensorView& hidden) const {
-  add_output(ctx, saved.output, weights_.o_proj, {}, residual, hidden);
-}
-
 void DeltaNetMixer::backward(Context& ctx, const ConstTensorView& x, const Sequences& sequences,
                              const Saved& saved, const TensorView& dy, const TensorView& dx,
                              Gradients& gradients) const {
   ScratchScope scratch(ctx);
-  const TensorView d_o = scratch.like(saved.o);  // [T, H, V]
+  const TensorView d_o = scratch.activation(values(x.shape[0]));  // [T, H, V]
   const TensorView dgate = weights_.g_proj ? scratch.like(saved.gate) : TensorView{};
   output_backward(ctx, saved, dy, d_o, dgate, gradients);
   const ConstTensorView input = normed(ctx, scratch, x);                       // [T, C]
@@ -291,7 +320,7 @@ void DeltaNetMixer::backward(Context& ctx, const ConstTensorView& x, const Seque
                                .x = input,
                                .w = weights_.g_proj->value,
                                .dx = dinput,
-                               .dw = gradients.of(weights_.g_proj)});
+                               .dw = gradients.sum_of(weights_.g_proj)});
   }
   inputs_backward(ctx, input, sequences, saved, d_o, dinput, gradients);
   if (!weights_.norm) return;
@@ -307,13 +336,18 @@ void DeltaNetMixer::backward(Context& ctx, const ConstTensorView& x, const Seque
 void DeltaNetMixer::output_backward(Context& ctx, const Saved& saved, const TensorView& dy,
                                     const TensorView& d_o, const TensorView& dgate,
                                     Gradients& gradients) const {
+  ScratchScope scratch(ctx);
+  const bool kept = saved.output.data != nullptr;
+  const TensorView out = kept ? saved.output : output(ctx, scratch, saved.o, saved.gate);
   ops::linear_backward(ctx, {.dy = dy,
-                             .x = saved.output,
+                             .x = out,
                              .w = weights_.o_proj.value,
-                             .dx = d_o.reshaped(saved.output.shape),
-                             .dw = gradients.of(weights_.o_proj)});
+                             .dx = d_o.reshaped(out.shape),
+                             .dw = gradients.sum_of(weights_.o_proj)});
   const Shape rows{d_o.shape[0] * d_o.shape[1], d_o.shape[2]};
-  ops::rms_norm_backward(ctx, {.x = saved.o.reshaped(rows),
+  ops::rms_norm_backward(ctx, {.x = kept ? TensorView{} : saved.o.reshaped(rows),
+                               .y = kept ? out.reshaped(rows) : TensorView{},
+                               .scales = saved.output_scales,
                                .w = weights_.o_norm.value,
                                .gate = weights_.g_proj ? saved.gate.reshaped(rows) : TensorView{},
                                .gate_activation = Activation::kSilu,
@@ -329,7 +363,7 @@ void DeltaNetMixer::inputs_backward(Context& ctx, const ConstTensorView& input,
                                     const TensorView& d_o, const TensorView& dinput,
                                     Gradients& gradients) const {
   ScratchScope scratch(ctx);
-  const Inputs in = inputs(ctx, scratch, sequences, {}, saved, true);
+  const Inputs in = inputs(ctx, scratch, {}, sequences, {}, saved, true, true);
   const TensorView dq = scratch.like(in.q);  // [T, H, K]
   const TensorView dk = scratch.like(in.k);  // [T, H, K]
   const TensorView dv = scratch.like(in.v);  // [T, H, V]
@@ -349,10 +383,37 @@ void DeltaNetMixer::inputs_backward(Context& ctx, const ConstTensorView& input,
         ctx,
         {.activation = head_activation(), .norm = config_.qk_norm, .x = before, .dy = d, .dx = d});
   };
-  if (saved.joined.data == nullptr) {
-    through_features(in.q_convolved, dq);
-    through_features(in.k_convolved, dk);
+  if (saved.joined.data != nullptr) {
+    const ConstTensorView w = joined_inputs(ctx);
+    const TensorView d = scratch.activation({sequences.tokens(), w.shape[0]});
+    const auto taps = [](const auto& conv) {
+      return conv.reshaped({conv.shape[0], kDeltaConvWidth});
+    };
+    ops::delta_inputs_backward(ctx, {.projected = saved.joined,
+                                     .beta_logits = saved.beta_logits,
+                                     .q = taps(weights_.q_conv1d->value),
+                                     .k = taps(weights_.k_conv1d->value),
+                                     .v = taps(weights_.v_conv1d->value),
+                                     .sequences = sequences,
+                                     .dq = dq,
+                                     .dk = dk,
+                                     .dv = dv,
+                                     .dbeta = dbeta,
+                                     .d_projected = d,
+                                     .dq_conv = taps(gradients.of(weights_.q_conv1d)),
+                                     .dk_conv = taps(gradients.of(weights_.k_conv1d)),
+                                     .dv_conv = taps(gradients.of(weights_.v_conv1d))});
+    ops::linear_backward(ctx, {.dy = d,
+                               .x = input,
+                               .w = w,
+                               .dx = dinput,
+                               .accumulate_dx = weights_.g_proj.has_value(),
+                               .dw = gradients.sum_of({&weights_.q_proj, &weights_.k_proj,
+                                                       &weights_.v_proj, &*weights_.b_proj})});
+    return;
   }
+  through_features(in.q_convolved, dq);
+  through_features(in.k_convolved, dk);
   projections_backward(ctx, input, sequences, saved, dq, dk, dv, dinput, gradients);
   if (!weights_.b_proj) return;
   ops::activation_backward(
@@ -362,7 +423,7 @@ void DeltaNetMixer::inputs_backward(Context& ctx, const ConstTensorView& input,
                              .w = weights_.b_proj->value,
                              .dx = dinput,
                              .accumulate_dx = true,
-                             .dw = gradients.of(weights_.b_proj)});
+                             .dw = gradients.sum_of(weights_.b_proj)});
 }
 
 void DeltaNetMixer::projections_backward(Context& ctx, const ConstTensorView& input,
@@ -372,29 +433,6 @@ void DeltaNetMixer::projections_backward(Context& ctx, const ConstTensorView& in
                                          Gradients& gradients) const {
   const std::int64_t tokens = input.shape[0];
   bool accumulate = weights_.g_proj.has_value();
-  if (saved.joined.data != nullptr) {
-    const ConstTensorView w = joined_projections(ctx);
-    // Gradients lie in the order of the weights, and pad no less.
-    const TensorView dq_proj = gradients.of(weights_.q_proj);
-    const TensorView dw{dq_proj.data, dq_proj.dtype, w.shape};
-    assert(joined({dq_proj, gradients.of(weights_.k_proj), gradients.of(weights_.v_proj)}).shape ==
-           w.shape);
-    ScratchScope scratch(ctx);
-    const TensorView d = scratch.like(saved.joined);  // [T, 3·H·K]
-    const auto through_conv = [&](std::int64_t part, const Param& conv, const TensorView& dy,
-                                  std::int64_t norm_width) {
-      const std::int64_t column = part * config_.key_dim;
-      convolve_backward(ctx, columns_of(saved.joined, column), conv, std::nullopt, sequences,
-                        Activation::kSilu, dy.reshaped({tokens, config_.key_dim}),
-                        columns_of(d, column), gradients, norm_width);
-    };
-    through_conv(0, *weights_.q_conv1d, dq, config_.key_dim / config_.num_heads);
-    through_conv(1, *weights_.k_conv1d, dk, config_.key_dim / config_.num_heads);
-    through_conv(2, *weights_.v_conv1d, dv, 0);
-    ops::linear_backward(
-        ctx, {.dy = d, .x = input, .w = w, .dx = dinput, .accumulate_dx = accumulate, .dw = dw});
-    return;
-  }
   const auto through_projection = [&](const TensorView& projected, const Param& proj,
                                       const std::optional<Param>& conv, Activation activation,
                                       const TensorView& d) {

@@ -67,8 +67,9 @@ class DeltaNetMixer {
     TensorView v_projected;               // [T, H·V]
     TensorView beta_logits;               // [T, H], with b_proj
     TensorView gate;                      // [T, H·V], with g_proj
-    TensorView o;                         // [T, H, V] before the norm
-    TensorView output;                    // [T, H·V] what o_proj reads; see restore_output
+    TensorView o;                         // [T, H, V] before the norm, with g_proj; else
+    TensorView output;                    // [T, H·V] what o_proj reads, and
+    TensorView output_scales;             // [T·H] of its norm
   };
 
   explicit DeltaNetMixer(const Config& config);
@@ -87,17 +88,8 @@ class DeltaNetMixer {
   void step(Context& ctx, const ConstTensorView& norm, float eps, std::span<State* const> states,
             const TensorView& hidden) const;
 
-  // saved.output, which forward does not keep, in scratch memory.
-  void restore_output(Context& ctx, ScratchScope& scratch, Saved& saved) const {
-    saved.output = output(ctx, scratch, saved);
-  }
-  // hidden [T, C] = residual [T, C] + what forward added: its last product once more, after
-  // restore_output.
-  void add_again(Context& ctx, const Saved& saved, const ConstTensorView& residual,
-                 const TensorView& hidden) const;
-
-  // Of whole sequences, after restore_output, given dy [T, C], the gradient of what forward added:
-  // dx [T, C] =, or with norm_first +=, and then dx may be dy.
+  // Of whole sequences, given dy [T, C], the gradient of what forward added: dx [T, C] =, or with
+  // norm_first +=, and then dx may be dy.
   void backward(Context& ctx, const ConstTensorView& x, const Sequences& sequences,
                 const Saved& saved, const TensorView& dy, const TensorView& dx,
                 Gradients& gradients) const;
@@ -134,6 +126,8 @@ class DeltaNetMixer {
   // q_proj, k_proj and v_proj as one matrix, where they lie so in memory and delta_inputs
   // (ops/delta_mixer.h) takes what they give; else no data.
   ConstTensorView joined_projections(const Context& ctx) const;
+  // And b_proj below them, padded; where there are joined projections.
+  ConstTensorView joined_inputs(const Context& ctx) const;
   // Of the convolution's state: [channels, W].
   static Shape state_shape(const Param& conv) { return {conv.shape[0], conv.shape[2]}; }
 
@@ -154,11 +148,20 @@ class DeltaNetMixer {
                    const Sequences& sequences, std::span<State* const> states) const;
   // x [T, C] through the norm, with norm_first.
   ConstTensorView normed(Context& ctx, ScratchScope& scratch, const ConstTensorView& x) const;
-  // From the projections in `saved`.
-  Inputs inputs(Context& ctx, ScratchScope& scratch, const Sequences& sequences,
-                std::span<State* const> states, const Saved& saved, bool backward) const;
-  // What o_proj reads [T, H·V], from o.
-  TensorView output(Context& ctx, ScratchScope& scratch, const Saved& saved) const;
+  // From the projections in `saved`, of which the logits of beta stay what they are with `keep`;
+  // with `of_beta` [T, C] they are not there, and beta is computed from that.
+  Inputs inputs(Context& ctx, ScratchScope& scratch, const ConstTensorView& of_beta,
+                const Sequences& sequences, std::span<State* const> states, const Saved& saved,
+                bool keep, bool backward) const;
+  // What o_proj reads [T, H·V], from o [T, H, V] and with g_proj the gate; scales [T·H] or no data.
+  TensorView output(Context& ctx, ScratchScope& scratch, const TensorView& o,
+                    const TensorView& gate, const TensorView& scales = {}) const;
+  Shape keys(std::int64_t tokens) const {
+    return {tokens, config_.num_heads, config_.key_dim / config_.num_heads};
+  }
+  Shape values(std::int64_t tokens) const {
+    return {tokens, config_.num_heads, config_.value_dim / config_.num_heads};
+  }
 
   // d_o [T, H, V] = and dgate [T, H·V] =, given dy [T, C].
   void output_backward(Context& ctx, const Saved& saved, const TensorView& dy,
@@ -167,7 +170,7 @@ class DeltaNetMixer {
   void inputs_backward(Context& ctx, const ConstTensorView& input, const Sequences& sequences,
                        const Saved& saved, const TensorView& d_o, const TensorView& dinput,
                        Gradients& gradients) const;
-  // The same, given the gradients behind the convolutions.
+  // The same, given the gradients behind the convolutions, where projections are not joined.
   void projections_backward(Context& ctx, const ConstTensorView& input, const Sequences& sequences,
                             const Saved& saved, const TensorView& dq, const TensorView& dk,
                             const TensorView& dv, const TensorView& dinput,

@@ -1,9 +1,12 @@
 #include "model/blocks/hgrn2.h"
 
+#include <array>
+
 #include "model/blocks/projection.h"
 #include "ops/gla.h"
 #include "ops/linear.h"
 #include "ops/rms_norm.h"
+#include "ops/step.h"
 
 namespace deltafox {
 
@@ -99,9 +102,34 @@ void Hgrn2Mixer::forward(Context& ctx, const ConstTensorView& x, const Sequences
   *saved = kept;
 }
 
-void Hgrn2Mixer::add_again(Context& ctx, const Saved& saved, const ConstTensorView& residual,
-                           const TensorView& hidden) const {
-  add_output(ctx, saved.output, weights_.o_proj, {}, residual, hidden);
+bool Hgrn2Mixer::has_step() const {
+  return !config_.use_short_conv && weights_.g_norm && config_.hidden_size % 256 == 0 &&
+         weights_.q_proj.value.dtype != DType::kF32;
+}
+
+void Hgrn2Mixer::step(Context& ctx, const ConstTensorView& norm, float eps,
+                      std::span<State* const> states, const TensorView& hidden) const {
+  const std::int64_t batch = hidden.shape[0];
+  const Shape keys{batch, config_.num_heads, config_.expand_ratio};
+  const Shape values{batch, config_.num_heads, config_.hidden_size / config_.num_heads};
+  ScratchScope scratch(ctx);
+  const auto part = [&](const Param& proj) {
+    return StepLinearPart{.w = proj.value, .y = scratch.tensor({batch, proj.shape[0]})};
+  };
+  const std::array parts{part(weights_.q_proj), part(weights_.f_proj), part(weights_.i_proj)};
+  ops::step_linear(ctx, {.x = hidden, .norm = norm, .norm_eps = eps, .parts = parts});
+  const TensorView o = scratch.tensor({batch, config_.hidden_size});
+  ops::gla_step(ctx, {.q = parts[0].y.reshaped(keys),
+                      .f = parts[1].y.reshaped(keys),
+                      .v = parts[2].y.reshaped(values),
+                      .states = state_pointers(scratch, states, &State::recurrent),
+                      .o = o.reshaped(values)});
+  const StepLinearPart output{
+      .w = weights_.o_proj.value, .y = hidden, .epilogue = StepEpilogue::kAdd};
+  ops::step_linear(ctx, {.x = o,
+                         .norm = weights_.g_norm->value,
+                         .norm_eps = config_.norm_eps,
+                         .parts = {&output, 1}});
 }
 
 void Hgrn2Mixer::backward(Context& ctx, const ConstTensorView& x, const Sequences& sequences,
@@ -110,10 +138,10 @@ void Hgrn2Mixer::backward(Context& ctx, const ConstTensorView& x, const Sequence
   ScratchScope scratch(ctx);
   const TensorView d_o = scratch.like(saved.o);  // [T, C]
   ops::linear_backward(ctx, {.dy = dy,
-                             .x = saved.output,
+                             .x = output(ctx, scratch, saved),
                              .w = weights_.o_proj.value,
                              .dx = d_o,
-                             .dw = gradients.of(weights_.o_proj)});
+                             .dw = gradients.sum_of(weights_.o_proj)});
   ops::rms_norm_backward(ctx, {.x = saved.o,
                                .w = value_of(weights_.g_norm),
                                .eps = config_.norm_eps,

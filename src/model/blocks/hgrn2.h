@@ -56,7 +56,6 @@ class Hgrn2Mixer {
     TensorView q, g, k;                   // [T, H, K]
     TensorView v;                         // [T, H, V]
     TensorView o;                         // [T, C] before the norm
-    TensorView output;                    // [T, C] what o_proj reads; see restore_output
   };
 
   explicit Hgrn2Mixer(const Config& config);
@@ -69,17 +68,13 @@ class Hgrn2Mixer {
                std::span<State* const> states, const TensorView& hidden, Saved* saved = nullptr,
                const ConstTensorView& residual = {}) const;
 
-  // saved.output, which forward does not keep, in scratch memory.
-  void restore_output(Context& ctx, ScratchScope& scratch, Saved& saved) const {
-    saved.output = output(ctx, scratch, saved);
-  }
-  // hidden [T, C] = residual [T, C] + what forward added: its last product once more, after
-  // restore_output.
-  void add_again(Context& ctx, const Saved& saved, const ConstTensorView& residual,
-                 const TensorView& hidden) const;
+  // The fused way of a GPU for one token of each of a few sequences: hidden [B, C] +=
+  // mixer(rms_norm(hidden) with the weight `norm` and `eps`).
+  bool has_step() const;
+  void step(Context& ctx, const ConstTensorView& norm, float eps, std::span<State* const> states,
+            const TensorView& hidden) const;
 
-  // Of whole sequences, after restore_output: dx [T, C] =, given dy [T, C], the gradient of what
-  // forward added.
+  // Of whole sequences: dx [T, C] =, given dy [T, C], the gradient of what forward added.
   void backward(Context& ctx, const ConstTensorView& x, const Sequences& sequences,
                 const Saved& saved, const TensorView& dy, const TensorView& dx,
                 Gradients& gradients) const;

@@ -94,11 +94,6 @@ void MambaMixer::forward(Context& ctx, const ConstTensorView& x, const Sequences
             .y = y};
 }
 
-void MambaMixer::add_again(Context& ctx, const Saved& saved, const ConstTensorView& residual,
-                           const TensorView& hidden) const {
-  add_output(ctx, saved.y, weights_.out_proj, value_of(weights_.out_bias), residual, hidden);
-}
-
 void MambaMixer::backward(Context& ctx, const ConstTensorView& x, const Sequences& sequences,
                           const Saved& saved, const TensorView& dy, const TensorView& dx,
                           Gradients& gradients) const {
@@ -108,7 +103,7 @@ void MambaMixer::backward(Context& ctx, const ConstTensorView& x, const Sequence
                              .x = saved.y,
                              .w = weights_.out_proj.value,
                              .dx = d_y,
-                             .dw = gradients.of(weights_.out_proj),
+                             .dw = gradients.sum_of(weights_.out_proj),
                              .dbias = gradients.of(weights_.out_bias)});
   const TensorView dmixed = scratch.like(saved.mixed);  // [T, E]
   const TensorView ddt = scratch.like(saved.dt);        // [T, E]
@@ -138,14 +133,15 @@ void MambaMixer::backward(Context& ctx, const ConstTensorView& x, const Sequence
                              .x = saved.low_rank,
                              .w = weights_.dt_proj.value,
                              .dx = dlow_rank,
-                             .dw = gradients.of(weights_.dt_proj)});
+                             .dw = gradients.sum_of(weights_.dt_proj)});
   const auto through_selection = [&](std::int64_t begin, const TensorView& d) {
-    ops::linear_backward(ctx, {.dy = d,
-                               .x = saved.mixed,
-                               .w = rows_of(weights_.x_proj.value, begin, d.shape[1]),
-                               .dx = dmixed,
-                               .accumulate_dx = true,
-                               .dw = rows_of(gradients.of(weights_.x_proj), begin, d.shape[1])});
+    ops::linear_backward(
+        ctx, {.dy = d,
+              .x = saved.mixed,
+              .w = rows_of(weights_.x_proj.value, begin, d.shape[1]),
+              .dx = dmixed,
+              .accumulate_dx = true,
+              .dw = rows_of(gradients.zeroed(ctx, weights_.x_proj), begin, d.shape[1])});
   };
   through_selection(0, dlow_rank);
   through_selection(config_.dt_rank, db);
@@ -161,7 +157,7 @@ void MambaMixer::backward(Context& ctx, const ConstTensorView& x, const Sequence
               .w = rows_of(weights_.in_proj.value, begin, d.shape[1]),
               .dx = dx,
               .accumulate_dx = begin > 0,
-              .dw = rows_of(gradients.of(weights_.in_proj), begin, d.shape[1]),
+              .dw = rows_of(gradients.zeroed(ctx, weights_.in_proj), begin, d.shape[1]),
               .dbias = weights_.in_bias ? rows_of(dbias, begin, d.shape[1]) : TensorView{}});
   };
   through_half(0, dinput);

@@ -75,15 +75,7 @@ class MambaMixer {
                std::span<State* const> states, const TensorView& hidden, Saved* saved = nullptr,
                const ConstTensorView& residual = {}) const;
 
-  // Nothing: forward keeps what out_proj reads.
-  void restore_output(Context& /*ctx*/, ScratchScope& /*scratch*/, Saved& /*saved*/) const {}
-  // hidden [T, C] = residual [T, C] + what forward added: its last product once more, after
-  // restore_output.
-  void add_again(Context& ctx, const Saved& saved, const ConstTensorView& residual,
-                 const TensorView& hidden) const;
-
-  // Of whole sequences, after restore_output: dx [T, C] =, given dy [T, C], the gradient of what
-  // forward added.
+  // Of whole sequences: dx [T, C] =, given dy [T, C], the gradient of what forward added.
   void backward(Context& ctx, const ConstTensorView& x, const Sequences& sequences,
                 const Saved& saved, const TensorView& dy, const TensorView& dx,
                 Gradients& gradients) const;

@@ -1,10 +1,13 @@
 #include "model/blocks/mamba2.h"
 
+#include <array>
+
 #include "core/quantized.h"
 #include "model/blocks/projection.h"
 #include "ops/linear.h"
 #include "ops/rms_norm.h"
 #include "ops/ssd.h"
+#include "ops/step.h"
 
 namespace deltafox {
 
@@ -92,16 +95,58 @@ void Mamba2Mixer::forward(Context& ctx, const ConstTensorView& x, const Sequence
             .states = state_pointers(ctx, state_scratch, sequences, states, &State::ssm,
                                      {config_.num_heads, config_.state_size, config_.head_dim}),
             .y = y});
-  const Saved kept{.z = z, .inputs = inputs, .xbc = xbc, .dt = dt, .y = y, .output = {}};
+  const Saved kept{.z = z, .inputs = inputs, .xbc = xbc, .dt = dt, .y = y};
   ScratchScope output_scratch(ctx);
   add_output(ctx, output(ctx, output_scratch, kept), weights_.out_proj, value_of(weights_.out_bias),
              residual, hidden);
   if (saved != nullptr) *saved = kept;
 }
 
-void Mamba2Mixer::add_again(Context& ctx, const Saved& saved, const ConstTensorView& residual,
-                            const TensorView& hidden) const {
-  add_output(ctx, saved.output, weights_.out_proj, value_of(weights_.out_bias), residual, hidden);
+bool Mamba2Mixer::has_step() const {
+  return !weights_.in_bias && config_.conv_size == kStepConvWidth &&
+         config_.conv_activation == Activation::kSilu && config_.num_groups == 1 &&
+         config_.hidden_size % 256 == 0 && config_.inner() % 256 == 0 &&
+         weights_.in_proj.value.dtype != DType::kF32;
+}
+
+void Mamba2Mixer::step(Context& ctx, const ConstTensorView& norm, float eps,
+                       std::span<State* const> states, const TensorView& hidden) const {
+  const std::int64_t batch = hidden.shape[0];
+  const std::int64_t inner = config_.inner();
+  const std::int64_t channels = config_.conv_channels();
+  ScratchScope scratch(ctx);
+  const TensorView z = scratch.tensor({batch, inner});
+  const TensorView xbc = scratch.tensor({batch, channels});
+  const TensorView dt = scratch.tensor({batch, config_.num_heads});
+  const TensorView y = scratch.tensor({batch, config_.num_heads, config_.head_dim});
+  const ConstTensorView w = weights_.in_proj.value;
+  const std::array parts{
+      StepLinearPart{.w = rows_of(w, 0, inner), .y = z},
+      StepLinearPart{.w = rows_of(w, inner, channels),
+                     .y = xbc,
+                     .epilogue = StepEpilogue::kConvSilu,
+                     .conv = weights_.conv1d.value.reshaped({channels, kStepConvWidth}),
+                     .conv_bias = value_of(weights_.conv1d_bias),
+                     .conv_states = state_pointers(scratch, states, &State::conv)},
+      StepLinearPart{.w = rows_of(w, inner + channels, config_.num_heads), .y = dt}};
+  ops::step_linear(ctx, {.x = hidden, .norm = norm, .norm_eps = eps, .parts = parts});
+  ops::ssd_step(ctx, {.xbc = xbc,
+                      .dt = dt,
+                      .dt_bias = weights_.dt_bias.value,
+                      .a_log = weights_.a_log.value,
+                      .d = weights_.d.value,
+                      .dt_min = config_.dt_min,
+                      .dt_max = config_.dt_max,
+                      .num_groups = config_.num_groups,
+                      .states = state_pointers(scratch, states, &State::ssm),
+                      .z = z.reshaped(y.shape),
+                      .y = y});
+  const StepLinearPart output{
+      .w = weights_.out_proj.value, .y = hidden, .epilogue = StepEpilogue::kAdd};
+  ops::step_linear(ctx, {.x = y.reshaped({batch, inner}),
+                         .norm = weights_.norm.value,
+                         .norm_eps = config_.norm_eps,
+                         .parts = {&output, 1}});
 }
 
 void Mamba2Mixer::backward(Context& ctx, const ConstTensorView& x, const Sequences& sequences,
@@ -109,12 +154,13 @@ void Mamba2Mixer::backward(Context& ctx, const ConstTensorView& x, const Sequenc
                            Gradients& gradients) const {
   const std::int64_t inner = config_.inner();
   ScratchScope scratch(ctx);
-  const TensorView d_y = scratch.like(saved.y);  // [T, H, P]
+  const TensorView d_y = scratch.like(saved.y);           // [T, H, P]
+  const TensorView normed = output(ctx, scratch, saved);  // [T, H·P]
   ops::linear_backward(ctx, {.dy = dy,
-                             .x = saved.output,
+                             .x = normed,
                              .w = weights_.out_proj.value,
-                             .dx = d_y.reshaped(saved.output.shape),
-                             .dw = gradients.of(weights_.out_proj),
+                             .dx = d_y.reshaped(normed.shape),
+                             .dw = gradients.sum_of(weights_.out_proj),
                              .dbias = gradients.of(weights_.out_bias)});
   const Shape groups{x.shape[0] * config_.num_groups, inner / config_.num_groups};
   const TensorView dz = scratch.like(saved.z);  // [T, H·P]
@@ -157,7 +203,7 @@ void Mamba2Mixer::backward(Context& ctx, const ConstTensorView& x, const Sequenc
                           .w = rows_of(weights_.in_proj.value, begin, count),
                           .dx = dx,
                           .accumulate_dx = begin > 0,
-                          .dw = rows_of(gradients.of(weights_.in_proj), begin, count),
+                          .dw = rows_of(gradients.zeroed(ctx, weights_.in_proj), begin, count),
                           .dbias = weights_.in_bias ? rows_of(dbias, begin, count) : TensorView{}});
   };
   through_rows(0, dz);

@@ -1,5 +1,6 @@
 #include "model/blocks/mlp.h"
 
+#include "core/quantized.h"
 #include "model/blocks/projection.h"
 #include "ops/gate.h"
 #include "ops/linear.h"
@@ -39,33 +40,37 @@ void Mlp::forward(Context& ctx, const ConstTensorView& x, const TensorView& hidd
   ScratchScope kept_scratch(ctx, saved != nullptr);
   ScratchScope scratch(ctx);
   const ConstTensorView input = normed(ctx, scratch, x);  // [T, C]
-  if (saved == nullptr && !weights_.up_proj) {
-    const TensorView product = scratch.activation({x.shape[0], config_.intermediate_size});
+  Saved kept;
+  TensorView product;  // [T, F]
+  if (weights_.up_proj) {
+    kept.gate = project(ctx, kept_scratch, input, weights_.gate_proj.value);
+    kept.up = project(ctx, kept_scratch, input, weights_.up_proj->value);
+    if (hidden.data != nullptr) {
+      product = saved != nullptr ? copy_of(ctx, scratch, kept.up) : kept.up;
+      ops::gate(ctx, {.activation = config_.activation, .gate = kept.gate, .x = product});
+    }
+  } else {
+    if (saved != nullptr) {
+      kept.gate = kept_scratch.activation({x.shape[0], 2 * config_.intermediate_size});
+    }
+    if (hidden.data != nullptr) {
+      product = scratch.activation({x.shape[0], config_.intermediate_size});
+    }
     ops::linear_glu(ctx, {.activation = config_.activation,
                           .x = input,
                           .w = weights_.gate_proj.value,
+                          .gate_up = kept.gate,
                           .y = product});
-    return add_output(ctx, product, weights_.down_proj, {}, {}, hidden);
   }
-  Saved kept;
-  kept.gate = project(ctx, kept_scratch, input, weights_.gate_proj.value);
-  if (weights_.up_proj) kept.up = project(ctx, kept_scratch, input, weights_.up_proj->value);
   if (saved != nullptr) *saved = kept;
-  if (hidden.data == nullptr) return;
-  TensorView product;  // [T, F]
-  if (weights_.up_proj) {
-    product = saved != nullptr ? copy_of(ctx, scratch, kept.up) : kept.up;
-    ops::gate(ctx, {.activation = config_.activation, .gate = kept.gate, .x = product});
-  } else {
-    product = scratch.activation({x.shape[0], config_.intermediate_size});
-    ops::glu(ctx, {.activation = config_.activation, .gate_up = kept.gate, .y = product});
-  }
   add_output(ctx, product, weights_.down_proj, {}, {}, hidden);
 }
 
 bool Mlp::has_step() const {
   return !weights_.norm && !weights_.up_proj && config_.activation == Activation::kSilu &&
-         weights_.gate_proj.value.dtype == DType::kBF16 && weights_.gate_proj.shape[1] % 256 == 0 &&
+         weights_.gate_proj.value.dtype != DType::kF32 && weights_.gate_proj.shape[1] % 256 == 0 &&
+         (!is_packed(weights_.gate_proj.value.dtype) ||
+          config_.intermediate_size % kPanelRows == 0) &&
          weights_.down_proj.shape[1] % 256 == 0;
 }
 
@@ -106,7 +111,7 @@ void Mlp::backward(Context& ctx, const ConstTensorView& x, const Saved& saved, c
                                .x = input,
                                .w = weights_.up_proj->value,
                                .dx = dinput,
-                               .dw = gradients.of(weights_.up_proj)});
+                               .dw = gradients.sum_of(weights_.up_proj)});
   } else {
     ops::glu_backward(ctx, {.activation = config_.activation,
                             .gate_up = saved.gate,
@@ -117,13 +122,13 @@ void Mlp::backward(Context& ctx, const ConstTensorView& x, const Saved& saved, c
   ops::linear_backward(ctx, {.dy = dy,
                              .x = product,
                              .w = weights_.down_proj.value,
-                             .dw = gradients.of(weights_.down_proj)});
+                             .dw = gradients.sum_of(weights_.down_proj)});
   ops::linear_backward(ctx, {.dy = dgate,
                              .x = input,
                              .w = weights_.gate_proj.value,
                              .dx = dinput,
                              .accumulate_dx = weights_.up_proj.has_value(),
-                             .dw = gradients.of(weights_.gate_proj)});
+                             .dw = gradients.sum_of(weights_.gate_proj)});
   if (!weights_.norm) return;
   ops::rms_norm_backward(ctx, {.x = x,
                                .w = weights_.norm->value,

@@ -163,7 +163,7 @@ void project_and_convolve_backward(Context& ctx, const ConstTensorView& x,
                              .w = proj.value,
                              .dx = dx,
                              .accumulate_dx = accumulate_dx,
-                             .dw = gradients.of(proj)});
+                             .dw = gradients.sum_of(proj)});
 }
 
 }  // namespace deltafox

@@ -1,8 +1,8 @@
-#include "infer/philox.h"
+#include "core/philox.h"
 
 #include <gtest/gtest.h>
 
-namespace deltafox::infer {
+namespace deltafox {
 
 // The vectors that the authors publish with the generator (Random123, kat_vectors).
 TEST(Philox, GivesThePublishedAnswers) {
@@ -16,4 +16,4 @@ TEST(Philox, GivesThePublishedAnswers) {
       (PhiloxBlock{0xd16cfe09, 0x94fdcceb, 0x5001e420, 0x24126ea1}));
 }
 
-}  // namespace deltafox::infer
+}  // namespace deltafox

@@ -1,0 +1,435 @@
+// The delta rule of few chunks on sm_90 (the equations are in ops/delta_rule.h;
+// delta_rule_chunks.cu is the way of many). There a block prepares the chunks that it walks; here
+// all chunks are prepared at once, so that nothing is left on the way from one state to the next
+// but two products:
+//   prepare  a block for each chunk and head: T = (I + diag(β) G)⁻¹ diag(β), A = tril(Q Kᵀ),
+//            W = T K, U₀ = T V
+//   scan     a block for 64 value columns of each head: U = U₀ − W S, S ← S + Kᵀ U, chunk by chunk
+//   outputs  a block for each chunk and head: O = (Q S + A U) / √K, and its norm
+// Between kernels U₀, U and S lie as the registers of those that read them want them, tiles as
+// shared memory does, so that all of it is copied in whole vectors.
+#include <algorithm>
+#include <cmath>
+#include <iterator>
+
+#include "cuda/delta_rule_chunks.cuh"
+#include "cuda/launch.cuh"
+#include "cuda/sm90.cuh"
+
+namespace deltafox::cuda {
+namespace {
+
+using Products = GroupProducts;
+
+constexpr int kDim = 128;  // K and V
+constexpr int kTile = 2 * kTileBlockBytes;
+constexpr int kThreads = 256;
+constexpr int kScanThreads = 128 + 32;  // a group for the state, a warp for copies
+
+// What `prepare` leaves of a chunk and head: −W, K and A.
+constexpr int kPairBytes = 2 * kTile;
+constexpr int kImageBytes = kPairBytes + kTileBlockBytes;
+constexpr int kFragments = 8 * kThreads;  // vectors of 16 bytes of U₀ or S
+constexpr int kHalf = kFragments / 2;     // of U₀ in 64 value columns
+// What `scan` reads of a chunk: −W, K and half of U₀.
+constexpr int kStageBytes = kPairBytes + 16 * kHalf;
+constexpr int kStages = 4;
+
+struct ScanParams {
+  DeltaRuleProblem problem;
+  uint4* images;  // [chunks, H, kImageBytes / 16]
+  // [chunks, H, 2, 8, 128]: U₀ᵀ by halves of the value columns, of each of which Uᵀ in bfloat16
+  // takes the first half
+  float4* values;
+  uint4* states;  // [chunks, H, 8, kThreads]: Sᵀ before the chunk in bfloat16
+  float scale;
+  SequenceBatch batch;
+};
+
+// A chunk of a sequence.
+struct Chunk {
+  int begin;  // its first row
+  int rows;
+  int slot;  // among those of all sequences and heads
+
+  __device__ Chunk(const ScanParams& p, int index, int head) {
+    const BatchEntry& entry = find_entry(p.batch, &BatchEntry::first_chunk, index);
+    const int first = (index - entry.first_chunk) * kChunk;
+    begin = entry.begin + first;
+    rows = min(kChunk, entry.length - first);
+    slot = index * p.problem.heads + head;
+  }
+  __device__ std::ptrdiff_t element(const ScanParams& p, int head) const {
+    return (static_cast<std::ptrdiff_t>(begin) * p.problem.heads + head) * kDim;
+  }
+};
+
+struct PrepareLayout {
+  static constexpr int kW = 0;
+  static constexpr int kK = kW + kTile;
+  static constexpr int kA = kK + kTile;
+  static constexpr int kT = kA + kTileBlockBytes;
+  static constexpr int kQ = kT + kTileBlockBytes;
+  static constexpr int kV = kQ + kTile;
+  static constexpr int kBeta = kV + kTile;
+  static constexpr int kInverse = kBeta + kChunk * 4;
+  static constexpr int kBytes = kInverse + 10 * kInverseBlock * 4 + 1024;  // and to align
+};
+static_assert(PrepareLayout::kA + kTileBlockBytes == kImageBytes);
+
+__device__ inline unsigned char* aligned(unsigned char* shared) {
+  return shared + (1024 - shared_address(shared) % 1024) % 1024;
+}
+
+__global__ void __launch_bounds__(kThreads, 2)
+    delta_rule_prepare(const __grid_constant__ ScanParams p) {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL  // elsewhere it is never launched
+  using L = PrepareLayout;
+  extern __shared__ unsigned char memory[];
+  unsigned char* base = aligned(memory);
+  const std::uint32_t tiles = shared_address(base);
+  auto* beta = reinterpret_cast<float*>(base + L::kBeta);
+  auto* blocks = reinterpret_cast<float*>(base + L::kInverse);
+  const int thread = static_cast<int>(threadIdx.x);
+  const int group = uniform(thread / 128);
+  const int warp = uniform(thread / 32 % 4);
+  const int lane = thread % 32;
+  const int head = static_cast<int>(blockIdx.x);
+  const Chunk chunk(p, static_cast<int>(blockIdx.y), head);
+  const int stride = p.problem.heads * kDim;
+  const std::ptrdiff_t at = chunk.element(p, head);
+
+  // What lies above the diagonal of A and T stays zero.
+  for (int i = thread; i < 2 * kTileBlockBytes / 16; i += kThreads) {
+    reinterpret_cast<uint4*>(base + L::kA)[i] = make_uint4(0, 0, 0, 0);
+  }
+  wait_for_input();
+  const bf16* const rows = static_cast<const bf16*>(group == 0 ? p.problem.k : p.problem.q) + at;
+  load_tile<16>(tiles + (group == 0 ? L::kK : L::kQ), rows, stride, kDim, chunk.rows, thread % 128);
+  if (thread < kChunk) {
+    const auto* from = static_cast<const float*>(p.problem.beta);
+    const std::uint32_t to = tiles + L::kBeta + 4 * thread;
+    if (from == nullptr) {
+      beta[thread] = 1;
+    } else {
+      const bool valid = thread < chunk.rows;
+      from += static_cast<std::ptrdiff_t>(chunk.begin) * p.problem.heads + head;
+      copy_word_async(to, valid ? from + thread * p.problem.heads : from, valid);
+    }
+  }
+  commit_copies();
+  load_tile<16, kChunk / 2>(
+      tiles + L::kV + group * (kChunk / 2) * 128,
+      static_cast<const bf16*>(p.problem.v) + at + group * (kChunk / 2) * std::ptrdiff_t{stride},
+      stride, kDim, chunk.rows - group * (kChunk / 2), thread % 128);
+  commit_copies();
+  wait_copies<1>();
+  Products::publish();
+  __syncthreads();
+
+  {
+    float g[8][4];
+    Products::begin(g);
+    Products::tiles_transposed<kDim / 16>(g, tiles + (group == 0 ? L::kK : L::kQ), tiles + L::kK);
+    Products::commit();
+    Products::wait<0>();
+    Products::end(g);
+    if (group == 0) {
+      store_scaled_products(g, beta, blocks, lane, warp);
+      invert_diagonal(inverse_block(blocks, warp, warp), lane % 16);
+      group_sync(1);
+      finish_inverse(blocks, beta, base + L::kT, lane, warp);
+    } else {
+      store_lower(g, base + L::kA, lane, warp);
+    }
+  }
+  wait_copies<0>();
+  Products::publish();
+  __syncthreads();
+
+  float r[8][4];
+  std::uint32_t f[4][4];
+  load_negated_columns(r, tiles + L::kV);
+  to_operand(f, r);
+  Products::begin(r);
+  Products::times<true>(r, f, tiles + L::kT);
+  Products::commit();
+  Products::wait<0>();
+  Products::end(r);
+  float4* values =
+      p.values + chunk.slot * std::ptrdiff_t{kFragments} + group * kHalf + thread % 128;
+#pragma unroll
+  for (int j = 0; j < 8; ++j) {
+    values[j * 128] = make_float4(r[j][0], r[j][1], r[j][2], r[j][3]);
+  }
+  load_columns(f, tiles + L::kK);
+  Products::begin(r);
+  Products::times<true>(r, f, tiles + L::kT);
+  Products::commit();
+  Products::wait<0>();
+  Products::end(r);
+  store_columns_in_tile(r, 1, tiles + L::kW);
+  __syncthreads();
+  uint4* image = p.images + chunk.slot * std::ptrdiff_t{kImageBytes / 16};
+  for (int i = thread; i < kImageBytes / 16; i += kThreads) {
+    image[i] = reinterpret_cast<const uint4*>(base + L::kW)[i];
+  }
+#endif
+}
+
+constexpr int kScanBytes = kStages * kStageBytes + 2 * kStages * 8 + 1024;
+static_assert(kScanBytes <= 227 * 1024);
+
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+// The left operand of products, and here: else the compiler rounds between the fence and a product,
+// and must put a wait behind each.
+template <int kTiles>
+__device__ void to_operand_now(std::uint32_t (&operand)[kTiles / 2][4],
+                               const float (&acc)[kTiles][4]) {
+  to_operand(operand, acc);
+#pragma unroll
+  for (auto& four : operand) {
+    asm volatile("" : "+r"(four[0]), "+r"(four[1]), "+r"(four[2]), "+r"(four[3])::"memory");
+  }
+}
+
+// A thread's part of U₀ᵀ, or of what becomes Uᵀ, of the chunk in `stage`.
+__device__ inline void load_values(float (&r)[8][4], const unsigned char* stage) {
+  const auto* values = reinterpret_cast<const float4*>(stage + kPairBytes) + threadIdx.x;
+#pragma unroll
+  for (int j = 0; j < 8; ++j) {
+    const float4 v = values[j * 128];
+    r[j][0] = v.x, r[j][1] = v.y, r[j][2] = v.z, r[j][3] = v.w;
+  }
+}
+
+// The state's group: 64 value columns over all chunks.
+__device__ inline void scan_chunks(const ScanParams& p, float* state, std::ptrdiff_t slot,
+                                   int chunks, int half, unsigned char* stages, std::uint64_t* full,
+                                   std::uint64_t* empty) {
+  const int column = half * 64 + state_row();
+  float s[16][4];
+  load_state(s, state, kDim, kDim, column);
+  wait_for_input();
+  auto* values =
+      reinterpret_cast<uint4*>(p.values) + slot * kFragments + half * kHalf + threadIdx.x;
+  // `outputs` has both halves in a block.
+  uint4* states = p.states + slot * kFragments + half * 128 + threadIdx.x;
+  const std::ptrdiff_t step = std::ptrdiff_t{p.problem.heads} * kFragments;
+  float r[8][4];
+  sm90::barrier_wait(full, 0);
+  load_values(r, stages);
+  int stage = 0;
+  int parity = 0;
+  for (int c = 0; c < chunks; ++c) {
+    const int done = stage;
+    const std::uint32_t w = shared_address(stages + stage * kStageBytes);
+    if (++stage == kStages) stage = 0, parity ^= 1;
+    if (c + 1 < chunks) sm90::barrier_wait(full + stage, parity);
+    std::uint32_t sf[8][4];
+    std::uint32_t f[4][4];
+    to_operand_now(sf, s);
+    Products::begin(r);
+    Products::times_transposed<false>(r, sf, w);
+    Products::commit();
+    Products::wait<0>();
+    Products::end(r);
+    to_operand_now(f, r);
+    Products::begin(s);
+    Products::times<false>(s, f, w + kTile);
+    Products::commit();
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      states[i * kThreads] = make_uint4(sf[i][0], sf[i][1], sf[i][2], sf[i][3]);
+    }
+    load_values(r, stages + stage * kStageBytes);  // behind the last chunk nobody uses them
+    Products::wait<0>();
+    Products::end(s);
+    sm90::barrier_arrive(empty + done);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      values[i * 128] = make_uint4(f[i][0], f[i][1], f[i][2], f[i][3]);
+    }
+    values += step;
+    states += step;
+  }
+  store_state(s, state, kDim, kDim, column);
+}
+#endif
+
+__global__ void __launch_bounds__(kScanThreads, 1)
+    delta_rule_scan(const __grid_constant__ ScanParams p) {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL  // elsewhere it is never launched
+  extern __shared__ unsigned char memory[];
+  unsigned char* stages = aligned(memory);
+  auto* full = reinterpret_cast<std::uint64_t*>(stages + kStages * kStageBytes);
+  auto* empty = full + kStages;
+  if (threadIdx.x == 0) {
+    for (int s = 0; s < kStages; ++s) {
+      sm90::barrier_init(full + s, 1);
+      sm90::barrier_init(empty + s, 128);
+    }
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+  }
+  __syncthreads();
+
+  const BatchEntry& entry = p.batch.entries[blockIdx.y];
+  const int chunks = chunks_of(entry.length);
+  const int heads = p.problem.heads;
+  const int head = static_cast<int>(blockIdx.x) / 2;
+  const int half = static_cast<int>(blockIdx.x) % 2;  // of the value columns
+  const std::ptrdiff_t first_slot = std::ptrdiff_t{entry.first_chunk} * heads + head;
+  // Said so that the compiler knows it: a warp does one or the other.
+  if (uniform(static_cast<int>(threadIdx.x) / 128) != 0) {
+    if (threadIdx.x == 128) {
+      wait_for_input();
+      for (int c = 0; c < chunks; ++c) {
+        const int stage = c % kStages;
+        if (c >= kStages) sm90::barrier_wait(empty + stage, (c / kStages - 1) & 1);
+        const std::ptrdiff_t slot = first_slot + std::ptrdiff_t{c} * heads;
+        unsigned char* to = stages + stage * kStageBytes;
+        sm90::barrier_arrive_expect(full + stage, kStageBytes);
+        sm90::copy_bulk(to, p.images + slot * (kImageBytes / 16), kPairBytes, full + stage);
+        sm90::copy_bulk(to + kPairBytes, p.values + slot * kFragments + half * kHalf, 16 * kHalf,
+                        full + stage);
+      }
+    }
+  } else {
+    scan_chunks(p, entry.state + static_cast<std::ptrdiff_t>(head) * kDim * kDim, first_slot,
+                chunks, half, stages, full, empty);
+  }
+#endif
+}
+
+struct OutputLayout {
+  static constexpr int kQ = 0;
+  static constexpr int kA = kQ + kTile;
+  static constexpr int kO = kA + kTileBlockBytes;
+  static constexpr int kSums = kO + kTile;
+  static constexpr int kBytes = kSums + 8 * 64 * 4 + 1024;  // and to align
+};
+
+__global__ void __launch_bounds__(kThreads, 2)
+    delta_rule_outputs(const __grid_constant__ ScanParams p) {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL  // elsewhere it is never launched
+  using L = OutputLayout;
+  extern __shared__ unsigned char memory[];
+  unsigned char* base = aligned(memory);
+  const std::uint32_t tiles = shared_address(base);
+  const int thread = static_cast<int>(threadIdx.x);
+  const int head = static_cast<int>(blockIdx.x);
+  const Chunk chunk(p, static_cast<int>(blockIdx.y), head);
+  const int stride = p.problem.heads * kDim;
+  const std::ptrdiff_t at = chunk.element(p, head);
+  // q is of the kernel before the last two.
+  if (thread < 128) {
+    load_tile<16>(tiles + L::kQ, static_cast<const bf16*>(p.problem.q) + at, stride, kDim,
+                  chunk.rows, thread);
+  }
+  commit_copies();
+  wait_for_input();
+  // All by way of registers: a wait for copies to shared memory would come before other loads.
+  const uint4* from = p.images + chunk.slot * std::ptrdiff_t{kImageBytes / 16} + kPairBytes / 16;
+  uint4 a[kTileBlockBytes / 16 / kThreads];
+  for (int i = 0; i < static_cast<int>(std::size(a)); ++i) a[i] = from[i * kThreads + thread];
+  const std::ptrdiff_t fragments = chunk.slot * std::ptrdiff_t{kFragments};
+  const auto* values =
+      reinterpret_cast<const uint4*>(p.values) + fragments + thread / 128 * kHalf + thread % 128;
+  std::uint32_t sf[8][4];
+  std::uint32_t f[4][4];
+  const auto load = [](std::uint32_t(&to)[4], const uint4& v) {
+    to[0] = v.x, to[1] = v.y, to[2] = v.z, to[3] = v.w;
+  };
+#pragma unroll
+  for (int i = 0; i < 8; ++i) load(sf[i], p.states[fragments + i * kThreads + thread]);
+#pragma unroll
+  for (int i = 0; i < 4; ++i) load(f[i], values[i * 128]);
+  wait_copies<0>();
+  for (int i = 0; i < static_cast<int>(std::size(a)); ++i) {
+    reinterpret_cast<uint4*>(base + L::kA)[i * kThreads + thread] = a[i];
+  }
+  Products::publish();
+  __syncthreads();
+
+  float o[8][4];
+  Products::begin(o);
+  Products::times_transposed<true>(o, sf, tiles + L::kQ);
+  Products::times_transposed<false>(o, f, tiles + L::kA);
+  Products::commit();
+  Products::wait<0>();
+  Products::end(o);
+  float factor = p.scale;
+  if (p.problem.norm != nullptr) {
+    norm_values(o, factor, p.problem.norm, p.problem.norm_eps, kDim,
+                reinterpret_cast<float*>(base + L::kSums));
+    factor = 1;
+  }
+  store_columns(o, factor, tiles + L::kO, static_cast<bf16*>(p.problem.o) + at, stride, chunk.rows,
+                kDim);
+#endif
+}
+
+// Vectors of 16 bytes of a workspace, by what they are for.
+struct Workspace {
+  std::size_t images;
+  std::size_t fragments;  // of values, and of states
+
+  Workspace(const DeltaRuleProblem& problem, const SequenceBatch& batch) {
+    const auto slots =
+        static_cast<std::size_t>(batch.chunks) * static_cast<std::size_t>(problem.heads);
+    images = slots * (kImageBytes / 16);
+    fragments = slots * kFragments;
+  }
+};
+
+template <typename Kernel>
+void launch(Context& ctx, Kernel kernel, dim3 grid, unsigned threads, int bytes,
+            const ScanParams& params) {
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes),
+        "cudaFuncSetAttribute");
+  launch_dependent(ctx, "delta_rule", kernel, grid, threads, static_cast<std::size_t>(bytes),
+                   params);
+}
+
+}  // namespace
+
+bool delta_rule_scans(const DeltaRuleProblem& problem, int length, int tokens_bucket,
+                      int multiprocessors) {
+  constexpr int kLeastChunks = 3;
+  constexpr int kMostChunks = 64;  // a scan takes 0.5 µs a chunk, segments less of many
+  // What is left between kernels passes by memory, and pays only where walks would leave at least
+  // three quarters of the card idle, if the batch has the fewest chunks of its bucket.
+  constexpr int kLeastIdle = 4;
+  const int chunks = chunks_of(length);
+  const int chunks_of_batch = std::max(1, tokens_bucket / 2 / kChunk);
+  return problem.is_bf16 && problem.key_dim == kDim && problem.value_dim == kDim &&
+         chunks >= kLeastChunks && chunks <= kMostChunks &&
+         static_cast<std::int64_t>(chunks) * multiprocessors >=
+             static_cast<std::int64_t>(kLeastIdle) * chunks_of_batch * problem.heads &&
+         card().group_products;
+}
+
+std::size_t delta_rule_scan_bytes(const DeltaRuleProblem& problem, const SequenceBatch& batch) {
+  const Workspace workspace(problem, batch);
+  return 16 * (workspace.images + 2 * workspace.fragments);
+}
+
+void launch_delta_rule_scan(Context& ctx, const DeltaRuleProblem& problem,
+                            const SequenceBatch& batch, void* workspace) {
+  const Workspace of(problem, batch);
+  auto* images = static_cast<uint4*>(workspace);
+  const ScanParams params{.problem = problem,
+                          .images = images,
+                          .values = reinterpret_cast<float4*>(images + of.images),
+                          .states = images + of.images + of.fragments,
+                          .scale = 1 / std::sqrt(static_cast<float>(kDim)),
+                          .batch = batch};
+  const auto heads = static_cast<unsigned>(problem.heads);
+  const dim3 chunks(heads, static_cast<unsigned>(batch.chunks));
+  launch(ctx, delta_rule_prepare, chunks, kThreads, PrepareLayout::kBytes, params);
+  launch(ctx, delta_rule_scan, dim3(2 * heads, static_cast<unsigned>(batch.count)), kScanThreads,
+         kScanBytes, params);
+  launch(ctx, delta_rule_outputs, chunks, kThreads, OutputLayout::kBytes, params);
+}
+
+}  // namespace deltafox::cuda
