@@ -40,15 +40,13 @@ ThreadPool::~ThreadPool() {
 }
 
 void ThreadPool::drain(int slot) {
-  std::int64_t left = unclaimed_.load(std::memory_order_relaxed);
-  while (left > 0) {
-    if (!unclaimed_.compare_exchange_weak(left, left - 1, std::memory_order_acquire,
-                                          std::memory_order_relaxed)) {
-      continue;
-    }
+  // Below zero, where threads find that others were first, the count stays until the next loop sets
+  // it.
+  while (unclaimed_.load(std::memory_order_relaxed) > 0) {
+    const std::int64_t left = unclaimed_.fetch_sub(1, std::memory_order_acquire);
+    if (left <= 0) return;
     function_(closure_, tasks_ - left, slot);
     done_.fetch_add(1, std::memory_order_release);
-    left = unclaimed_.load(std::memory_order_relaxed);
   }
 }
 
