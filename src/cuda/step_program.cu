@@ -42,9 +42,9 @@ constexpr int kMaxF32Columns = kF32Blocks * kBlockColumns;
 // A piece's row in the ring: eight neighbouring rows of 16 bytes by four lanes hit all banks once.
 constexpr int kRowBytes = kPieceColumns * 2 + 64;
 constexpr int kPieces = 32;  // in the ring at most
-// Rows that are under way at most: as many as keep the memory busy. More would wait in queues, and
-// what blocks tell each other behind them.
-constexpr int kRowsUnderWay = 32;
+// Rows that are under way at most, a tile's: more would wait in queues, and what blocks tell each
+// other behind them.
+constexpr int kRowsUnderWay = kTileRows;
 constexpr int kDim = static_cast<int>(kStepHeadDim);
 constexpr int kUnitColumns = 16;  // of a head's state
 constexpr int kUnits = 4;         // of a half of the workers, at once
