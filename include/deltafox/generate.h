@@ -146,10 +146,10 @@ struct GeneratedSequence {
 //
 // A draw takes the uniform number u in [0, 1) made of the first two words of Philox4x32-10 with the
 // key (seed low, seed high) and the counter (step, draw, r, prompt index): u = floor((w0·2^32 +
-// w1) / 2^11) / 2^53. With the integers w_i nearest to 2^40·exp(logit_i - max logit), it chooses the
-// first id i, in index order, whose running sum w_0 + ... + w_i exceeds u·Σw. `draw` is 0, except in
-// beam sampling: there r is 0 and draws 0, 1, ... choose among all (beam, id) pairs, without
-// replacement. A GPU draws what the CPU would from the same logits.
+// w1) / 2^11) / 2^53. With the integers w_i nearest to 2^40·exp(logit_i - max logit), it chooses
+// the first id i, in index order, whose running sum w_0 + ... + w_i exceeds u·Σw. `draw` is 0,
+// except in beam sampling: there r is 0 and draws 0, 1, ... choose among all (beam, id) pairs,
+// without replacement. A GPU draws what the CPU would from the same logits.
 std::vector<GeneratedSequence> generate(const Model& model,
                                         std::span<const std::vector<std::int32_t>> prompts,
                                         const GenerationConfig& config,

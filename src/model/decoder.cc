@@ -183,12 +183,11 @@ std::span<const ChosenToken> Decoder::take() {
   row_.resize(states_.size());
   int waited = 0;
   for (std::size_t b = 0; b < row_.size(); ++b) {
-    volatile std::int32_t* id = &slot[b].id;
-    while (*id == ChosenToken::kPending) {
+    const std::atomic_ref<std::int32_t> id(slot[b].id);
+    while (id.load(std::memory_order_acquire) == ChosenToken::kPending) {
       std::this_thread::yield();
       if (++waited == kPatience) ctx_->synchronize();  // or throws what went wrong
     }
-    std::atomic_thread_fence(std::memory_order_acquire);
     row_[b] = slot[b];
     slot[b] = {};
   }
@@ -199,9 +198,7 @@ std::span<const ChosenToken> Decoder::take() {
     }
     if (token.id == ChosenToken::kNoneLeft) {
       fail(
-          "no token is left to choose: the options (no_repeat_ngram_size, min_new_tokens) ban "
-          "every "
-          "one");
+          "no token is left to choose: the options (no_repeat_ngram_size, min_new_tokens) ban all");
     }
   }
   return row_;

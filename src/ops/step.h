@@ -13,9 +13,9 @@
 // q and k of length one first: q · rsqrt(Σq² + 1e-6).
 //
 // StepProgram: while one lives, step_linear and delta_rule_step of its Context are gathered where
-// the card can run them in one launch; run() launches, and so do attention_step, gla_step and ssd_step
-// what comes before them. Nothing else may be launched between them that they depend on or that depends
-// on them.
+// the card can run them in one launch; run() launches, and so do attention_step, gla_step and
+// ssd_step what comes before them. Nothing else may be launched between them that they depend on or
+// that depends on them.
 //
 // Sums do not depend on B.
 #pragma once

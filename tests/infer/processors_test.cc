@@ -134,13 +134,13 @@ TEST(Processors, EqualTransformersOnEveryGoldenCase) {
 }
 
 TEST(Processors, FiltersEqualTheirDefinitionsOnTheWholeVocabulary) {
-  constexpr std::size_t kVocab = 50257;
-  ProcessorScratch scratch(kVocab);
+  constexpr std::size_t kClasses = 50257;
+  ProcessorScratch scratch(kClasses);
   std::uint32_t seed = 0;
   for (const float scale : {0.1F, 2.0F, 6.0F}) {
     for (const std::size_t keep : {std::size_t{1}, std::size_t{3}}) {
       SCOPED_TRACE(testing::Message() << "scale " << scale << ", keep " << keep);
-      const std::vector<float> logits = random_logits(kVocab, scale, ++seed);
+      const std::vector<float> logits = random_logits(kClasses, scale, ++seed);
       const SlowTwin twin(logits);
       const auto nearness = [&](std::size_t i) {
         return std::abs(-std::log(twin.p[i]) - twin.entropy);
@@ -160,10 +160,10 @@ TEST(Processors, FiltersEqualTheirDefinitionsOnTheWholeVocabulary) {
         // The ranks are compared in float32, so tokens at the border may change places.
         const auto expected = twin.keep_mass(by_nearness, value, keep);
         double border = 0.0;
-        for (std::size_t i = 0; i < kVocab; ++i) {
+        for (std::size_t i = 0; i < kClasses; ++i) {
           if (expected[i] != kRemoved) border = std::max(border, nearness(i));
         }
-        for (std::size_t i = 0; i < kVocab; ++i) {
+        for (std::size_t i = 0; i < kClasses; ++i) {
           if (row[i] == expected[i]) continue;
           ASSERT_NEAR(nearness(i), border, 1e-5) << "typical_p " << value;
         }
@@ -178,14 +178,14 @@ TEST(Processors, FiltersEqualTheirDefinitionsOnTheWholeVocabulary) {
         EXPECT_EQ(row, twin.keep_likely(eta, keep)) << "eta " << epsilon;
       }
       for (const std::size_t k :
-           {std::size_t{1}, std::size_t{50}, std::size_t{257}, kVocab, kVocab + 1}) {
+           {std::size_t{1}, std::size_t{50}, std::size_t{257}, kClasses, kClasses + 1}) {
         auto row = logits;
         top_k(row, k, scratch);
         const auto kept =
             std::count_if(row.begin(), row.end(), [](float x) { return x != kRemoved; });
-        EXPECT_GE(kept, std::min<std::ptrdiff_t>(static_cast<std::ptrdiff_t>(k), kVocab));
-        const float smallest_kept = logits[twin.by_likelihood()[std::min(k, kVocab) - 1]];
-        for (std::size_t i = 0; i < kVocab; ++i) {
+        EXPECT_GE(kept, std::min<std::ptrdiff_t>(static_cast<std::ptrdiff_t>(k), kClasses));
+        const float smallest_kept = logits[twin.by_likelihood()[std::min(k, kClasses) - 1]];
+        for (std::size_t i = 0; i < kClasses; ++i) {
           ASSERT_EQ(row[i], logits[i] < smallest_kept ? kRemoved : logits[i]);
         }
       }
