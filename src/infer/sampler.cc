@@ -6,18 +6,13 @@
 #include <numeric>
 
 #include "core/error.h"
+#include "ops/choose_token.h"
 
 namespace deltafox::infer {
 
 namespace {
 
 constexpr float kMinusInfinity = -std::numeric_limits<float>::infinity();
-
-[[noreturn]] void fail_no_choice() {
-  fail(
-      "no token is left to choose: the options (no_repeat_ngram_size, min_new_tokens) ban every "
-      "one");
-}
 
 }  // namespace
 
@@ -73,7 +68,7 @@ std::int32_t argmax(std::span<const float> logits) {
       best = i;
     }
   }
-  if (max == kMinusInfinity) fail_no_choice();
+  if (max == kMinusInfinity) fail(ChosenToken::kNoneLeftMessage);
   return static_cast<std::int32_t>(best);
 }
 
@@ -88,7 +83,7 @@ std::size_t sample_weights(std::span<const std::uint64_t> weights, double u) {
 
 std::int32_t sample(std::span<const float> logits, double u, std::vector<std::uint64_t>& weights) {
   weights.resize(logits.size());
-  if (weigh(logits, weights).weight == 0) fail_no_choice();
+  if (weigh(logits, weights).weight == 0) fail(ChosenToken::kNoneLeftMessage);
   return static_cast<std::int32_t>(sample_weights(weights, u));
 }
 

@@ -5,6 +5,7 @@
 #include <utility>
 
 #include "core/error.h"
+#include "ops/choose_token.h"
 
 namespace deltafox::infer {
 
@@ -26,7 +27,7 @@ void require_numbers(std::span<const float> logits) {
   const bool numbers = std::all_of(logits.begin(), logits.end(), [](float logit) {
     return logit <= std::numeric_limits<float>::max();
   });
-  if (!numbers) fail("the model's logits hold NaN or infinity: its weights may be damaged");
+  if (!numbers) fail(ChosenToken::kNotNumbersMessage);
 }
 
 }  // namespace

@@ -193,13 +193,8 @@ std::span<const ChosenToken> Decoder::take() {
   }
   ++taken_;
   for (const ChosenToken& token : row_) {
-    if (token.id == ChosenToken::kNotNumbers) {
-      fail("the model's logits hold NaN or infinity: its weights may be damaged");
-    }
-    if (token.id == ChosenToken::kNoneLeft) {
-      fail(
-          "no token is left to choose: the options (no_repeat_ngram_size, min_new_tokens) ban all");
-    }
+    if (token.id == ChosenToken::kNotNumbers) fail(ChosenToken::kNotNumbersMessage);
+    if (token.id == ChosenToken::kNoneLeft) fail(ChosenToken::kNoneLeftMessage);
   }
   return row_;
 }

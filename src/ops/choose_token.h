@@ -58,6 +58,13 @@ struct ChosenToken {
   static constexpr std::int32_t kNoneLeft = -2;    // all tokens were removed
   static constexpr std::int32_t kNotNumbers = -3;  // the logits hold NaN or infinity
 
+  // What to say where there is none, on any device.
+  static constexpr const char* kNoneLeftMessage =
+      "no token is left to choose: the options (no_repeat_ngram_size, min_new_tokens) ban every "
+      "one";
+  static constexpr const char* kNotNumbersMessage =
+      "the model's logits hold NaN or infinity: its weights may be damaged";
+
   std::int32_t id = kPending;
   float logprob = 0;        // with `logprobs`, after all options
   float model_logprob = 0;  // as the model gave it
