@@ -3,7 +3,7 @@
 // masks what it does not see or skips, so that rows do not depend on one another.
 //
 // Products are float32, or of rows rounded to bfloat16 by tiles: then a page is rounded and packed
-// once for all queries of the block.
+// once for all queries of the block, which a few queries would not pay for.
 //
 // Weights are summed by stretches of 16 pages, and stretches are added one after the other. Where
 // there are fewer blocks and heads than threads, stretches are tasks too: the same sums.
@@ -31,6 +31,10 @@ constexpr float kMinusInfinity = -std::numeric_limits<float>::infinity();
 
 constexpr float kLowest = -std::numeric_limits<float>::max();
 constexpr std::int64_t kStretchPages = 16;
+// What is left of a call behind the last multiple of kTilePeriod of its tokens has tiles from so
+// many on. Pieces of a call end at such multiples: where they end changes nothing.
+constexpr std::int64_t kTilePeriod = 64;
+constexpr std::int64_t kLeastTileRows = 12;
 
 // Queries [row, row + count) of the batch, at positions position... of sequence b.
 struct Block {
@@ -38,6 +42,7 @@ struct Block {
   std::int64_t row;
   std::int64_t position;
   std::int64_t count;
+  bool tiles;  // the operands of products are bfloat16
 
   std::int64_t last_page() const { return (position + count - 1) / kKvPage; }
 };
@@ -60,7 +65,7 @@ struct Sums {
 // Memory of a task: of kRows rows, or with _of_block of all rows of the block. kKvPage is written
 // P.
 struct Work {
-  bool tiles;           // the operands of products are bfloat16
+  bool tiles;           // those of the block
   float* q;             // of_block [rows, D], scaled by 1 / √D
   float* scores;        // [kRows, P], then the weights
   Sums stretch;         // of_block, of the stretch under way
@@ -416,19 +421,30 @@ HWY_INLINE PageCounts attend(const ForgettingAttentionArgs& args, const Block& b
   return count_pages(cache, block, work);
 }
 
-std::span<Block> blocks_of(const ForgettingAttentionArgs& args, std::int64_t rows,
+// Blocks of up to `rows` queries with tiles, of kRows without.
+std::span<Block> blocks_of(const ForgettingAttentionArgs& args, std::int64_t rows, bool tiles,
                            ScratchScope& scratch) {
+  const auto with_tiles = [&](std::int64_t length) {
+    const std::int64_t left = length % kTilePeriod;
+    return !tiles ? 0 : left < kLeastTileRows ? length - left : length;
+  };
   std::int64_t count = 0;
   for (std::int64_t b = 0; b < args.sequences.count(); ++b) {
-    count += (args.sequences.length(b) + rows - 1) / rows;
+    const std::int64_t length = args.sequences.length(b);
+    const std::int64_t first = with_tiles(length);
+    count += (first + rows - 1) / rows + (length - first + kRows - 1) / kRows;
   }
   const std::span<Block> blocks = scratch.array<Block>(count);
   std::size_t at = 0;
   for (std::int64_t b = 0; b < args.sequences.count(); ++b) {
     const std::int64_t length = args.sequences.length(b);
+    const std::int64_t first = with_tiles(length);
     const std::int64_t before = args.caches[static_cast<std::size_t>(b)]->length() - length;
-    for (std::int64_t t = 0; t < length; t += rows) {
-      blocks[at++] = {b, args.sequences.begin(b) + t, before + t, std::min(rows, length - t)};
+    for (std::int64_t t = 0; t < length;) {
+      const std::int64_t of_block =
+          t < first ? std::min(rows, first - t) : std::min(kRows, length - t);
+      blocks[at++] = {b, args.sequences.begin(b) + t, before + t, of_block, t < first};
+      t += of_block;
     }
   }
   return blocks;
@@ -449,14 +465,18 @@ struct Run {
   const ForgettingAttentionArgs& args;
   std::span<const Block> blocks;
   std::int64_t rows;  // of a block at most
-  bool tiles;
-  float* slots;  // of Work, for each thread
+  bool tiles;         // of a block, where enough queries are together
+  float* slots;       // of Work, for each thread
   std::int64_t slot_floats;
   std::atomic<std::int64_t> seen{0};
   std::atomic<std::int64_t> skipped{0};
 
   const KvLayout& layout() const { return args.caches[0]->layout(); }
-  Work work(int slot) const { return {slots + slot * slot_floats, layout(), rows, tiles}; }
+  Work work(int slot, const Block& block) const {
+    Work work(slots + slot * slot_floats, layout(), rows, tiles);
+    work.tiles = block.tiles;
+    return work;
+  }
   void count(const PageCounts& pages) {
     seen.fetch_add(pages.seen, std::memory_order_relaxed);
     skipped.fetch_add(pages.skipped, std::memory_order_relaxed);
@@ -469,7 +489,7 @@ void run_blocks(Context& ctx, Run& run) {
     // Blocks of a head follow one another, so that its keys and values stay in the caches. The last
     // ones of a sequence have the most keys: they go first.
     const Block& block = run.blocks[static_cast<std::size_t>(count - 1 - task % count)];
-    run.count(attend(run.args, block, task / count, run.work(slot)));
+    run.count(attend(run.args, block, task / count, run.work(slot, block)));
   });
 }
 
@@ -507,7 +527,7 @@ void run_stretches(Context& ctx, ScratchScope& scratch, Run& run) {
         std::upper_bound(parts.begin(), parts.end(), task,
                          [](std::int64_t index, const Part& p) { return index < p.index; }));
     const Block& block = *part.block;
-    Work work = run.work(slot);
+    Work work = run.work(slot, block);
     work.stretch = sums_of_stretch(task);
     begin_rows(run.args, block, part.head, work);
     attend_stretch(run.args, block, part.head, part.first + task - part.index, work);
@@ -517,7 +537,7 @@ void run_stretches(Context& ctx, ScratchScope& scratch, Run& run) {
   ctx.threads().parallel_for(
       static_cast<std::int64_t>(parts.size()), [&](std::int64_t i, int slot) {
         const Part& part = parts[static_cast<std::size_t>(i)];
-        const Sums sum = run.work(slot).total;
+        const Sums sum = run.work(slot, *part.block).total;
         clear(sum, part.block->count, stride);
         for (std::int64_t s = 0; s < part.count; ++s) {
           add_stretch(sums_of_stretch(part.index + s), part.block->count, stride, sum);
@@ -535,7 +555,7 @@ void forgetting_attention_target(Context& ctx, const ForgettingAttentionArgs& ar
   const std::int64_t rows = rows_of_block(args, tiles, threads);
   ScratchScope scratch(ctx);
   const std::int64_t slot_floats = Work::floats(layout, rows, tiles);
-  const std::span<const Block> blocks = blocks_of(args, rows, scratch);
+  const std::span<const Block> blocks = blocks_of(args, rows, tiles, scratch);
   Run run{.args = args,
           .blocks = blocks,
           .rows = rows,

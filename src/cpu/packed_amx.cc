@@ -127,10 +127,10 @@ DELTAFOX_TARGET void square_at_edge(const PackedBlock& block, const Square& squa
   for (std::int64_t t = 0; t < square.tokens; ++t) sums.add_row<kPanels2 ? 2 : 1>(products, t);
 }
 
-// A square of 32 tokens, two panels and a whole block of columns. Between its steps the products
-// of the whole square before it are added: the processor does both at a time. Of the next block of
-// its panels, as kQ8 has them in memory, each of eight squares fetches a part.
-template <bool kFirst>
+// A square of 32 tokens or 16, two panels and a whole block of columns. Between its steps the
+// products of the whole square before it are added: the processor does both at a time. Of the next
+// block of its panels, as kQ8 has them in memory, each of eight squares fetches a part.
+template <bool kTokens2, bool kFirst>
 DELTAFOX_TARGET inline void whole_square(const PackedBlock& block, const Square& square,
                                          const Sums& before, Products& products) {
   const std::int8_t* x = token_at(block, square.token);
@@ -141,17 +141,17 @@ DELTAFOX_TARGET inline void whole_square(const PackedBlock& block, const Square&
   constexpr std::int64_t kPart = kQuantBlock * kPanelRows / 8;
   const std::byte* next =
       w + kScaleBytes + kQuantBlock * kPanelRows + square.token / (2 * kSide) % 8 * kPart;
-  zero_tiles<true, true>();
+  zero_tiles<kTokens2, true>();
 #pragma GCC unroll 4
   for (std::int64_t k = 0; k < kQuantBlock; k += kQuantStep) {
-    step<true, true>(x + k, x_stride, w + k * kPanelRows, w_stride);
+    step<kTokens2, true>(x + k, x_stride, w + k * kPanelRows, w_stride);
 #pragma GCC unroll 2
     for (int line = 0; line < 2; ++line, next += 64) {
       _mm_prefetch(reinterpret_cast<const char*>(next), _MM_HINT_T1);
       _mm_prefetch(reinterpret_cast<const char*>(next + w_stride), _MM_HINT_T1);
     }
     if constexpr (kFirst) continue;
-    constexpr std::int64_t kRows = 2 * kSide / (kQuantBlock / kQuantStep);
+    constexpr std::int64_t kRows = (kTokens2 ? 2 : 1) * kSide / (kQuantBlock / kQuantStep);
 #pragma GCC unroll 8
     for (std::int64_t t = 0; t < kRows; ++t) {
       sums.add_row<2>(products, k / kQuantStep * kRows + t);
@@ -160,39 +160,50 @@ DELTAFOX_TARGET inline void whole_square(const PackedBlock& block, const Square&
   store_tiles(square, products);
 }
 
+// Those of tokens [begin, end) and panels [0, panels).
+template <bool kTokens2>
+DELTAFOX_TARGET void whole_squares(const PackedBlock& block, std::int64_t begin, std::int64_t end,
+                                   int panels, Products& products) {
+  if (begin == end || panels == 0) return;
+  constexpr std::int64_t kTokens = (kTokens2 ? 2 : 1) * kSide;
+  Square square{begin, kTokens, 0, 2};
+  Sums before(block, square);
+  whole_square<kTokens2, true>(block, square, before, products);
+  for (;;) {
+    square.panel += 2;
+    if (square.panel == panels) {
+      square.panel = 0;
+      square.token += kTokens;
+    }
+    if (square.token == end) break;
+    whole_square<kTokens2, false>(block, square, before, products);
+    before = Sums(block, square);
+  }
+  for (std::int64_t t = 0; t < kTokens; ++t) before.add_row<2>(products, t);
+}
+
 }  // namespace
 
 DELTAFOX_TARGET void eight_bits(const PackedBlock& block) {
   alignas(64) Products products;
   finish_stores();
-  const bool whole_columns = block.columns == kQuantBlock;
-  const std::int64_t whole_tokens = whole_columns ? block.tokens / (2 * kSide) * (2 * kSide) : 0;
+  const std::int64_t tokens = block.columns == kQuantBlock ? block.tokens : 0;  // of whole squares
+  const std::int64_t large = tokens / (2 * kSide) * (2 * kSide);  // in squares of 32 tokens
+  const std::int64_t whole = tokens / kSide * kSide;
   const int whole_panels = block.panels / 2 * 2;
-  if (whole_tokens > 0 && whole_panels > 0) {
-    configure(2 * kSide);
-    Square square{0, 2 * kSide, 0, 2};
-    Sums before(block, square);
-    whole_square<true>(block, square, before, products);
-    for (;;) {
-      square.panel += 2;
-      if (square.panel == whole_panels) {
-        square.panel = 0;
-        square.token += 2 * kSide;
-      }
-      if (square.token == whole_tokens) break;
-      whole_square<false>(block, square, before, products);
-      before = Sums(block, square);
-    }
-    for (std::int64_t t = 0; t < 2 * kSide; ++t) before.add_row<2>(products, t);
-  }
-  for (std::int64_t t = 0; t < block.tokens; t += 2 * kSide) {
-    const int first = t < whole_tokens ? whole_panels : 0;
+  if (whole > 0) configure(2 * kSide);
+  whole_squares<true>(block, 0, large, whole_panels, products);
+  whole_squares<false>(block, large, whole, whole_panels, products);
+  Square square{};
+  for (; square.token < block.tokens; square.token += square.tokens) {
+    const std::int64_t end = square.token < whole && square.token >= large ? whole : block.tokens;
+    square.tokens = std::min(2 * kSide, end - square.token);
+    const int first = square.token < whole ? whole_panels : 0;
     if (first == block.panels) continue;
-    const std::int64_t tokens = std::min(2 * kSide, block.tokens - t);
-    configure(tokens);
-    for (int p = first; p < block.panels; p += 2) {
-      const Square square{t, tokens, p, std::min(2, block.panels - p)};
-      if (tokens > kSide) {
+    configure(square.tokens);
+    for (square.panel = first; square.panel < block.panels; square.panel += 2) {
+      square.panels = std::min(2, block.panels - square.panel);
+      if (square.tokens > kSide) {
         square.panels == 2 ? square_at_edge<true, true>(block, square, products)
                            : square_at_edge<true, false>(block, square, products);
       } else {
