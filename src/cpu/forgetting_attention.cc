@@ -65,13 +65,12 @@ struct Sums {
 // Memory of a task: of kRows rows, or with _of_block of all rows of the block. kKvPage is written
 // P.
 struct Work {
-  bool tiles;           // those of the block
   float* q;             // of_block [rows, D], scaled by 1 / √D
   float* scores;        // [kRows, P], then the weights
   Sums stretch;         // of_block, of the stretch under way
   Sums total;           // of_block, of those before it
   std::int64_t* begin;  // of_block [rows] the first position that it reads
-  // With tiles, D' being D rounded up to 32:
+  // For blocks with tiles, D' being D rounded up to 32:
   std::uint16_t* q_bf16;   // of_block [rows, D']
   std::uint16_t* weights;  // [kRows, P]
   std::uint16_t* keys;     // [D', P] packed
@@ -84,9 +83,8 @@ struct Work {
     return line(2 * Sums::floats(rows, stride) + 2 * rows) + kRows * kKvPage + line(rows * dim) +
            (tiles ? bf16 / 2 : 0);
   }
-  Work(float* memory, const KvLayout& layout, std::int64_t rows, bool with_tiles)
-      : tiles(with_tiles),
-        stretch(memory, rows, layout.value_stride()),
+  Work(float* memory, const KvLayout& layout, std::int64_t rows, bool tiles)
+      : stretch(memory, rows, layout.value_stride()),
         total(memory + Sums::floats(rows, layout.value_stride()), rows, layout.value_stride()) {
     const std::int64_t dim = layout.head_dim;
     const std::int64_t stride = layout.value_stride();
@@ -173,14 +171,14 @@ HWY_INLINE void begin_rows(const ForgettingAttentionArgs& args, const Block& blo
       bound = args.score_bounds[static_cast<std::size_t>(head)];
     }
     // Rounding both q and k to bfloat16 adds 2^-8 to a product at most.
-    if (work.tiles) bound *= 1 + 1.0F / 128;
+    if (block.tiles) bound *= 1 + 1.0F / 128;
     const float threshold =
         *args.log_pruning_tolerance - 2 * bound - std::log(static_cast<float>(position + 1));
     const std::int64_t page = first_kept_page(cache, head, position, threshold);
     work.begin[r] = std::max(work.begin[r], page * kKvPage);
   }
 #if defined(__x86_64__)
-  if (work.tiles) amx::round_left(work.q, dim, block.count, dim, 1, work.q_bf16);
+  if (block.tiles) amx::round_left(work.q, dim, block.count, dim, 1, work.q_bf16);
 #endif
 }
 
@@ -257,13 +255,14 @@ struct Page {
   const float* keys;    // [D, kKvPage]
   const float* values;  // [kKvPage, value_stride]
   std::int64_t seen;    // of the keys, by a row of the block
+  bool packed;          // as operands of tiles, in the task's memory
 };
 
 // scores = q kᵀ for rows [row, row + rows) of the block
 HWY_INLINE void page_scores(const Page& page, const KvLayout& layout, std::int64_t row,
                             std::int64_t rows, const Work& work) {
 #if defined(__x86_64__)
-  if (work.tiles) {
+  if (page.packed) {
     const std::int64_t dim = padded_depth(layout.head_dim);
     amx::multiply({.left = work.q_bf16 + row * dim,
                    .left_stride = dim,
@@ -290,7 +289,7 @@ HWY_INLINE void page_output(const Page& page, const KvLayout& layout, std::int64
   const std::int64_t stride = layout.value_stride();
   float* o = work.stretch.o + row * stride;
 #if defined(__x86_64__)
-  if (work.tiles) {
+  if (page.packed) {
     amx::round_left(work.scores, kKvPage, rows, kKvPage, 1, work.weights);
     amx::multiply({.left = work.weights,
                    .left_stride = kKvPage,
@@ -317,9 +316,10 @@ HWY_INLINE void visit_page(const ForgettingAttentionArgs& args, const Block& blo
   const std::int64_t first = p * kKvPage;
   const Page page{.keys = cache.page(p).keys.f32() + g * layout.head_dim * kKvPage,
                   .values = cache.page(p).values.f32() + g * kKvPage * stride,
-                  .seen = std::min(kKvPage, block.position + block.count - first)};
+                  .seen = std::min(kKvPage, block.position + block.count - first),
+                  .packed = block.tiles};
 #if defined(__x86_64__)
-  if (work.tiles) {
+  if (page.packed) {
     const std::int64_t dim = layout.head_dim;
     amx::pack_right(page.keys, kKvPage, dim, padded_depth(dim), kKvPage, work.keys);
     amx::pack_right(page.values, stride, page.seen, kKvPage, stride, work.values);
@@ -472,11 +472,7 @@ struct Run {
   std::atomic<std::int64_t> skipped{0};
 
   const KvLayout& layout() const { return args.caches[0]->layout(); }
-  Work work(int slot, const Block& block) const {
-    Work work(slots + slot * slot_floats, layout(), rows, tiles);
-    work.tiles = block.tiles;
-    return work;
-  }
+  Work work(int slot) const { return {slots + slot * slot_floats, layout(), rows, tiles}; }
   void count(const PageCounts& pages) {
     seen.fetch_add(pages.seen, std::memory_order_relaxed);
     skipped.fetch_add(pages.skipped, std::memory_order_relaxed);
@@ -489,7 +485,7 @@ void run_blocks(Context& ctx, Run& run) {
     // Blocks of a head follow one another, so that its keys and values stay in the caches. The last
     // ones of a sequence have the most keys: they go first.
     const Block& block = run.blocks[static_cast<std::size_t>(count - 1 - task % count)];
-    run.count(attend(run.args, block, task / count, run.work(slot, block)));
+    run.count(attend(run.args, block, task / count, run.work(slot)));
   });
 }
 
@@ -527,7 +523,7 @@ void run_stretches(Context& ctx, ScratchScope& scratch, Run& run) {
         std::upper_bound(parts.begin(), parts.end(), task,
                          [](std::int64_t index, const Part& p) { return index < p.index; }));
     const Block& block = *part.block;
-    Work work = run.work(slot, block);
+    Work work = run.work(slot);
     work.stretch = sums_of_stretch(task);
     begin_rows(run.args, block, part.head, work);
     attend_stretch(run.args, block, part.head, part.first + task - part.index, work);
@@ -537,7 +533,7 @@ void run_stretches(Context& ctx, ScratchScope& scratch, Run& run) {
   ctx.threads().parallel_for(
       static_cast<std::int64_t>(parts.size()), [&](std::int64_t i, int slot) {
         const Part& part = parts[static_cast<std::size_t>(i)];
-        const Sums sum = run.work(slot, *part.block).total;
+        const Sums sum = run.work(slot).total;
         clear(sum, part.block->count, stride);
         for (std::int64_t s = 0; s < part.count; ++s) {
           add_stretch(sums_of_stretch(part.index + s), part.block->count, stride, sum);

@@ -51,11 +51,7 @@ bool product_in_parts(Context& ctx, const Product& p, std::int64_t Product::*siz
   rest.a = behind(p.a, whole.*size * steps.a);
   rest.b = behind(p.b, whole.*size * steps.b);
   rest.c = behind(p.c, whole.*size * steps.c);
-  rest.added = behind(p.added, whole.*size * steps.c);
-  if (size == &Product::k) {
-    rest.accumulate = true;
-    rest.added = {};
-  }
+  if (size == &Product::k) rest.accumulate = true;
   for (const Product& part : {whole, rest}) {
     const std::int64_t rows = size == &Product::m ? part.m : algorithm_rows;
     if (!product_blas(ctx, part, rows)) product_plain(ctx, part);
@@ -69,8 +65,7 @@ bool linear_product(Context& ctx, const LinearArgs& args, bool early) {
   const std::int64_t inputs = args.w.shape[1];
   const auto bucket = std::max<std::int64_t>(
       kMinBucket, static_cast<std::int64_t>(std::bit_ceil(static_cast<std::uint64_t>(tokens))));
-  const bool in_place = args.added.data == nullptr || args.added.data == args.y.data;
-  if (args.accumulate && in_place && bucket >= kLeastSumBucket &&
+  if (args.accumulate && bucket >= kLeastSumBucket &&
       sum_product(ctx, args.x, args.w, args.y, bucket, early)) {
     return true;
   }
@@ -82,8 +77,7 @@ bool linear_product(Context& ctx, const LinearArgs& args, bool early) {
                            .n = args.w.shape[0],
                            .k = inputs,
                            .transpose_b = true,
-                           .accumulate = args.accumulate,
-                           .added = args.added},
+                           .accumulate = args.accumulate},
                           &Product::n, {.a = 0, .b = inputs, .c = 1}, bucket);
 }
 
@@ -95,9 +89,6 @@ void multiply(Context& ctx, const LinearArgs& args) {
   LinearArgs product = args;
   if (packed && !small) product.w = unpacked(ctx, scratch, args.w);
   if (args.x.shape[0] <= kSmallLinearRows || !linear_product(ctx, product, !packed)) {
-    if (args.added.data != nullptr && args.added.data != args.y.data) {
-      ctx.copy(args.y.data, args.added.data, bytes_of(args.y.dtype, args.y.shape));
-    }
     small ? small_linear(ctx, product) : linear_plain(ctx, product);
   }
 }

@@ -37,7 +37,6 @@ struct ProductParams {
   const bf16* x;
   PackedMatrix w;
   Elements y;
-  Elements added;  // as y
   int rows;
   int stride;  // of y
   int cluster;
@@ -158,7 +157,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     float sum = 0;
     for (int r = 0; r < p.cluster; ++r) sum += cluster.map_shared_rank(partial, r)[at];
     const std::int64_t to = static_cast<std::int64_t>(first_row + b) * p.stride + n;
-    if (p.accumulate) sum += p.added.get(to);
+    if (p.accumulate) sum += p.y.get(to);
     p.y.put(to, sum);
   }
   cluster.sync();  // others read this one's memory
@@ -176,7 +175,6 @@ bool packed_product(Context& ctx, const LinearArgs& args) {
   ProductParams p{.x = static_cast<const bf16*>(args.x.data),
                   .w = PackedMatrix(args.w),
                   .y = Elements(args.y),
-                  .added = args.added.data != nullptr ? Elements(args.added) : Elements(args.y),
                   .rows = static_cast<int>(rows),
                   .stride = static_cast<int>(args.y.shape[1]),
                   .cluster = 1,

@@ -10,7 +10,6 @@ constexpr int kTile = 16;
 
 struct Plain {
   Elements a, b, c;
-  Elements added;  // as c
   int m, n, k;
   std::int64_t a_stride, b_stride, c_stride;
   bool transpose_a, transpose_b, accumulate;
@@ -55,7 +54,7 @@ __global__ void __launch_bounds__(kTile* kTile) product_plain_kernel(const Plain
   const int column = first_column + x;
   if (row >= p.m || column >= p.n) return;
   const std::int64_t at = row * p.c_stride + column;
-  float out[4] = {p.accumulate ? element(p.added, at) + sum : sum};
+  float out[4] = {p.accumulate ? element(p.c, at) + sum : sum};
   p.c.store(out, at, 1);
 }
 
@@ -68,20 +67,18 @@ struct ColumnsOf {
 }  // namespace
 
 void product_plain(Context& ctx, const Product& product) {
-  const Plain p{
-      .a = Elements(product.a),
-      .b = Elements(product.b),
-      .c = Elements(product.c),
-      .added = product.added.data != nullptr ? Elements(product.added) : Elements(product.c),
-      .m = static_cast<int>(product.m),
-      .n = static_cast<int>(product.n),
-      .k = static_cast<int>(product.k),
-      .a_stride = product.a.shape[1],
-      .b_stride = product.b.shape[1],
-      .c_stride = product.c.shape[1],
-      .transpose_a = product.transpose_a,
-      .transpose_b = product.transpose_b,
-      .accumulate = product.accumulate};
+  const Plain p{.a = Elements(product.a),
+                .b = Elements(product.b),
+                .c = Elements(product.c),
+                .m = static_cast<int>(product.m),
+                .n = static_cast<int>(product.n),
+                .k = static_cast<int>(product.k),
+                .a_stride = product.a.shape[1],
+                .b_stride = product.b.shape[1],
+                .c_stride = product.c.shape[1],
+                .transpose_a = product.transpose_a,
+                .transpose_b = product.transpose_b,
+                .accumulate = product.accumulate};
   const dim3 grid(blocks_for(product.n, kTile), blocks_for(product.m, kTile));
   product_plain_kernel<<<grid, kTile * kTile, 0, stream_of(ctx)>>>(p);
   check_launch("product");

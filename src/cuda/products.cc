@@ -123,10 +123,9 @@ bool product_blas(Context& ctx, const Product& p, std::int64_t algorithm_rows) {
   Description description(p, p.m);
   const float alpha = 1;
   const float beta = p.accumulate ? 1 : 0;
-  const void* const added = p.added.data != nullptr ? p.added.data : p.c.data;
   check_blas(cublasLtMatmul(blas, &description.product, &alpha, p.b.data, &description.a, p.a.data,
-                            &description.b, &beta, added, &description.c, p.c.data, &description.c,
-                            &*algo, workspace, kWorkspaceBytes, stream_of(ctx)),
+                            &description.b, &beta, p.c.data, &description.c, p.c.data,
+                            &description.c, &*algo, workspace, kWorkspaceBytes, stream_of(ctx)),
              "cublasLtMatmul");
   return true;
 }

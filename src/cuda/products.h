@@ -17,7 +17,6 @@ struct Product {
   bool transpose_a = false;
   bool transpose_b = false;
   bool accumulate = false;
-  ConstTensorView added = {};  // as c: what is accumulated to, if not c
 };
 
 // On cuBLASLt: false where it has no algorithm. The algorithm is chosen once for `algorithm_rows`

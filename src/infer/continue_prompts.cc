@@ -21,13 +21,6 @@ struct Continuation {
   bool running = true;
 };
 
-struct Choice {
-  std::int32_t id;
-  // With output_logprobs, after the processors and before.
-  float logprob;
-  float model_logprob;
-};
-
 std::int32_t clamped(std::int64_t value) {
   return static_cast<std::int32_t>(
       std::min<std::int64_t>(value, std::numeric_limits<std::int32_t>::max()));
@@ -65,8 +58,8 @@ class Continuations {
   void step(std::span<Continuation* const> running, std::vector<float>& logits);
   bool decode(Decoder& decoder, std::span<Continuation* const> running);
   std::int64_t tokens_left(const Continuation& sequence) const;
-  Choice choose(const Continuation& sequence, std::span<float> logits);
-  void extend(Continuation& sequence, const Choice& choice);
+  ChosenToken choose(const Continuation& sequence, std::span<float> logits);
+  void extend(Continuation& sequence, const ChosenToken& chosen);
   void cancel(std::span<Continuation* const> running);
   std::optional<FinishReason> finish_reason(const Continuation& sequence) const;
   std::string finish(Continuation& sequence, FinishReason reason);
@@ -80,16 +73,17 @@ class Continuations {
 };
 
 // The token that `logits` lead to, which the processors overwrite.
-Choice Continuations::choose(const Continuation& sequence, std::span<float> logits) {
+ChosenToken Continuations::choose(const Continuation& sequence, std::span<float> logits) {
   const GeneratedSequence& result = sequence.result;
   const auto prompt_size = static_cast<std::size_t>(result.num_prompt_ids);
   const bool with_logprobs = session_.config.output_logprobs;
   if (with_logprobs) model_logits_.assign(logits.begin(), logits.end());
   processors_.apply(logits, result.ids, prompt_size);
   const auto chosen = [&](std::int32_t id) {
-    return with_logprobs
-               ? Choice{id, log_probability(logits, id), log_probability(model_logits_, id)}
-               : Choice{id, 0, 0};
+    if (!with_logprobs) return ChosenToken{.id = id};
+    return ChosenToken{.id = id,
+                       .logprob = log_probability(logits, id),
+                       .model_logprob = log_probability(model_logits_, id)};
   };
   if (!session_.config.do_sample) return chosen(argmax(logits));
   const DrawKey key{.seed = session_.config.seed,
@@ -129,15 +123,15 @@ std::string Continuations::finish(Continuation& sequence, FinishReason reason) {
   return sequence.text->finish();
 }
 
-void Continuations::extend(Continuation& sequence, const Choice& choice) {
+void Continuations::extend(Continuation& sequence, const ChosenToken& chosen) {
   GeneratedSequence& result = sequence.result;
   const bool with_logprobs = session_.config.output_logprobs;
-  result.ids.push_back(choice.id);
+  result.ids.push_back(chosen.id);
   if (with_logprobs) {
-    result.logprobs.push_back(choice.logprob);
-    result.model_logprobs.push_back(choice.model_logprob);
+    result.logprobs.push_back(chosen.logprob);
+    result.model_logprobs.push_back(chosen.model_logprob);
   }
-  std::string piece = sequence.text ? sequence.text->push(choice.id) : std::string();
+  std::string piece = sequence.text ? sequence.text->push(chosen.id) : std::string();
   const std::optional<FinishReason> reason = finish_reason(sequence);
   if (reason) piece += finish(sequence, *reason);
   result.text += piece;
@@ -145,7 +139,7 @@ void Continuations::extend(Continuation& sequence, const Choice& choice) {
   if (!session_.options.on_token) return;
   TokenEvent event;
   event.sequence = static_cast<std::int64_t>(sequence.index);
-  event.id = choice.id;
+  event.id = chosen.id;
   event.text = piece;
   if (with_logprobs) event.logprob = result.logprobs.back();
   event.finish_reason = reason;
@@ -211,7 +205,7 @@ bool Continuations::decode(Decoder& decoder, std::span<Continuation* const> runn
     const std::span<const ChosenToken> chosen = decoder.take();
     for (std::size_t i = 0; i < running.size(); ++i) {
       if (!running[i]->running) continue;
-      extend(*running[i], {chosen[i].id, chosen[i].logprob, chosen[i].model_logprob});
+      extend(*running[i], chosen[i]);
       all_run = all_run && running[i]->running;
     }
   }

@@ -67,8 +67,7 @@ void CausalLM::forward_layer(Context& ctx, const Layer& layer, const Sequences& 
   const bool only_saved = out.data == nullptr && layer.mlp.has_value();
   const TensorView between = only_saved ? scratch.tensor(in.shape) : out;  // [T, C]
   saved.mixer_input = layer_input(ctx, layer.mixer_norm, in);
-  // A product that adds in place may be another than one that does not: all of them do.
-  if (between.data != nullptr && between.data != in.data) {
+  if (between.data != nullptr && between.data != in.data) {  // the mixer adds to it
     ctx.copy(between.data, in.data, bytes_of(in.dtype, in.shape));
   }
   std::visit(
@@ -85,7 +84,7 @@ void CausalLM::forward_layer(Context& ctx, const Layer& layer, const Sequences& 
           }
         }
         mixer.forward(ctx, saved.mixer_input.x, sequences, pointers, between,
-                      &saved.mixer.template emplace<Saved>(), between);
+                      &saved.mixer.template emplace<Saved>());
       },
       layer.mixer);
   if (!layer.mlp) return;

@@ -20,15 +20,8 @@ void linear(Context& ctx, const LinearArgs& args) {
   check_activation(ctx, "linear", "y", args.y,
                    shape_of_rows(ctx, args.y, args.x.shape[0], args.w.shape[0]));
   if (args.bias.data != nullptr) check("linear", "bias", args.bias, {args.w.shape[0]});
-  if (args.added.data != nullptr) {
-    check("linear", "added", args.added, args.y.shape, args.y.dtype);
-    if (!args.accumulate) fail("linear: added without accumulate");
-  }
   switch (ctx.device()) {
     case Device::kCpu:
-      if (args.added.data != nullptr && args.added.data != args.y.data) {
-        ctx.copy(args.y.data, args.added.data, bytes_of(args.y.dtype, args.y.shape));
-      }
       return cpu::linear(ctx, args);
     case Device::kCuda:
       return cuda::linear(ctx, args);

@@ -28,8 +28,6 @@ struct LinearArgs {
   TensorView y;               // [T, N] F32
   bool accumulate = false;    // y += x wᵀ
   ConstTensorView bias = {};  // [N] F32 or no data
-  // [T, N], as y, may be y: what is accumulated to, and y only written; or no data.
-  ConstTensorView added = {};
 };
 
 // y = act(gate) · up, where [gate | up] = x wᵀ. What is asked for changes no bit of the rest.

@@ -234,8 +234,8 @@ TensorView AttentionMixer::output(Context& ctx, ScratchScope& scratch, const Sav
 }
 
 void AttentionMixer::forward(Context& ctx, const ConstTensorView& x, const Sequences& sequences,
-                             std::span<State* const> states, const TensorView& hidden, Saved* saved,
-                             const ConstTensorView& residual) const {
+                             std::span<State* const> states, const TensorView& hidden,
+                             Saved* saved) const {
   const std::int64_t tokens = x.shape[0];
   const std::int64_t heads = config_.num_heads;
   const std::int64_t width = heads * config_.head_dim;
@@ -276,7 +276,7 @@ void AttentionMixer::forward(Context& ctx, const ConstTensorView& x, const Seque
   kept.o = o;
   kept.gate = gate;
   ScratchScope output_scratch(ctx);
-  add_output(ctx, output(ctx, output_scratch, kept), weights_.o_proj, {}, residual, hidden);
+  add_output(ctx, output(ctx, output_scratch, kept), weights_.o_proj, {}, hidden);
   if (saved == nullptr) return;
   kept.q = q;
   kept.k = k;

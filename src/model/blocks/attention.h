@@ -112,11 +112,11 @@ class AttentionMixer {
 
   State new_state(Device device = Device::kCpu, DType activation_dtype = DType::kF32) const;
 
-  // hidden [T, C] += mixer(x [T, C]), or = residual [T, C] + that, continuing each sequence from
+  // hidden [T, C] += mixer(x [T, C]), continuing each sequence from
   // its state.
   void forward(Context& ctx, const ConstTensorView& x, const Sequences& sequences,
-               std::span<State* const> states, const TensorView& hidden, Saved* saved = nullptr,
-               const ConstTensorView& residual = {}) const;
+               std::span<State* const> states, const TensorView& hidden,
+               Saved* saved = nullptr) const;
 
   // The fused way of a GPU for one token of each of a few sequences: hidden [B, C] +=
   // mixer(rms_norm(hidden) with the weight `norm` and `eps`).

@@ -166,8 +166,8 @@ TensorView DeltaNetMixer::output(Context& ctx, ScratchScope& scratch, const Tens
 }
 
 void DeltaNetMixer::forward(Context& ctx, const ConstTensorView& x, const Sequences& sequences,
-                            std::span<State* const> states, const TensorView& hidden, Saved* saved,
-                            const ConstTensorView& residual) const {
+                            std::span<State* const> states, const TensorView& hidden,
+                            Saved* saved) const {
   const std::int64_t tokens = x.shape[0];
   const std::int64_t heads = config_.num_heads;
   ScratchScope kept_scratch(ctx, saved != nullptr);
@@ -176,7 +176,7 @@ void DeltaNetMixer::forward(Context& ctx, const ConstTensorView& x, const Sequen
   const bool single = tokens == sequences.count() && saved == nullptr && !states.empty();
   if (single && has_token(ctx)) {
     const TensorView o = token(ctx, scratch, input, sequences, states);  // [B, H·V]
-    return add_output(ctx, o, weights_.o_proj, {}, residual, hidden);
+    return add_output(ctx, o, weights_.o_proj, {}, hidden);
   }
   const auto projected = [&](const Param& proj) {
     return project(ctx, kept_scratch, input, proj.value);
@@ -224,13 +224,13 @@ void DeltaNetMixer::forward(Context& ctx, const ConstTensorView& x, const Sequen
   if (keeps_output) {
     kept.output_scales = kept_scratch.tensor({tokens * heads});
     kept.output = output(ctx, kept_scratch, o, {}, kept.output_scales);
-    add_output(ctx, kept.output, weights_.o_proj, {}, residual, hidden);
+    add_output(ctx, kept.output, weights_.o_proj, {}, hidden);
   } else if (norm_within) {
-    add_output(ctx, o.reshaped({tokens, config_.value_dim}), weights_.o_proj, {}, residual, hidden);
+    add_output(ctx, o.reshaped({tokens, config_.value_dim}), weights_.o_proj, {}, hidden);
   } else {
     kept.o = o;
     if (hidden.data != nullptr) {
-      add_output(ctx, output(ctx, scratch, o, kept.gate), weights_.o_proj, {}, residual, hidden);
+      add_output(ctx, output(ctx, scratch, o, kept.gate), weights_.o_proj, {}, hidden);
     }
   }
   if (saved != nullptr) *saved = kept;

@@ -53,8 +53,8 @@ TensorView Hgrn2Mixer::output(Context& ctx, ScratchScope& scratch, const Saved& 
 }
 
 void Hgrn2Mixer::forward(Context& ctx, const ConstTensorView& x, const Sequences& sequences,
-                         std::span<State* const> states, const TensorView& hidden, Saved* saved,
-                         const ConstTensorView& residual) const {
+                         std::span<State* const> states, const TensorView& hidden,
+                         Saved* saved) const {
   const std::int64_t tokens = x.shape[0];
   const Shape keys{tokens, config_.num_heads, config_.expand_ratio};
   const Shape values{tokens, config_.num_heads, config_.hidden_size / config_.num_heads};
@@ -93,7 +93,7 @@ void Hgrn2Mixer::forward(Context& ctx, const ConstTensorView& x, const Sequences
                  .o = o});
   kept.o = o.reshaped({tokens, config_.hidden_size});
   ScratchScope output_scratch(ctx);
-  add_output(ctx, output(ctx, output_scratch, kept), weights_.o_proj, {}, residual, hidden);
+  add_output(ctx, output(ctx, output_scratch, kept), weights_.o_proj, {}, hidden);
   if (saved == nullptr) return;
   kept.q = q;
   kept.g = g;

@@ -42,8 +42,8 @@ MambaMixer::State MambaMixer::new_state(Device device, DType /*activation_dtype*
 }
 
 void MambaMixer::forward(Context& ctx, const ConstTensorView& x, const Sequences& sequences,
-                         std::span<State* const> states, const TensorView& hidden, Saved* saved,
-                         const ConstTensorView& residual) const {
+                         std::span<State* const> states, const TensorView& hidden,
+                         Saved* saved) const {
   const std::int64_t inner = config_.inner_size;
   const std::int64_t size = config_.state_size;
   ScratchScope scratch(ctx, saved != nullptr);
@@ -82,7 +82,7 @@ void MambaMixer::forward(Context& ctx, const ConstTensorView& x, const Sequences
                             .states = state_pointers(ctx, state_scratch, sequences, states,
                                                      &State::ssm, {size, inner}),
                             .y = y});
-  add_output(ctx, y, weights_.out_proj, value_of(weights_.out_bias), residual, hidden);
+  add_output(ctx, y, weights_.out_proj, value_of(weights_.out_bias), hidden);
   if (saved == nullptr) return;
   *saved = {.input = input,
             .z = z,

@@ -69,11 +69,11 @@ class MambaMixer {
 
   State new_state(Device device = Device::kCpu, DType activation_dtype = DType::kF32) const;
 
-  // hidden [T, C] += mixer(x [T, C]), or = residual [T, C] + that, continuing each sequence from
+  // hidden [T, C] += mixer(x [T, C]), continuing each sequence from
   // its state, or from new ones where there are no states.
   void forward(Context& ctx, const ConstTensorView& x, const Sequences& sequences,
-               std::span<State* const> states, const TensorView& hidden, Saved* saved = nullptr,
-               const ConstTensorView& residual = {}) const;
+               std::span<State* const> states, const TensorView& hidden,
+               Saved* saved = nullptr) const;
 
   // Of whole sequences: dx [T, C] =, given dy [T, C], the gradient of what forward added.
   void backward(Context& ctx, const ConstTensorView& x, const Sequences& sequences,

@@ -58,8 +58,8 @@ TensorView Mamba2Mixer::output(Context& ctx, ScratchScope& scratch, const Saved&
 }
 
 void Mamba2Mixer::forward(Context& ctx, const ConstTensorView& x, const Sequences& sequences,
-                          std::span<State* const> states, const TensorView& hidden, Saved* saved,
-                          const ConstTensorView& residual) const {
+                          std::span<State* const> states, const TensorView& hidden,
+                          Saved* saved) const {
   const std::int64_t tokens = x.shape[0];
   const std::int64_t inner = config_.inner();
   ScratchScope scratch(ctx, saved != nullptr);
@@ -98,7 +98,7 @@ void Mamba2Mixer::forward(Context& ctx, const ConstTensorView& x, const Sequence
   const Saved kept{.z = z, .inputs = inputs, .xbc = xbc, .dt = dt, .y = y};
   ScratchScope output_scratch(ctx);
   add_output(ctx, output(ctx, output_scratch, kept), weights_.out_proj, value_of(weights_.out_bias),
-             residual, hidden);
+             hidden);
   if (saved != nullptr) *saved = kept;
 }
 

@@ -63,7 +63,7 @@ void Mlp::forward(Context& ctx, const ConstTensorView& x, const TensorView& hidd
                           .y = product});
   }
   if (saved != nullptr) *saved = kept;
-  add_output(ctx, product, weights_.down_proj, {}, {}, hidden);
+  add_output(ctx, product, weights_.down_proj, {}, hidden);
 }
 
 bool Mlp::has_step() const {

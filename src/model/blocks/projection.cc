@@ -89,11 +89,9 @@ TensorView project(Context& ctx, ScratchScope& scratch, const ConstTensorView& x
 }
 
 void add_output(Context& ctx, const ConstTensorView& y, const Param& w, const ConstTensorView& bias,
-                const ConstTensorView& residual, const TensorView& hidden) {
+                const TensorView& hidden) {
   if (hidden.data == nullptr) return;
-  ops::linear(
-      ctx,
-      {.x = y, .w = w.value, .y = hidden, .accumulate = true, .bias = bias, .added = residual});
+  ops::linear(ctx, {.x = y, .w = w.value, .y = hidden, .accumulate = true, .bias = bias});
 }
 
 TensorView convolve(Context& ctx, ScratchScope& scratch, const ConstTensorView& x,

@@ -71,10 +71,10 @@ TensorView project(Context& ctx, ScratchScope& scratch, const ConstTensorView& x
                    const ConstTensorView& w, const ConstTensorView& bias = {},
                    std::optional<DType> dtype = {});
 
-// What ends a block: hidden [T, C] += y [T, N] wᵀ [+ bias], or = residual [T, C] + that. Nothing
-// where hidden has no data: only what is saved is wanted.
+// What ends a block: hidden [T, C] += y [T, N] wᵀ [+ bias]. Nothing where hidden has no data: only
+// what is saved is wanted.
 void add_output(Context& ctx, const ConstTensorView& y, const Param& w, const ConstTensorView& bias,
-                const ConstTensorView& residual, const TensorView& hidden);
+                const TensorView& hidden);
 
 // y [T, N] = act(conv(x [T, N])), in scratch memory
 TensorView convolve(Context& ctx, ScratchScope& scratch, const ConstTensorView& x,
