@@ -12,7 +12,7 @@ program=$build/deltafox
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
 mkdir -p "$out"
-for name in delta_net fox_pro transformer_llama mamba2; do
+for name in delta_net fox_pro transformer_llama mamba2 hgrn2; do
   model=$folder/$name
   batches=1,16
   [[ $name != delta_net ]] || batches=1,4,8,16,64,256
@@ -31,5 +31,5 @@ done
 "$build"/bench/bench_cuda_attention 16384 12 128 >"$out/attention_128.json"
 "$build"/bench/bench_cuda_training >"$out/training_ops.json"
 if [[ -n $fla ]]; then
-  bench/peers/fla_baseline.py --fla "$fla" --json "$out/fla.json"
+  bench/peers/fla_baseline.py --fla "$fla" --compile 6 --json "$out/fla.json"
 fi
