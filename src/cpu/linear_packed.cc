@@ -223,6 +223,8 @@ void many_tokens(Context& ctx, const Job& job, const PackedLayout& layout, const
         .head_stride = layout.panel_bytes(),
         .values = nullptr,
         .value_stride = four_bits ? kPanelRows * kQuantBlock : layout.panel_bytes(),
+        .next = nullptr,
+        .next_step = kPanelRows * (four_bits ? 2 : 4),
         .sums = sums,
     };
     std::fill(sums, sums + block.tokens * kTileColumns, 0.0F);
@@ -230,8 +232,11 @@ void many_tokens(Context& ctx, const Job& job, const PackedLayout& layout, const
       block.columns = layout.block_columns(block.block);
       for (std::int64_t part = 0; part < job.parts(); ++part) {
         block.sums = sums + part * tile_panels * kPanelRows;
-        block.head = matrix + (part * part_panels + panel) * layout.panel_bytes() +
-                     layout.block_offset(block.block);
+        const std::byte* first = matrix + (part * part_panels + panel) * layout.panel_bytes();
+        block.head = first + layout.block_offset(block.block);
+        block.next = block.block + 1 < layout.blocks()
+                         ? first + layout.block_offset(block.block + 1)
+                         : first + tile_panels * layout.panel_bytes();
         block.values = block.head + layout.head_bytes();
         if (four_bits) {
           for (int p = 0; p < block.panels; ++p) {

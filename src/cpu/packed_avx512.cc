@@ -43,9 +43,14 @@ DELTAFOX_TARGET inline void add_products(Integers products, float scale_of_x,
   _mm512_storeu_ps(sums, _mm512_add_ps(_mm512_loadu_ps(sums), term));
 }
 
+constexpr int kTileTokens = 6;
+
 // Loops over tokens and panels are unrolled whole: products must stay in registers.
-template <int kTokens, int kPanels>
-DELTAFOX_TARGET void eight_bit_tile(const PackedBlock& block, std::int64_t token, int panel) {
+// What is read next is fetched in between, of kFetch panels from `fetch` on: at once it would hold
+// up the loads behind it.
+template <int kTokens, int kPanels, int kFetch>
+DELTAFOX_TARGET void eight_bit_tile(const PackedBlock& block, std::int64_t token, int panel,
+                                    int fetch) {
   Integers products[kTokens][kPanels];
   const std::int8_t* x[kTokens];
 #pragma GCC unroll 8
@@ -56,7 +61,13 @@ DELTAFOX_TARGET void eight_bit_tile(const PackedBlock& block, std::int64_t token
     for (int p = 0; p < kPanels; ++p) products[t][p] = offset;
   }
   const std::byte* values = block.values + panel * block.value_stride;
+  const std::byte* next = block.next + fetch * block.head_stride;
   for (std::int64_t k = 0; k < block.columns; k += 4) {
+#pragma GCC unroll 8
+    for (int p = 0; p < kFetch; ++p) {
+      _mm_prefetch(reinterpret_cast<const char*>(next + p * block.head_stride), _MM_HINT_T0);
+    }
+    next += block.next_step;
     __m512i w[kPanels];
 #pragma GCC unroll 8
     for (int p = 0; p < kPanels; ++p) {
@@ -83,27 +94,21 @@ DELTAFOX_TARGET void eight_bit_tile(const PackedBlock& block, std::int64_t token
   }
 }
 
-// All tokens of a block by kPanels panels.
-template <int kPanels>
-DELTAFOX_TARGET void eight_bit_panels(const PackedBlock& block, int panel) {
-  std::int64_t t = 0;
-  const auto tile = [&]<int kTokens>()
-                        DELTAFOX_TARGET { eight_bit_tile<kTokens, kPanels>(block, t, panel); };
-  for (; t + 6 <= block.tokens; t += 6) tile.template operator()<6>();
-  switch (block.tokens - t) {
-    case 5:
-      return tile.template operator()<5>();
-    case 4:
-      return tile.template operator()<4>();
-    case 3:
-      return tile.template operator()<3>();
-    case 2:
-      return tile.template operator()<2>();
-    case 1:
-      return tile.template operator()<1>();
-    default:
-      return;
+// All tokens of a block, from t on, by kPanels panels. The first tile of tokens or, where there are
+// more, the first two fetch what is read next.
+template <int kTokens, int kPanels>
+DELTAFOX_TARGET void eight_bit_panels(const PackedBlock& block, int panel, std::int64_t t) {
+  for (; t + kTokens <= block.tokens; t += kTokens) {
+    if (t >= 2 * kTileTokens) {
+      eight_bit_tile<kTokens, kPanels, 0>(block, t, panel, panel);
+    } else if (block.tokens <= kTileTokens) {
+      eight_bit_tile<kTokens, kPanels, kPanels>(block, t, panel, panel);
+    } else {
+      const int fetch = panel + (t == 0 ? 0 : kPanels / 2);
+      eight_bit_tile<kTokens, kPanels, (kPanels + 1) / 2>(block, t, panel, fetch);
+    }
   }
+  if constexpr (kTokens > 1) eight_bit_panels<kTokens - 1, kPanels>(block, panel, t);
 }
 
 // Bytes of memory in order that are fetched ahead: processors themselves stop at the end of a page.
@@ -261,8 +266,10 @@ DELTAFOX_TARGET void few_tokens(const PackedPanels& of) {
 }  // namespace
 
 DELTAFOX_TARGET void eight_bits(const PackedBlock& block) {
-  if (block.panels == kMaxPanels) return eight_bit_panels<kMaxPanels>(block, 0);
-  for (int p = 0; p < block.panels; ++p) eight_bit_panels<1>(block, p);
+  int p = 0;
+  for (; p + 4 <= block.panels; p += 4) eight_bit_panels<kTileTokens, 4>(block, p, 0);
+  for (; p + 2 <= block.panels; p += 2) eight_bit_panels<kTileTokens, 2>(block, p, 0);
+  for (; p < block.panels; ++p) eight_bit_panels<kTileTokens, 1>(block, p, 0);
 }
 
 DELTAFOX_TARGET void few_eight_bits(const PackedPanels& panels) {

@@ -34,7 +34,9 @@ struct PackedBlock {
   std::int64_t head_stride;  // bytes from one panel's to the next's
   const std::byte* values;   // of the first panel
   std::int64_t value_stride;
-  float* sums;  // [tokens, kTileColumns]
+  const std::byte* next;   // of the first panel, head_stride apart: what is read from memory next
+  std::int64_t next_step;  // its bytes for four columns
+  float* sums;             // [tokens, kTileColumns]
 };
 
 // Row t of a block's tokens, from its first column on.
