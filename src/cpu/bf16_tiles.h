@@ -1,6 +1,7 @@
-// Products of small matrices rounded to bfloat16, with float32 sums, by the tile registers of AMX,
-// on one thread: for kernels whose other parts Highway compiles. An element adds its pairs of
-// products in order of the inner dimension, whatever the rows and columns beside it.
+// Products of small matrices rounded to bfloat16, with float32 sums, by the tile registers of AMX
+// or, without, by vdpbf16ps, on one thread: for kernels whose other parts Highway compiles. An
+// element adds its pairs of products in order of the inner dimension, whatever the rows and columns
+// beside it.
 #pragma once
 
 #include <cstdint>
@@ -16,7 +17,7 @@ constexpr std::int64_t padded_depth(std::int64_t n) {
 }
 
 #if defined(__x86_64__)
-namespace amx {
+namespace bf16 {  // for processors with AVX-512's bfloat16 products
 
 // to [columns, rows] = from [rows, columns]ᵀ; rows, columns and to_stride are multiples of 16, `to`
 // begins a cache line.
@@ -47,8 +48,9 @@ struct SmallProduct {
   bool accumulate;
 };
 void multiply(const SmallProduct& product);
+void multiply_amx(const SmallProduct& product);  // for those with AMX
 
-}  // namespace amx
+}  // namespace bf16
 #endif
 
 }  // namespace deltafox::cpu

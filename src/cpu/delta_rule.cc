@@ -265,25 +265,25 @@ HWY_INLINE void chunk_forward_by_tiles(const Head& head, const Chunk& chunk, flo
   // y [kChunk, columns] = left [kChunk, K'] · right
   const auto multiply = [&](const std::uint16_t* right, std::int64_t columns, float* y,
                             std::int64_t y_stride) {
-    amx::multiply({.left = chunk.left,
-                   .left_stride = depth,
-                   .right = right,
-                   .right_depth = depth,
-                   .rows = kChunk,
-                   .columns = columns,
-                   .depth = depth,
-                   .y = y,
-                   .y_stride = y_stride,
-                   .accumulate = false});
+    bf16::multiply({.left = chunk.left,
+                    .left_stride = depth,
+                    .right = right,
+                    .right_depth = depth,
+                    .rows = kChunk,
+                    .columns = columns,
+                    .depth = depth,
+                    .y = y,
+                    .y_stride = y_stride,
+                    .accumulate = false});
   };
   fetch_rows({head.o, head.o_stride}, begin, begin + length, head.value_dim);
   const HeadRows k = padded(head.k, head.key_dim, chunk.k, keys);
   const HeadRows v = padded(head.v, head.value_dim, chunk.o, values);
-  amx::pack_right(state, values, keys, depth, values, chunk.s_right);
-  amx::transpose(k.data, k.stride, kChunk, keys, chunk.k_t, kChunk);
-  amx::round_left(chunk.k_t, kChunk, keys, kChunk, 1, chunk.k_left);
-  amx::pack_right(chunk.k_t, kChunk, keys, depth, kChunk, chunk.k_right);
-  amx::round_left(k.data, k.stride, kChunk, keys, 1, chunk.left);
+  bf16::pack_right(state, values, keys, depth, values, chunk.s_right);
+  bf16::transpose(k.data, k.stride, kChunk, keys, chunk.k_t, kChunk);
+  bf16::round_left(chunk.k_t, kChunk, keys, kChunk, 1, chunk.k_left);
+  bf16::pack_right(chunk.k_t, kChunk, keys, depth, kChunk, chunk.k_right);
+  bf16::round_left(k.data, k.stride, kChunk, keys, 1, chunk.left);
 
   // U: R = diag(β) (V − K S), then the triangular solve: what comes of the first 32 rows is
   // subtracted from the others by tiles.
@@ -303,55 +303,55 @@ HWY_INLINE void chunk_forward_by_tiles(const Head& head, const Chunk& chunk, flo
   constexpr std::int64_t kHalf = kChunk / 2;
   static_assert(kHalf == kTileDepth);
   forward_substitution(chunk, 0, kHalf);
-  amx::pack_right(chunk.u, values, kHalf, kHalf, values, chunk.u_right);
-  amx::round_left(chunk.scores + kHalf * kChunk, kChunk, kHalf, kHalf, -1, chunk.left);
-  amx::multiply({.left = chunk.left,
-                 .left_stride = kHalf,
-                 .right = chunk.u_right,
-                 .right_depth = kHalf,
-                 .rows = kHalf,
-                 .columns = values,
-                 .depth = kHalf,
-                 .y = chunk.u + kHalf * values,
-                 .y_stride = values,
-                 .accumulate = true});
+  bf16::pack_right(chunk.u, values, kHalf, kHalf, values, chunk.u_right);
+  bf16::round_left(chunk.scores + kHalf * kChunk, kChunk, kHalf, kHalf, -1, chunk.left);
+  bf16::multiply({.left = chunk.left,
+                  .left_stride = kHalf,
+                  .right = chunk.u_right,
+                  .right_depth = kHalf,
+                  .rows = kHalf,
+                  .columns = values,
+                  .depth = kHalf,
+                  .y = chunk.u + kHalf * values,
+                  .y_stride = values,
+                  .accumulate = true});
   fetch_rows(head.v, next, next_end, head.value_dim);
   forward_substitution(chunk, kHalf, kChunk);
-  amx::pack_right(chunk.u, values, kChunk, kChunk, values, chunk.u_right);
+  bf16::pack_right(chunk.u, values, kChunk, kChunk, values, chunk.u_right);
 
   // O = Q S + tril(Q Kᵀ) U
   const HeadRows q = padded(head.q, head.key_dim, chunk.q, keys);
   float* o = whole ? head.o + begin * head.o_stride : chunk.o;
   const std::int64_t o_stride = whole ? head.o_stride : values;
-  amx::round_left(q.data, q.stride, kChunk, keys, head.scale, chunk.left);
+  bf16::round_left(q.data, q.stride, kChunk, keys, head.scale, chunk.left);
   multiply(chunk.s_right, values, o, o_stride);
   multiply(chunk.k_right, kChunk, chunk.scores, kChunk);
   fetch_rows(head.q, next, next_end, head.key_dim);
   zero_above_diagonal(chunk, kChunk, kChunk);
-  amx::round_left(chunk.scores, kChunk, kChunk, kChunk, 1, chunk.left);
-  amx::multiply({.left = chunk.left,
-                 .left_stride = kChunk,
-                 .right = chunk.u_right,
-                 .right_depth = kChunk,
-                 .rows = kChunk,
-                 .columns = values,
-                 .depth = kChunk,
-                 .y = o,
-                 .y_stride = o_stride,
-                 .accumulate = true});
+  bf16::round_left(chunk.scores, kChunk, kChunk, kChunk, 1, chunk.left);
+  bf16::multiply({.left = chunk.left,
+                  .left_stride = kChunk,
+                  .right = chunk.u_right,
+                  .right_depth = kChunk,
+                  .rows = kChunk,
+                  .columns = values,
+                  .depth = kChunk,
+                  .y = o,
+                  .y_stride = o_stride,
+                  .accumulate = true});
   if (!whole) store_output(head, chunk, begin, length);
 
   // S += Kᵀ U
-  amx::multiply({.left = chunk.k_left,
-                 .left_stride = kChunk,
-                 .right = chunk.u_right,
-                 .right_depth = kChunk,
-                 .rows = keys,
-                 .columns = values,
-                 .depth = kChunk,
-                 .y = state,
-                 .y_stride = values,
-                 .accumulate = true});
+  bf16::multiply({.left = chunk.k_left,
+                  .left_stride = kChunk,
+                  .right = chunk.u_right,
+                  .right_depth = kChunk,
+                  .rows = keys,
+                  .columns = values,
+                  .depth = kChunk,
+                  .y = state,
+                  .y_stride = values,
+                  .accumulate = true});
 }
 #endif
 
@@ -383,7 +383,7 @@ void delta_rule_target(Context& ctx, const DeltaRuleArgs& args) {
   const std::int64_t key_dim = args.q.shape[2];
   const std::int64_t value_dim = args.v.shape[2];
   ScratchScope scratch(ctx);
-  const bool tiles = args.bf16_products && isa().amx_bf16;
+  const bool tiles = args.bf16_products && isa().avx512_bf16;
   const std::int64_t slot_floats = Chunk::floats(key_dim, value_dim, tiles);
   float* slots = scratch.tensor({ctx.threads().size(), slot_floats}).f32();
   ctx.threads().parallel_for(args.sequences.count() * heads, [&](std::int64_t task, int slot) {

@@ -2,7 +2,7 @@
 // one head of one sequence. It visits the pages that one of them sees, oldest first; each query
 // masks what it does not see or skips, so that rows do not depend on one another.
 //
-// Products are float32, or of rows rounded to bfloat16 by tiles: then a page is rounded and packed
+// Products are float32, or by tiles of rows rounded to bfloat16: then a page is rounded and packed
 // once for all queries of the block, which a few queries would not pay for.
 //
 // Weights are summed by stretches of 16 pages, and stretches are added one after the other. Where
@@ -178,7 +178,7 @@ HWY_INLINE void begin_rows(const ForgettingAttentionArgs& args, const Block& blo
     work.begin[r] = std::max(work.begin[r], page * kKvPage);
   }
 #if defined(__x86_64__)
-  if (block.tiles) amx::round_left(work.q, dim, block.count, dim, 1, work.q_bf16);
+  if (block.tiles) bf16::round_left(work.q, dim, block.count, dim, 1, work.q_bf16);
 #endif
 }
 
@@ -264,16 +264,16 @@ HWY_INLINE void page_scores(const Page& page, const KvLayout& layout, std::int64
 #if defined(__x86_64__)
   if (page.packed) {
     const std::int64_t dim = padded_depth(layout.head_dim);
-    amx::multiply({.left = work.q_bf16 + row * dim,
-                   .left_stride = dim,
-                   .right = work.keys,
-                   .right_depth = dim,
-                   .rows = rows,
-                   .columns = round_up_to_lanes(page.seen),
-                   .depth = dim,
-                   .y = work.scores,
-                   .y_stride = kKvPage,
-                   .accumulate = false});
+    bf16::multiply({.left = work.q_bf16 + row * dim,
+                    .left_stride = dim,
+                    .right = work.keys,
+                    .right_depth = dim,
+                    .rows = rows,
+                    .columns = round_up_to_lanes(page.seen),
+                    .depth = dim,
+                    .y = work.scores,
+                    .y_stride = kKvPage,
+                    .accumulate = false});
     return;
   }
 #endif
@@ -290,17 +290,17 @@ HWY_INLINE void page_output(const Page& page, const KvLayout& layout, std::int64
   float* o = work.stretch.o + row * stride;
 #if defined(__x86_64__)
   if (page.packed) {
-    amx::round_left(work.scores, kKvPage, rows, kKvPage, 1, work.weights);
-    amx::multiply({.left = work.weights,
-                   .left_stride = kKvPage,
-                   .right = work.values,
-                   .right_depth = kKvPage,
-                   .rows = rows,
-                   .columns = stride,
-                   .depth = kKvPage,
-                   .y = o,
-                   .y_stride = stride,
-                   .accumulate = true});
+    bf16::round_left(work.scores, kKvPage, rows, kKvPage, 1, work.weights);
+    bf16::multiply({.left = work.weights,
+                    .left_stride = kKvPage,
+                    .right = work.values,
+                    .right_depth = kKvPage,
+                    .rows = rows,
+                    .columns = stride,
+                    .depth = kKvPage,
+                    .y = o,
+                    .y_stride = stride,
+                    .accumulate = true});
     return;
   }
 #endif
@@ -321,8 +321,8 @@ HWY_INLINE void visit_page(const ForgettingAttentionArgs& args, const Block& blo
 #if defined(__x86_64__)
   if (page.packed) {
     const std::int64_t dim = layout.head_dim;
-    amx::pack_right(page.keys, kKvPage, dim, padded_depth(dim), kKvPage, work.keys);
-    amx::pack_right(page.values, stride, page.seen, kKvPage, stride, work.values);
+    bf16::pack_right(page.keys, kKvPage, dim, padded_depth(dim), kKvPage, work.keys);
+    bf16::pack_right(page.values, stride, page.seen, kKvPage, stride, work.values);
   }
 #endif
   // Rows before the page see nothing of it.
@@ -547,7 +547,7 @@ void run_stretches(Context& ctx, ScratchScope& scratch, Run& run) {
 void forgetting_attention_target(Context& ctx, const ForgettingAttentionArgs& args) {
   const KvLayout& layout = args.caches[0]->layout();
   const int threads = ctx.threads().size();
-  const bool tiles = args.bf16_products && isa().amx_bf16;
+  const bool tiles = args.bf16_products && isa().avx512_bf16;
   const std::int64_t rows = rows_of_block(args, tiles, threads);
   ScratchScope scratch(ctx);
   const std::int64_t slot_floats = Work::floats(layout, rows, tiles);

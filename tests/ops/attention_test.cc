@@ -5,6 +5,7 @@
 #include <cmath>
 
 #include "core/float_convert.h"
+#include "cpu/isa.h"
 #include "ops/forgetting_attention.h"
 #include "ops/gate.h"
 #include "ops/kv_append.h"
@@ -224,8 +225,11 @@ float round_to_bf16(AttentionCase& c) {
   return greatest;
 }
 
+// By the tiles of AMX, where the machine has them, and without.
 TEST_F(AttentionOps, AttentionByProductsOfBf16EqualsPlain) {
   for (int round = 0; round < 24; ++round) {
+    const cpu::IsaForTesting only(
+        {.avx2 = true, .avx512 = true, .avx512_bf16 = true, .amx_bf16 = round % 8 < 4});
     const std::int64_t kv_heads = random_.integer(1, 2);
     const std::int64_t heads = kv_heads * random_.integer(1, 3);
     KvLayout layout{.kv_heads = kv_heads, .head_dim = round % 2 == 0 ? 16 : 64};

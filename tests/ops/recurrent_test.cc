@@ -3,6 +3,7 @@
 
 #include <cmath>
 
+#include "cpu/isa.h"
 #include "ops/delta_rule.h"
 #include "ops/short_conv.h"
 #include "support/random.h"
@@ -133,11 +134,14 @@ TEST(DeltaRule, ChunkedEqualsRecurrent) {
 
 // Two operands rounded by 2^-9 at most put a product off by 2^-8 of itself; an output is such a
 // product with the state or with U, which comes of another one. Errors of either sign leave less.
+// By the tiles of AMX, where the machine has them, and without.
 TEST(DeltaRule, ChunkedByProductsOfBf16EqualsRecurrent) {
   Random random(7);
   ThreadPool threads(3);
   Context ctx(threads);
   for (int round = 0; round < 24; ++round) {
+    const cpu::IsaForTesting only(
+        {.avx2 = true, .avx512 = true, .avx512_bf16 = true, .amx_bf16 = round % 8 < 4});
     DeltaCase c(random, random.lengths(3, 200), random.integer(1, 3), random.integer(8, 70),
                 random.integer(8, 70));
     if (round % 4 == 0) c = DeltaCase(random, random.lengths(2, 300), 2, 32, 64);
