@@ -10,9 +10,10 @@
 // across lanes at the end in one order: it does not depend on the tile it is computed in.
 //
 // Few tokens: tiles of 8 or 4 rows of w, read once from where they lie, each row a stream of its
-// own. Many: w goes by panels of 4 rows through a copy in the first-level cache, stretch by stretch
-// of K, while the tokens of a block, packed by sixes, pass from the second-level cache: neither
-// then competes for cache sets, however long rows are.
+// own. Many: w goes by panels of 8 rows through a copy in the first-level cache, stretch by stretch
+// of K, while the tokens of a block, packed by threes, pass from the second-level cache: neither
+// then competes for cache sets, however long rows are. A token's columns serve 8 rows once
+// they are there, or reading them would hold up the products.
 #include <algorithm>
 #include <cstdint>
 
@@ -22,8 +23,8 @@
 namespace deltafox::cpu {
 namespace {
 
-constexpr int kTileTokens = 6;
-constexpr int kTileRows = 4;  // of w
+constexpr int kTileTokens = 3;
+constexpr int kTileRows = 8;  // of w
 constexpr std::int64_t kFewTokens = 5;
 
 // The sums of the lanes of four vectors: (lane i + lane i + 8), then + 4, + 2, + 1.
@@ -43,7 +44,11 @@ DELTAFOX_TARGET inline __m128 sums_of(__m512 a, __m512 b, __m512 c, __m512 d) {
 
 // y[0, n) = sums [+ y], n up to 4
 DELTAFOX_TARGET inline void store_sums(__m128 sums, float* y, std::int64_t n, bool accumulate) {
-  const auto inside = static_cast<__mmask8>((1U << std::min<std::int64_t>(n, 4)) - 1U);
+  if (n >= 4) {
+    if (accumulate) sums = _mm_add_ps(_mm_loadu_ps(y), sums);
+    return _mm_storeu_ps(y, sums);
+  }
+  const auto inside = static_cast<__mmask8>((1U << n) - 1U);
   if (accumulate) sums = _mm_add_ps(_mm_maskz_loadu_ps(inside, y), sums);
   _mm_mask_storeu_ps(y, inside, sums);
 }
@@ -137,8 +142,8 @@ DELTAFOX_TARGET void few_tokens(const typename Kind::Element* x, std::int64_t x_
 
 // Steps [0, steps) of a stretch of K for a tile: x [steps][kTileTokens][kStep],
 // w [steps][kTileRows][kStep]. Sums start from `partial`, or zero if first; they go back there, or
-// to y if last. With kFetch the rows at `next`, the panel after this one, are fetched meanwhile.
-template <typename Kind, bool kFetch>
+// to y if last. kFetch rows at `next`, of what is copied next, are fetched meanwhile.
+template <typename Kind, int kFetch>
 DELTAFOX_TARGET void many_tile(const typename Kind::Element* next, std::int64_t depth,
                                const typename Kind::Element* x, const typename Kind::Element* w,
                                std::int64_t steps, float* partial, bool first, bool last, float* y,
@@ -154,17 +159,15 @@ DELTAFOX_TARGET void many_tile(const typename Kind::Element* next, std::int64_t 
     }
   }
   for (std::int64_t k = 0; k < steps; ++k) {
-    typename Kind::Vector columns[kTileRows];
-    for (int r = 0; r < kTileRows; ++r) {
-      columns[r] = Kind::load(w + r * Kind::kStep);
-      if constexpr (kFetch) {
-        _mm_prefetch(reinterpret_cast<const char*>(next + r * depth + k * Kind::kStep),
-                     _MM_HINT_T1);
-      }
+#pragma GCC unroll 8
+    for (int r = 0; r < kFetch; ++r) {
+      _mm_prefetch(reinterpret_cast<const char*>(next + r * depth + k * Kind::kStep), _MM_HINT_T0);
     }
-    for (int t = 0; t < kTileTokens; ++t) {
-      const typename Kind::Vector token = Kind::load(x + t * Kind::kStep);
-      for (int r = 0; r < kTileRows; ++r) sums[t][r] = Kind::madd(token, columns[r], sums[t][r]);
+    typename Kind::Vector columns[kTileTokens];
+    for (int t = 0; t < kTileTokens; ++t) columns[t] = Kind::load(x + t * Kind::kStep);
+    for (int r = 0; r < kTileRows; ++r) {
+      const typename Kind::Vector row = Kind::load(w + r * Kind::kStep);
+      for (int t = 0; t < kTileTokens; ++t) sums[t][r] = Kind::madd(columns[t], row, sums[t][r]);
     }
     x += kTileTokens * Kind::kStep;
     w += kTileRows * Kind::kStep;
@@ -172,9 +175,12 @@ DELTAFOX_TARGET void many_tile(const typename Kind::Element* next, std::int64_t 
   if (last) {
 #pragma GCC unroll 8
     for (int t = 0; t < kTileTokens; ++t) {
-      if (t < tokens) {
-        store_sums(sums_of(sums[t][0], sums[t][1], sums[t][2], sums[t][3]), y + t * y_stride, rows,
-                   accumulate);
+#pragma GCC unroll 8
+      for (int r = 0; r < kTileRows; r += 4) {
+        if (t < tokens && r < rows) {
+          store_sums(sums_of(sums[t][r], sums[t][r + 1], sums[t][r + 2], sums[t][r + 3]),
+                     y + t * y_stride + r, rows - r, accumulate);
+        }
       }
     }
     return;
@@ -209,7 +215,7 @@ DELTAFOX_TARGET inline void copy_panel(const typename Kind::Element* w, std::int
 constexpr std::int64_t kStretchBytes = 3072;                     // of a row of w
 constexpr std::int64_t kBlockBytes = std::int64_t{384} * 1024;   // of the tokens of a block
 constexpr std::int64_t kFewTaskBytes = std::int64_t{96} * 1024;  // of w
-constexpr std::int64_t kManyTaskRows = 16 * kTileRows;
+constexpr std::int64_t kManyTaskRows = 8 * kTileRows;
 
 // A block of tokens (packed by sixes) against rows of w.
 template <typename Kind>
@@ -227,14 +233,23 @@ DELTAFOX_TARGET void many_tokens(const typename Kind::Element* x, std::int64_t t
       const bool last = k + count == steps;
       const typename Kind::Element* next =
           last ? w + (n + kTileRows) * depth : w + n * depth + (k + count) * Kind::kStep;
-      const auto tile = [&](auto kernel, std::int64_t t) {
-        kernel(next, depth, x + (t * steps + k * kTileTokens) * Kind::kStep, panel, count,
-               partial + t * kTileRows * 16, k == 0, last, y + t * y_stride + n, y_stride,
+      const auto tile = [&](auto kernel, std::int64_t t, std::int64_t row) {
+        kernel(next + row * depth, depth, x + (t * steps + k * kTileTokens) * Kind::kStep, panel,
+               count, partial + t * kTileRows * 16, k == 0, last, y + t * y_stride + n, y_stride,
                tokens - t, rows - n, accumulate);
       };
-      tile(&many_tile<Kind, true>, 0);
-      for (std::int64_t t = kTileTokens; t < tokens; t += kTileTokens) {
-        tile(&many_tile<Kind, false>, t);
+      // The first tiles fetch what is copied next, as few rows each as there are tiles for.
+      const std::int64_t fetch = tokens > 7 * kTileTokens ? 1 : tokens > 3 * kTileTokens ? 2 : 4;
+      for (std::int64_t t = 0, row = 0; t < tokens; t += kTileTokens, row += fetch) {
+        if (row >= kTileRows) {
+          tile(&many_tile<Kind, 0>, t, 0);
+        } else if (fetch == 1) {
+          tile(&many_tile<Kind, 1>, t, row);
+        } else if (fetch == 2) {
+          tile(&many_tile<Kind, 2>, t, row);
+        } else {
+          tile(&many_tile<Kind, 4>, t, row);
+        }
       }
     }
   }
