@@ -101,6 +101,8 @@ DELTAFOX_TARGET inline void few_tile(const typename Kind::Element* x, std::int64
   }
 }
 
+constexpr std::int64_t kAhead = 2048;
+
 // One token: row after row, so that memory is read in order.
 template <typename Kind>
 DELTAFOX_TARGET void one_token(const typename Kind::Element* x, const typename Kind::Element* w,
@@ -113,6 +115,7 @@ DELTAFOX_TARGET void one_token(const typename Kind::Element* x, const typename K
       __m512 sum = _mm512_setzero_ps();
       std::int64_t k = 0;
       for (; k + Kind::kStep <= depth; k += Kind::kStep) {
+        _mm_prefetch(reinterpret_cast<const char*>(row + k) + kAhead, _MM_HINT_T0);
         sum = Kind::madd(Kind::load(x + k), Kind::load(row + k), sum);
       }
       if (k < depth) {
