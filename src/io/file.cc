@@ -98,15 +98,13 @@ void MappedFile::advise(Access access) const {
   madvise(const_cast<std::byte*>(data_), size_, advice);
 }
 
+// One read for what Linux maps around a fault. MADV_POPULATE_READ faults as often and then looks
+// up every page besides, which takes half as long again.
 void populate(std::span<const std::byte> bytes) {
-#ifdef MADV_POPULATE_READ
-  constexpr std::uintptr_t kPage = 4096;
-  const std::size_t into_page = reinterpret_cast<std::uintptr_t>(bytes.data()) % kPage;
-  madvise(const_cast<std::byte*>(bytes.data()) - into_page, bytes.size() + into_page,
-          MADV_POPULATE_READ);
-#else
-  static_cast<void>(bytes);
-#endif
+  constexpr std::size_t kFaultAround = std::size_t{64} << 10;
+  for (std::size_t at = 0; at < bytes.size(); at += kFaultAround) {
+    static_cast<void>(*static_cast<const volatile std::byte*>(bytes.data() + at));
+  }
 }
 
 std::string read_text_file(const std::string& path, std::size_t max_bytes) {

@@ -309,13 +309,12 @@ void Model::Impl::copy_weights() {
   }
   threads_.parallel_for(static_cast<std::int64_t>(pieces.size()), [&](std::int64_t i) {
     const Piece& piece = pieces[static_cast<std::size_t>(i)];
-    io::populate(piece.from);
     std::memcpy(piece.to, piece.from.data(), piece.from.size());
   });
 }
 
-// Maps, before the first call, the weights that it will read: a system call does for many pages
-// what a fault does for a few.
+// Maps, before the first call, the weights that it will read: fetching ahead does nothing for pages
+// that are not there.
 void Model::Impl::populate() {
   std::vector<std::span<const std::byte>> pieces;
   lm_.visit_params([&](const std::string& name, Param& param) {
