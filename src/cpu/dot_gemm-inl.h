@@ -313,40 +313,87 @@ typename Kind::Element* packed_tokens(Context& ctx, ScratchScope& scratch,
   return packed;
 }
 
+// Memory of a task.
 template <typename Kind>
-void linear_many(Context& ctx, const LinearArgs& args) {
+struct ManyWork {
+  typename Kind::Element* panel;
+  float* partial;
+  float* rest;  // as many floats a token as were asked for
+};
+
+// use(x, t, tokens, n, rows, work) for each block of tokens and of up to kManyTaskRows of `rows`.
+template <typename Kind, typename Use>
+void for_many_blocks(Context& ctx, const ConstTensorView& x, std::int64_t rows,
+                     std::int64_t rest_floats, Use&& use) {
   using Element = typename Kind::Element;
   constexpr auto kBytes = static_cast<std::int64_t>(sizeof(Element));
-  const std::int64_t tokens = args.x.shape[0];
-  const std::int64_t depth = args.w.shape[1];
-  const std::int64_t rows = args.w.shape[0];
-  const std::int64_t padded = (depth + Kind::kStep - 1) / Kind::kStep * Kind::kStep;
+  const std::int64_t tokens = x.shape[0];
+  const std::int64_t padded = (x.shape[1] + Kind::kStep - 1) / Kind::kStep * Kind::kStep;
   ScratchScope scratch(ctx);
-  const Element* x = packed_tokens<Kind>(ctx, scratch, args.x);
+  const Element* packed = packed_tokens<Kind>(ctx, scratch, x);
   const std::int64_t block_tokens =
       std::max<std::int64_t>(1, kBlockBytes / (padded * kBytes) / kTileTokens) * kTileTokens;
   const std::int64_t token_blocks = (tokens + block_tokens - 1) / block_tokens;
   const std::int64_t row_blocks = (rows + kManyTaskRows - 1) / kManyTaskRows;
   const std::int64_t tiles = (std::min(block_tokens, tokens) + kTileTokens - 1) / kTileTokens;
   const std::int64_t panel_bytes = kTileRows * kStretchBytes;
-  const std::int64_t slot_bytes = panel_bytes + tiles * kTileTokens * kTileRows * 64;
+  const std::int64_t partial_bytes = tiles * kTileTokens * kTileRows * 64;
+  const std::int64_t slot_bytes =
+      panel_bytes + partial_bytes + tiles * kTileTokens * rest_floats * 4;
   std::byte* slots = scratch.array<std::byte>(ctx.threads().size() * slot_bytes).data();
   ctx.threads().parallel_for(row_blocks * token_blocks, [&](std::int64_t task, int slot) {
     const std::int64_t n = task / token_blocks * kManyTaskRows;
     const std::int64_t t = task % token_blocks * block_tokens;
     std::byte* memory = slots + slot * slot_bytes;
-    many_tokens<Kind>(x + t * padded, std::min(block_tokens, tokens - t),
-                      static_cast<const Element*>(args.w.data) + n * depth, depth,
-                      std::min(kManyTaskRows, rows - n), args.y.f32() + t * rows + n, rows,
-                      args.accumulate, reinterpret_cast<Element*>(memory),
-                      reinterpret_cast<float*>(memory + panel_bytes));
+    use(packed + t * padded, t, std::min(block_tokens, tokens - t), n,
+        std::min(kManyTaskRows, rows - n),
+        ManyWork<Kind>{reinterpret_cast<Element*>(memory),
+                       reinterpret_cast<float*>(memory + panel_bytes),
+                       reinterpret_cast<float*>(memory + panel_bytes + partial_bytes)});
   });
 }
 
 template <typename Kind>
 void linear_by_dots(Context& ctx, const LinearArgs& args) {
   if (args.x.shape[0] <= kFewTokens) return linear_few<Kind>(ctx, args);
-  linear_many<Kind>(ctx, args);
+  using Element = typename Kind::Element;
+  const std::int64_t depth = args.w.shape[1];
+  const std::int64_t rows = args.w.shape[0];
+  const auto* w = static_cast<const Element*>(args.w.data);
+  for_many_blocks<Kind>(ctx, args.x, rows, 0,
+                        [&](const Element* x, std::int64_t t, std::int64_t tokens, std::int64_t n,
+                            std::int64_t count, const ManyWork<Kind>& work) {
+                          many_tokens<Kind>(x, tokens, w + n * depth, depth, count,
+                                            args.y.f32() + t * rows + n, rows, args.accumulate,
+                                            work.panel, work.partial);
+                        });
+}
+
+// A task has rows of the gate and those of `up` that they belong to: [gate | up] never leaves the
+// caches. Not for few tokens.
+template <typename Kind>
+bool linear_glu_by_dots(Context& ctx, const LinearGluArgs& args) {
+  using Element = typename Kind::Element;
+  const std::int64_t depth = args.w.shape[1];
+  const std::int64_t rows = args.y.shape[1];
+  if (args.x.shape[0] <= kFewTokens || rows % 16 != 0) return false;
+  static_assert(kManyTaskRows == kGluColumns);
+  const auto* gate = static_cast<const Element*>(args.w.data);
+  const Element* up = gate + rows * depth;
+  for_many_blocks<Kind>(ctx, args.x, rows, 2 * kGluColumns,
+                        [&](const Element* x, std::int64_t t, std::int64_t tokens, std::int64_t n,
+                            std::int64_t count, const ManyWork<Kind>& work) {
+                          float* const of_up = work.rest + tokens * kGluColumns;
+                          const auto multiply = [&](const Element* w, float* y) {
+                            many_tokens<Kind>(x, tokens, w + n * depth, depth, count, y,
+                                              kGluColumns, false, work.panel, work.partial);
+                          };
+                          multiply(gate, work.rest);
+                          multiply(up, of_up);
+                          store_glu(work.rest, of_up, tokens, count, args.activation,
+                                    args.y.f32() + t * rows + n, rows);
+                        });
+  return true;
 }
 
 }  // namespace

@@ -42,5 +42,9 @@ void linear_bf16_avx512(Context& ctx, const LinearArgs& args) {
   linear_by_dots<Bf16Kind>(ctx, args);
 }
 
+bool linear_glu_bf16_avx512(Context& ctx, const LinearGluArgs& args) {
+  return linear_glu_by_dots<Bf16Kind>(ctx, args);
+}
+
 }  // namespace deltafox::cpu
 #endif

@@ -28,5 +28,9 @@ void linear_f32_avx512(Context& ctx, const LinearArgs& args) {
   linear_by_dots<F32Kind>(ctx, args);
 }
 
+bool linear_glu_f32_avx512(Context& ctx, const LinearGluArgs& args) {
+  return linear_glu_by_dots<F32Kind>(ctx, args);
+}
+
 }  // namespace deltafox::cpu
 #endif

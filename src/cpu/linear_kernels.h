@@ -16,6 +16,9 @@ void linear_widened(Context& ctx, const LinearArgs& args);
 // For processors that have them (cpu/isa.h). With BF16 weights they round x themselves.
 void linear_f32_avx512(Context& ctx, const LinearArgs& args);
 void linear_bf16_avx512(Context& ctx, const LinearArgs& args);
+// False for a few tokens.
+bool linear_glu_f32_avx512(Context& ctx, const LinearGluArgs& args);
+bool linear_glu_bf16_avx512(Context& ctx, const LinearGluArgs& args);
 void linear_bf16_amx(Context& ctx, const LinearArgs& args);
 // dx [+]= dy w and dw += dyᵀ x, dy and x rounded as x is there.
 void linear_backward_bf16_amx(Context& ctx, const LinearBackwardArgs& args);
@@ -23,5 +26,12 @@ void linear_backward_bf16_amx(Context& ctx, const LinearBackwardArgs& args);
 
 // kQ8 and kQ4 weights.
 void linear_packed(Context& ctx, const LinearArgs& args);
+bool linear_glu_packed(Context& ctx, const LinearGluArgs& args);
+
+constexpr std::int64_t kGluColumns = 64;
+// y [tokens, columns of stride] = act(gate) · up, whose rows are kGluColumns apart; columns is a
+// multiple of 16.
+void store_glu(const float* gate, const float* up, std::int64_t tokens, std::int64_t columns,
+               Activation activation, float* y, std::int64_t stride);
 
 }  // namespace deltafox::cpu

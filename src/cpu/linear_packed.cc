@@ -76,11 +76,10 @@ void store_sums_target(const float* sums, std::int64_t tokens, std::int64_t colu
   }
 }
 
-// y[token, column] = act(gate) · up
 void store_glu_target(const float* gate, const float* up, std::int64_t tokens, std::int64_t columns,
                       Activation activation, float* y, std::int64_t stride) {
   for (std::int64_t t = 0; t < tokens; ++t) {
-    const std::int64_t from = t * kTileColumns;
+    const std::int64_t from = t * kGluColumns;
     for (std::int64_t n = 0; n < columns; n += lanes()) {
       store(hn::Mul(activate(activation, load(gate + from + n)), load(up + from + n)),
             y + t * stride + n);
@@ -96,7 +95,15 @@ namespace deltafox::cpu {
 HWY_EXPORT(quantize_row_target);
 HWY_EXPORT(store_sums_target);
 HWY_EXPORT(store_glu_target);
+
+void store_glu(const float* gate, const float* up, std::int64_t tokens, std::int64_t columns,
+               Activation activation, float* y, std::int64_t stride) {
+  HWY_DYNAMIC_DISPATCH(store_glu_target)(gate, up, tokens, columns, activation, y, stride);
+}
+
 namespace {
+
+static_assert(kTileColumns == kGluColumns);
 
 PackedKernels kernels() {
 #if defined(__x86_64__)
@@ -159,7 +166,7 @@ void store_panels(const Job& job, const float* sums, const float* up, std::int64
   const std::int64_t columns = std::min(panels * kPanelRows, stride - column);
   float* y = job.y.f32() + token * stride + column;
   if (job.gated) {
-    HWY_DYNAMIC_DISPATCH(store_glu_target)(sums, up, tokens, columns, job.activation, y, stride);
+    store_glu(sums, up, tokens, columns, job.activation, y, stride);
   } else {
     HWY_DYNAMIC_DISPATCH(store_sums_target)(sums, tokens, columns, y, stride, job.accumulate);
   }
@@ -277,9 +284,9 @@ void linear_packed(Context& ctx, const LinearArgs& args) {
                 .activation = Activation::kIdentity});
 }
 
-bool linear_glu(Context& ctx, const LinearGluArgs& args) {
+bool linear_glu_packed(Context& ctx, const LinearGluArgs& args) {
   // Each part begins with a panel of its own.
-  if (!is_packed(args.w.dtype) || args.y.shape[1] % kPanelRows != 0) return false;
+  if (args.y.shape[1] % kPanelRows != 0) return false;
   run_job(ctx, {.x = args.x,
                 .w = args.w,
                 .y = args.y,

@@ -143,32 +143,41 @@ INSTANTIATE_TEST_SUITE_P(Weights, LinearRows,
                                   std::get<1>(param.param).name;
                          });
 
-// In one pass or, where the parts do not begin with panels of their own, in two.
-TEST(Linear, GatedUnitsOfPackedWeightsAreTheProductGated) {
+// In one pass or, for a few tokens or parts that do not begin with panels of their own, in two.
+class LinearGlu : public testing::TestWithParam<std::tuple<DType, NamedIsa>> {};
+
+TEST_P(LinearGlu, IsTheProductGated) {
+  const auto& [dtype, isa] = GetParam();
+  const cpu::IsaForTesting only(isa.isa);
   Random random(4);
   ThreadPool threads(2);
   Context ctx(threads);
-  for (const DType dtype : {DType::kQ8, DType::kQ4, DType::kBF16}) {
-    for (const std::int64_t rows : {1, 3, 70}) {
-      for (const std::int64_t outputs : {16, 80, 88}) {
-        const std::int64_t depth = random.integer(1, 700);
-        const Tensor x = random.normal_tensor({rows, depth});
-        const Tensor w = weights(ctx, random.normal_tensor({2 * outputs, depth}), dtype);
-        Tensor gate_up(DType::kF32, {rows, 2 * outputs});
-        Tensor expected(DType::kF32, {rows, outputs});
-        ops::linear(ctx, {.x = x.view(), .w = w.view(), .y = gate_up.view()});
-        ops::glu(ctx, {.activation = Activation::kSilu,
-                       .gate_up = std::as_const(gate_up).view(),
-                       .y = expected.view()});
-        Tensor y(DType::kF32, {rows, outputs});
-        ops::linear_glu(ctx, {.x = x.view(), .w = w.view(), .y = y.view()});
-        for (std::int64_t i = 0; i < rows * outputs; ++i) {
-          ASSERT_EQ(y.f32()[i], expected.f32()[i]) << "T " << rows << " N " << outputs;
-        }
+  for (const std::int64_t rows : {1, 3, 70, 140}) {
+    for (const std::int64_t outputs : {16, 80, 88}) {
+      const std::int64_t depth = random.integer(1, rows == 140 ? 2500 : 700);
+      const Tensor x = random.normal_tensor({rows, depth});
+      const Tensor w = weights(ctx, random.normal_tensor({2 * outputs, depth}), dtype);
+      Tensor gate_up(DType::kF32, {rows, 2 * outputs});
+      Tensor expected(DType::kF32, {rows, outputs});
+      ops::linear(ctx, {.x = x.view(), .w = w.view(), .y = gate_up.view()});
+      ops::glu(ctx, {.activation = Activation::kSilu,
+                     .gate_up = std::as_const(gate_up).view(),
+                     .y = expected.view()});
+      Tensor y(DType::kF32, {rows, outputs});
+      ops::linear_glu(ctx, {.x = x.view(), .w = w.view(), .y = y.view()});
+      for (std::int64_t i = 0; i < rows * outputs; ++i) {
+        ASSERT_EQ(y.f32()[i], expected.f32()[i]) << "T " << rows << " N " << outputs;
       }
     }
   }
 }
+
+INSTANTIATE_TEST_SUITE_P(Weights, LinearGlu,
+                         testing::Combine(testing::ValuesIn(kKinds), testing::ValuesIn(kIsas)),
+                         [](const auto& param) {
+                           return std::string(name_of(std::get<0>(param.param))) + "_" +
+                                  std::get<1>(param.param).name;
+                         });
 
 TEST(Linear, PackedWeightsGiveTheSameBitsOnEveryInstructionSet) {
   Random random(3);
