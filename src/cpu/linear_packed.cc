@@ -206,10 +206,17 @@ void many_tokens(Context& ctx, const Job& job, const PackedLayout& layout, const
   const std::int64_t tokens = job.x.shape[0];
   const bool four_bits = job.w.dtype == DType::kQ4;
   const std::int64_t part_panels = layout.panels() / job.parts();
-  const std::int64_t tile_panels = kMaxPanels / job.parts();  // of each part
+  // Parts are side by side in rows of sums, or each has rows of its own: four panels at a time are
+  // faster than two but for the tiles of AMX, which take two in any case.
+  const bool side_by_side = isa().amx_int8;
+  const std::int64_t tile_panels = side_by_side ? kMaxPanels / job.parts() : kMaxPanels;
   const std::int64_t token_blocks = (tokens + kBlockTokens - 1) / kBlockTokens;
   const std::int64_t tiles = (part_panels + tile_panels - 1) / tile_panels;
-  const std::int64_t sum_bytes = std::min(tokens, kBlockTokens) * kTileColumns * 4;
+  const std::int64_t part_sums =
+      side_by_side ? tile_panels * kPanelRows : std::min(tokens, kBlockTokens) * kTileColumns;
+  const std::int64_t sum_floats =
+      std::min(tokens, kBlockTokens) * kTileColumns * (side_by_side ? 1 : job.parts());
+  const std::int64_t sum_bytes = sum_floats * 4;
   const std::int64_t expanded_bytes = four_bits ? kTileColumns * kQuantBlock : 0;
   const std::int64_t slot_bytes = sum_bytes + expanded_bytes;
   std::byte* slots = scratch.array<std::byte>(ctx.threads().size() * slot_bytes).data();
@@ -234,11 +241,11 @@ void many_tokens(Context& ctx, const Job& job, const PackedLayout& layout, const
         .next_step = kPanelRows * (four_bits ? 2 : 4),
         .sums = sums,
     };
-    std::fill(sums, sums + block.tokens * kTileColumns, 0.0F);
+    std::fill(sums, sums + sum_floats, 0.0F);
     for (block.block = 0; block.block < layout.blocks(); ++block.block) {
       block.columns = layout.block_columns(block.block);
       for (std::int64_t part = 0; part < job.parts(); ++part) {
-        block.sums = sums + part * tile_panels * kPanelRows;
+        block.sums = sums + part * part_sums;
         const std::byte* first = matrix + (part * part_panels + panel) * layout.panel_bytes();
         block.head = first + layout.block_offset(block.block);
         block.next = block.block + 1 < layout.blocks()
@@ -255,8 +262,7 @@ void many_tokens(Context& ctx, const Job& job, const PackedLayout& layout, const
         run.eight_bits(block);
       }
     }
-    store_panels(job, sums, sums + tile_panels * kPanelRows, token, block.tokens, panel,
-                 block.panels);
+    store_panels(job, sums, sums + part_sums, token, block.tokens, panel, block.panels);
   });
 }
 
