@@ -172,32 +172,57 @@ void store_panels(const Job& job, const float* sums, const float* up, std::int64
   }
 }
 
+// Where tasks begin, and `panels`: each takes a part of what the ones before it left. Many panels
+// in a row are read faster than a few; with the small ones at the end threads finish together.
+std::span<const std::int64_t> shrinking_tasks(ScratchScope& scratch, std::int64_t panels,
+                                              std::int64_t threads) {
+  const auto size = [&](std::int64_t begin) {
+    return std::max<std::int64_t>(1, (panels - begin) / (2 * threads));
+  };
+  std::int64_t tasks = 0;
+  for (std::int64_t begin = 0; begin < panels; begin += size(begin)) ++tasks;
+  const std::span<std::int64_t> begins = scratch.array<std::int64_t>(tasks + 1);
+  begins[0] = 0;
+  for (std::size_t i = 1; i < begins.size(); ++i) begins[i] = begins[i - 1] + size(begins[i - 1]);
+  return begins;
+}
+
+// As much as kernels fetch ahead themselves.
+void fetch_ahead(const std::byte* at) {
+  constexpr std::int64_t kBytes = 2048;
+  for (std::int64_t i = 0; i < kBytes; i += 64) __builtin_prefetch(at + i, 0, 2);
+}
+
 // Up to kFewTokens tokens: each panel is read once, in order, beside the others of its task.
 void few_tokens(Context& ctx, const Job& job, const PackedLayout& layout, const QuantizedRows& x,
                 void (*kernel)(const PackedPanels&)) {
-  // So small that threads end at about the same time.
-  constexpr std::int64_t kTaskBytes = std::int64_t{160} * 1024;
-  constexpr std::int64_t kTasksOfThread = 8;
   const std::int64_t part_panels = layout.panels() / job.parts();
-  const std::int64_t task_panels =
-      std::clamp<std::int64_t>(std::min(kTaskBytes / layout.panel_bytes(),
-                                        part_panels / (kTasksOfThread * ctx.threads().size())),
-                               1, kMaxPanels);
+  ScratchScope scratch(ctx);
+  const std::span<const std::int64_t> begins =
+      shrinking_tasks(scratch, part_panels, ctx.threads().size());
   const std::int64_t tokens = job.x.shape[0];
-  const auto* matrix = static_cast<const std::byte*>(job.w.data);
-  ctx.threads().parallel_for((part_panels + task_panels - 1) / task_panels, [&](std::int64_t task) {
+  const auto panel_at = [&](std::int64_t part, std::int64_t panel) {
+    return static_cast<const std::byte*>(job.w.data) +
+           (part * part_panels + panel) * layout.panel_bytes();
+  };
+  ctx.threads().parallel_for(static_cast<std::int64_t>(begins.size()) - 1, [&](std::int64_t task) {
     alignas(64) float sums[2][kFewTokens * kTileColumns];
-    const std::int64_t panel = task * task_panels;
-    const std::int64_t panels = std::min(task_panels, part_panels - panel);
-    for (std::int64_t part = 0; part < job.parts(); ++part) {
-      kernel({.x = &x,
-              .tokens = tokens,
-              .layout = &layout,
-              .first = matrix + (part * part_panels + panel) * layout.panel_bytes(),
-              .panels = static_cast<int>(panels),
-              .sums = sums[part]});
+    const std::int64_t end = begins[static_cast<std::size_t>(task + 1)];
+    for (std::int64_t panel = begins[static_cast<std::size_t>(task)]; panel < end;
+         panel += kMaxPanels) {
+      const std::int64_t panels = std::min<std::int64_t>(kMaxPanels, end - panel);
+      for (std::int64_t part = 0; part < job.parts(); ++part) {
+        // A gated unit goes on elsewhere, at a place that is on its way when these panels end.
+        if (job.gated) fetch_ahead(panel_at(1 - part, panel + part * kMaxPanels));
+        kernel({.x = &x,
+                .tokens = tokens,
+                .layout = &layout,
+                .first = panel_at(part, panel),
+                .panels = static_cast<int>(panels),
+                .sums = sums[part]});
+      }
+      store_panels(job, sums[0], sums[1], 0, tokens, panel, panels);
     }
-    store_panels(job, sums[0], sums[1], 0, tokens, panel, panels);
   });
 }
 
