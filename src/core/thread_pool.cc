@@ -42,12 +42,15 @@ ThreadPool::~ThreadPool() {
 void ThreadPool::drain(int slot) {
   // Below zero, where threads find that others were first, the count stays until the next loop sets
   // it.
+  std::int64_t done = 0;
   while (unclaimed_.load(std::memory_order_relaxed) > 0) {
     const std::int64_t left = unclaimed_.fetch_sub(1, std::memory_order_acquire);
-    if (left <= 0) return;
+    if (left <= 0) break;
     function_(closure_, tasks_ - left, slot);
-    done_.fetch_add(1, std::memory_order_release);
+    ++done;
   }
+  // Once for all: the loop cannot end before.
+  if (done > 0) done_.fetch_add(done, std::memory_order_release);
 }
 
 void ThreadPool::run(std::int64_t n, Function function, void* closure) {

@@ -55,10 +55,12 @@ class ThreadPool {
   std::int64_t tasks_ = 0;
   // Tasks that nobody has claimed. A worker that is late in one loop and claims of the next has
   // claimed what it then runs: it need not know which loop that is.
-  std::atomic<std::int64_t> unclaimed_{0};
-  std::atomic<std::int64_t> done_{0};
+  // Each of these in a cache line of its own: threads that wait read one while others write
+  // another.
+  alignas(64) std::atomic<std::int64_t> unclaimed_{0};
+  alignas(64) std::atomic<std::int64_t> done_{0};
   // Of loops, for workers to wait for the next.
-  std::atomic<std::uint32_t> generation_{0};
+  alignas(64) std::atomic<std::uint32_t> generation_{0};
   std::atomic<bool> stop_{false};
 };
 
