@@ -193,7 +193,7 @@ class Bench:
             "machine": self.machine,
             "decode": self.decode,
             "prompt512": lambda: self.prompt(512, 2),
-            "prompt2048": lambda: self.prompt(2048, 1),
+            "prompt2048": lambda: self.prompt(2048, 2),
             "deltanet": self.deltanet,
             "batched": self.batched,
             "start": self.start,
