@@ -560,10 +560,10 @@ __global__ void __launch_bounds__(kJoinThreads)
 }
 
 template <class Products, int kKeys, bool kMaps>
-void launch_walk(ChunkParams params, const Card& card, int most_stages, cudaStream_t stream) {
+void launch_walk(ChunkParams params, int most_stages, cudaStream_t stream) {
   using L = Layout<Products, kKeys, kMaps>;
   params.stages = most_stages;
-  while (params.stages > 1 && L::bytes(params.stages) > card.shared_bytes) --params.stages;
+  while (params.stages > 1 && L::bytes(params.stages) > most_shared_bytes()) --params.stages;
   const int bytes = L::bytes(params.stages);
   const auto kernel = delta_rule_chunks<Products, kKeys, kMaps>;
   check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes),
@@ -576,7 +576,7 @@ void launch_walk(ChunkParams params, const Card& card, int most_stages, cudaStre
 }
 
 template <int kKeys, int kMaps, bool kGradients>
-void launch_join(const ChunkParams& params, cudaStream_t stream) {
+void launch_join_of(const ChunkParams& params, cudaStream_t stream) {
   constexpr int kBytes = JoinLayout<kKeys, kMaps>::kBytes;
   const auto kernel = join_segments<kKeys, kMaps, kGradients>;
   check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes),
@@ -588,21 +588,21 @@ void launch_join(const ChunkParams& params, cudaStream_t stream) {
 }
 
 template <int kKeys, bool kGradients>
-void launch_join(const ChunkParams& params, const Card& card, cudaStream_t stream) {
-  if (card.shared_bytes >= JoinLayout<kKeys, 3>::kBytes) {
-    launch_join<kKeys, 3, kGradients>(params, stream);
+void launch_join(const ChunkParams& params, cudaStream_t stream) {
+  if (most_shared_bytes() >= JoinLayout<kKeys, 3>::kBytes) {
+    launch_join_of<kKeys, 3, kGradients>(params, stream);
   } else {
-    launch_join<kKeys, 2, kGradients>(params, stream);
+    launch_join_of<kKeys, 2, kGradients>(params, stream);
   }
 }
 
 template <class Products, int kKeys>
-void launch(const ChunkParams& params, const Card& card, cudaStream_t stream) {
+void launch(const ChunkParams& params, cudaStream_t stream) {
   if (params.batch.maps > 0) {
-    launch_walk<Products, kKeys, true>(params, card, 4, stream);
-    launch_join<kKeys, false>(params, card, stream);
+    launch_walk<Products, kKeys, true>(params, 4, stream);
+    launch_join<kKeys, false>(params, stream);
   }
-  launch_walk<Products, kKeys, false>(params, card, 3, stream);
+  launch_walk<Products, kKeys, false>(params, 3, stream);
 }
 
 ChunkParams chunk_params(const DeltaRuleProblem& problem, const SequenceBatch& batch, float* maps) {
@@ -627,7 +627,7 @@ int delta_rule_segments_of(const DeltaRuleProblem& problem, int length, int toke
   constexpr int kLeastChunks = 5;    // of a segment; a map costs what walking some chunks does
   constexpr int kLeastSegments = 3;  // two walks cost twice one
   const int chunks = chunks_of(length);
-  if (problem.value_dim > kValues || card().shared_bytes < JoinLayout<128, 2>::kBytes) return 1;
+  if (problem.value_dim > kValues || most_shared_bytes() < JoinLayout<128, 2>::kBytes) return 1;
   // As many as fill the card if the batch has the fewest chunks of its bucket.
   const int chunks_of_batch = std::max(1, tokens_bucket / 2 / kChunk);
   const int fill = static_cast<int>(static_cast<std::int64_t>(chunks) * multiprocessors /
@@ -641,7 +641,7 @@ int delta_rule_segments(const DeltaRuleProblem& problem, int length, int multipr
   constexpr int kLeastChunks = 16;
   const int chunks = chunks_of(length);
   if (problem.value_dim > kValues || chunks < 5 * kLeastChunks) return 1;
-  if (card().shared_bytes < JoinLayout<128, 2>::kBytes) return 1;
+  if (most_shared_bytes() < JoinLayout<128, 2>::kBytes) return 1;
   return std::clamp(multiprocessors / problem.heads, 1, chunks / kLeastChunks);
 }
 
@@ -663,15 +663,14 @@ std::size_t delta_rule_chunks_bytes(const DeltaRuleProblem& problem, const Seque
 }
 
 void launch_delta_rule_chunks(const DeltaRuleProblem& problem, const SequenceBatch& batch,
-                              void* workspace, cudaStream_t stream, ProductKind kind) {
-  const Card c = card();
+                              void* workspace, cudaStream_t stream) {
   ChunkParams params = chunk_params(problem, batch, static_cast<float*>(workspace));
   if (batch.maps > 0) {
     params.inverses = reinterpret_cast<uint4*>(static_cast<std::byte*>(workspace) +
                                                maps_bytes(problem, batch.maps));
   }
-  for_products_and_keys(c, kind, problem.key_dim, [&]<class Products, int kKeys>() {
-    launch<Products, kKeys>(params, c, stream);
+  for_products_and_keys(problem.key_dim, [&]<class Products, int kKeys>() {
+    launch<Products, kKeys>(params, stream);
   });
 }
 
@@ -680,9 +679,9 @@ void launch_delta_rule_joins(const DeltaRuleProblem& problem, const SequenceBatc
   ChunkParams params = chunk_params(problem, batch, maps);
   params.d_maps = d_maps;
   if (padded_keys(problem.key_dim) == 64) {
-    launch_join<64, true>(params, card(), stream);
+    launch_join<64, true>(params, stream);
   } else {
-    launch_join<128, true>(params, card(), stream);
+    launch_join<128, true>(params, stream);
   }
 }
 

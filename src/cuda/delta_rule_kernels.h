@@ -59,11 +59,8 @@ std::size_t delta_rule_scan_bytes(const DeltaRuleProblem& problem, const Sequenc
 void launch_delta_rule_scan(Context& ctx, const DeltaRuleProblem& problem,
                             const SequenceBatch& batch, void* workspace);
 
-enum class ProductKind { kAutomatic, kWarp, kGroup };
-
 void launch_delta_rule_chunks(const DeltaRuleProblem& problem, const SequenceBatch& batch,
-                              void* workspace, cudaStream_t stream,
-                              ProductKind kind = ProductKind::kAutomatic);
+                              void* workspace, cudaStream_t stream);
 
 // The joins of the backward, states in order and their gradients against it. K' is K rounded up to
 // 64 or 128.

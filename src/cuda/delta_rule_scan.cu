@@ -406,7 +406,7 @@ bool delta_rule_scans(const DeltaRuleProblem& problem, int length, int tokens_bu
          chunks >= kLeastChunks && chunks <= kMostChunks &&
          static_cast<std::int64_t>(chunks) * multiprocessors >=
              static_cast<std::int64_t>(kLeastIdle) * chunks_of_batch * problem.heads &&
-         card().group_products;
+         has_group_products();
 }
 
 std::size_t delta_rule_scan_bytes(const DeltaRuleProblem& problem, const SequenceBatch& batch) {

@@ -366,8 +366,7 @@ TEST_P(CudaDeltaMixer, ATokenEqualsPlain) {
   }
 }
 
-INSTANTIATE_TEST_SUITE_P(DTypes, CudaDeltaMixer, testing::Values(DType::kF32, DType::kBF16),
-                         [](const auto& p) { return std::string(name_of(p.param)); });
+INSTANTIATE_TEST_SUITE_P(DTypes, CudaDeltaMixer, test::kDTypes, test::dtype_name);
 
 }  // namespace
 }  // namespace deltafox
