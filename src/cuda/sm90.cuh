@@ -226,6 +226,22 @@ __device__ inline void copy_bulk(void* to, const void* from, int bytes, std::uin
       : "memory");
 }
 
+// Copies from shared memory.
+__device__ inline void store_bulk(void* to, const void* from, int bytes) {
+  asm volatile(
+      "cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;\n"
+      "cp.async.bulk.commit_group;" ::"l"(to),
+      "r"(shared_address(from)), "r"(bytes)
+      : "memory");
+}
+// Until all that this thread has stored so has been read from shared memory, or has arrived.
+__device__ inline void wait_stores_read() {
+  asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
+}
+__device__ inline void wait_stores() {
+  asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
+}
+
 // Makes this thread's writes to shared memory visible to matrix products and bulk copies.
 __device__ inline void fence_async_proxy() {
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
