@@ -27,6 +27,11 @@ int compute_major() {
   return major;
 }
 
+bool plain_products() {
+  static const bool plain = std::getenv("DELTAFOX_PLAIN_PRODUCTS") != nullptr;
+  return plain;
+}
+
 int most_shared_bytes() {
   static const int bytes = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
   return bytes;

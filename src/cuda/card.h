@@ -7,6 +7,10 @@ namespace deltafox::cuda {
 // cards run what older ones take, for tests and comparisons.
 int compute_major();
 
+// Whether products are plain where cuBLASLt would take them: DELTAFOX_PLAIN_PRODUCTS is set, for
+// tools that its kernels do not run under.
+bool plain_products();
+
 // Of shared memory, that a thread block may ask for.
 int most_shared_bytes();
 
