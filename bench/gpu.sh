@@ -27,8 +27,11 @@ for name in delta_net fox_pro transformer_llama mamba2 hgrn2 samba; do
   "$build"/bench/bench_training "$name-760m" 16384 5 "$(nproc)" cuda ops >"$out/train_$name.json"
 done
 "$build"/bench/bench_cuda_kernels >"$out/kernels.json"
-"$build"/bench/bench_cuda_attention 16384 24 64 >"$out/attention_64.json"
-"$build"/bench/bench_cuda_attention 16384 12 128 >"$out/attention_128.json"
+for shape in "16384 24 64" "16384 12 128" "16384 24 32" "2048 24 64" "1024 24 64"; do
+  for major in 9 8; do  # the kernels of this card, and of older ones
+    DELTAFOX_CUDA_MAJOR=$major "$build"/bench/bench_cuda_attention $shape >"$out/attention_${shape// /_}_sm${major}0.json"
+  done
+done
 "$build"/bench/bench_cuda_training >"$out/training_ops.json"
 if [[ -n $fla ]]; then
   bench/peers/fla_baseline.py --fla "$fla" --compile 6 --json "$out/fla.json"

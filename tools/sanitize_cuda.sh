@@ -1,19 +1,29 @@
 #!/bin/bash
-# Runs the GPU tests under compute-sanitizer, in shards at the same time.
+# Runs GPU tests under compute-sanitizer, several at the same time.
 #   tools/sanitize_cuda.sh [GPU_TESTS [RESULTS]]     build/cuda/tests/gpu_tests, build/sanitize
-# From the environment: TOOLS (memcheck racecheck initcheck), SHARDS of each (as many as cores), JOBS at a time (the
-# same), SECONDS_EACH (900) and FILTER of tests. Prints a line for each shard, then the places in kernels that were
-# reported, with how often; logs lie in RESULTS. Ends with "N passed, N failed", in shards: what ran out of time failed.
+# From the environment: TOOLS (memcheck initcheck racecheck), JOBS at a time (as many as cores), LIMIT of seconds in
+# all (480) and EACH of a run (180), FILTER of tests. Prints a line for each run, then the places in kernels that were
+# reported, with how often; logs lie in RESULTS. Ends with "N passed, N failed", in runs: what was cut off has failed.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 
-export tests results sanitizer shards seconds filter
+# Every kernel is launched by these, in each of its forms, at the smallest sizes that tests have: ops against plain
+# results, narrow models, and of golden ones recorded steps and gradients. Left out is what launches the same again:
+# equal bits in other batches and runs, wide models, generation, training.
+ops='Cuda*:DTypes/*:Forms/*'
+models='Narrow/*StepsAreAsExact*:Golden/CudaModel.Recorded*:Golden/CudaGradients.AreTheSameBits*'
+again='*CpuTraining*:*Neighbours*:*InAnyBatchAndRun*:*AloneAndInABatch*:*DoesNotDepend*:*DoNotDependOnTheBatch*'
+again+=':*OnTheirSequenceAlone*:*RepeatToTheBit*:*ManyOutputs*'
+# What cards older than 9.0 have kernels of their own for.
+older='*CudaAttention*.EqualsPlain*/BF16:*CudaDeltaRule.*Plain*/BF16:*CudaSsd.*/BF16'
+# Of each tool those that take longest go first, a run for each test and parameter; the others have a run for each
+# suite.
+long='Narrow/|Golden/|CudaProduct|CudaStepOfForm|ChooseToken|CudaAttention|ManyRows|Segments|CudaDecayed'
+
+export tests results sanitizer end each=${EACH:-180}
 tests=$(realpath "${1:-build/cuda/tests/gpu_tests}")
-results=${2:-build/sanitize}
-shards=${SHARDS:-$(nproc)}
-seconds=${SECONDS_EACH:-900}
-# Left out is what runs the kernels of other tests for too long.
-filter=${FILTER:-*-*Training*:*FiveSteps*:*OfManyRows*:*LongSequence*}
+results=$(realpath -m "${2:-build/sanitize}")
+end=$((EPOCHSECONDS + ${LIMIT:-480}))
 sanitizer=$(PATH=$PATH:/usr/local/cuda/bin command -v compute-sanitizer) || {
   echo "error: no compute-sanitizer on PATH or in /usr/local/cuda/bin" >&2
   exit 2
@@ -21,34 +31,74 @@ sanitizer=$(PATH=$PATH:/usr/local/cuda/bin command -v compute-sanitizer) || {
 rm -rf "$results"
 mkdir -p "$results"
 
-# one TOOL SHARD
+# runs MAJOR FILTER: "MAJOR TESTS" for each run
+runs() {
+  "$tests" --gtest_list_tests --gtest_filter="$2" | awk -v major="$1" -v long="$long" '
+    /^[^ ]/ { suite = $1 }
+    /^ / {
+      name = suite $1
+      run = name
+      if (name !~ long) sub("[.].*", "", run)
+      tests[run] = tests[run] ":" name
+    }
+    END { for (run in tests) print major, substr(tests[run], 2) }' | sort -r
+}
+
+# one NUMBER TOOL MAJOR TESTS
 one() {
-  local log=$results/$1-$2.log start=$SECONDS status options=()
-  # How kernels of libraries share memory is not ours to judge.
-  [[ $1 != racecheck ]] || options=(--kernel-name kernel_substring=deltafox --racecheck-report analysis)
-  GTEST_TOTAL_SHARDS=$shards GTEST_SHARD_INDEX=$2 timeout --kill-after=5 "$seconds" \
-    "$sanitizer" --tool "$1" --error-exitcode 9 --show-backtrace no "${options[@]}" \
-    "$tests" --gtest_filter="$filter" >"$log" 2>&1
+  local log=$results/$2-$1.log start=$EPOCHSECONDS seconds status options=() major=$3 name=${4%%:*}
+  [[ $name == "$4" ]] || name=${name%%.*}
+  [[ $3 == 9 ]] || name+=" as on $3.0"
+  if ((start >= end)); then
+    echo "no time left: $2 of $name"
+    return
+  fi
+  seconds=$((end - start < each ? end - start : each))
+  case $2 in
+    # How kernels of libraries share memory is not ours to judge, and cuBLASLt's do not run under it.
+    racecheck)
+      options=(--kernel-name kernel_substring=deltafox --num-cuda-barriers 96 --racecheck-num-workers 2)
+      export DELTAFOX_PLAIN_PRODUCTS=1
+      ;;
+    # It does not see what bulk copies write, cuBLASLt's among them.
+    initcheck)
+      major=8
+      export DELTAFOX_PLAIN_PRODUCTS=1
+      ;;
+  esac
+  DELTAFOX_CUDA_MAJOR=$major timeout --kill-after=5 "$seconds" \
+    "$sanitizer" --tool "$2" --error-exitcode 9 --show-backtrace no --launch-timeout 120 --max-connections 100 \
+    "${options[@]}" "$tests" --gtest_brief=1 --gtest_filter="$4" >"$log" 2>&1
   status=$?
   case $status in
     0) status=passed ;;
-    124 | 137) status="out of time in $(grep '^\[ RUN' "$log" | tail -n 1)" ;;
-    *) status="failed ($status)" ;;
+    124 | 137) status='out of time' ;;
+    *) status="failed ($status, ${log##*/})" ;;
   esac
-  echo "$status: $1 of shard $2, $((SECONDS - start)) s. $(grep -oE '[A-Z]+ SUMMARY: .*' "$log" | tail -n 1)"
+  echo "$status: $2 of $name, $((EPOCHSECONDS - start)) s. $(grep -oE '[A-Z]+ SUMMARY: .*' "$log" | tail -n 1)"
 }
 export -f one
 
-for tool in ${TOOLS:-memcheck racecheck initcheck}; do
-  for ((shard = 0; shard < shards; ++shard)); do echo "$tool $shard"; done
-done | xargs -P "${JOBS:-$shards}" -L 1 bash -c 'one "$@"' one | tee "$results/summary"
+{
+  if [[ -n ${FILTER:-} ]]; then
+    runs 9 "$FILTER"
+  else
+    runs 9 "$ops:$models-$again"
+    runs 8 "$older"
+  fi
+} >"$results/runs"
+# Racecheck takes too long for whole models; their kernels are those of the ops and of the narrow ones.
+for tool in ${TOOLS:-memcheck initcheck racecheck}; do
+  { grep -E "$long" "$results/runs"; grep -vE "$long" "$results/runs"; } | sed "s/^/$tool /" |
+    grep -v '^racecheck .*Golden/'
+done | nl | xargs -P "${JOBS:-$(nproc)}" -L 1 bash -c 'one "$@"' one | tee "$results/summary"
 
 echo
-for tool in ${TOOLS:-memcheck racecheck initcheck}; do
-  grep -hE '^=+ +(Error|.*access at|.*in [^ ]+:[0-9]+)' "$results/$tool"-*.log 2>/dev/null |
-    grep -oE '[A-Za-z0-9_]+\.(cu|cuh|h):[0-9]+' | sort | uniq -c | sort -rn | sed "s/^/$tool/"
+for tool in ${TOOLS:-memcheck initcheck racecheck}; do
+  grep -hE '\.cuh?:[0-9]+' "$results/$tool"-*.log 2>/dev/null |
+    sed -E 's/^=+ +//; s/(^| )at .* in /\1in /; s/ \[[0-9]+ hazards\]//' | sort | uniq -c | sort -rn | sed "s/^/$tool/"
 done
-grep -h '^\[  FAILED  \] [^ ]*\.' "$results"/*.log | sort -u
+grep -hE 'FAILED  \]|Detected overflow' "$results"/*.log | sort | uniq -c
 passed=$(grep -c '^passed' "$results/summary")
 failed=$(grep -vc '^passed' "$results/summary")
 echo "$passed passed, $failed failed"

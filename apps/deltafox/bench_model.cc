@@ -74,7 +74,9 @@ class Sequences {
   }
 
   void forget() {
-    states_.assign(static_cast<std::size_t>(of_.batch), model_.new_state());
+    // Each made anew: copies would still be under way on a GPU when the clock starts.
+    states_.clear();
+    for (std::int64_t b = 0; b < of_.batch; ++b) states_.push_back(model_.new_state());
     pointers_.clear();
     for (State& state : states_) pointers_.push_back(&state);
   }

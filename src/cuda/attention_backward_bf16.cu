@@ -8,7 +8,8 @@
 //
 // On sm_80 a thread block is four warps, with two stages of columns in shared memory. On sm_90 it
 // is persistent: one warp copies, and two warp groups each own a block of a pair; a warp group's
-// exponentials are computed while its sums of the columns before are still under way.
+// exponentials are computed while its sums of the columns before are still under way. Every thread
+// gives back itself what it has read.
 #include "cuda/attention_backward.cuh"
 #include "cuda/sm90.cuh"
 #include "cuda/tensor_core.cuh"
@@ -655,7 +656,6 @@ class Group {
         operands_{params},
         shared_(shared),
         group_(group),
-        lane_(static_cast<int>(threadIdx.x) % 32),
         columns_(shared_address(shared.columns[0])),
         column_partners_(shared_address(shared.column_partners[0])),
         rows_(params) {}
@@ -666,7 +666,7 @@ class Group {
       const int stage = receive();
       const int kind = shared_.messages[stage].kind;
       const int turn = shared_.messages[stage].turn;
-      release(&shared_.empty[stage]);
+      sm90::barrier_arrive(&shared_.empty[stage]);
       if (kind == Message::kFinish) return;
       own(turn);
     }
@@ -680,10 +680,6 @@ class Group {
     cursor_.advance();
     return stage;
   }
-  __device__ void release(std::uint64_t* barrier) const {
-    __syncwarp();
-    if (lane_ == 0) sm90::barrier_arrive(barrier);
-  }
   __device__ void own(int turn) {
     AttentionRows own{};
     int row_head = 0;
@@ -691,16 +687,16 @@ class Group {
     const bool owns = group_ < own.count;
     sm90::barrier_wait(&shared_.rows_full, rows_parity_);
     rows_parity_ ^= 1;
-    if (owns) rows_.start(own.block + group_);
     if constexpr (kRowsInRegisters) {
       if (owns) {
         load_operand(operand_, shared_address(shared_.rows[group_]));
         load_operand(partner_operand_, shared_address(shared_.row_partners[group_]));
       }
-      release(&shared_.rows_empty);
+      sm90::barrier_arrive(&shared_.rows_empty);
     }
+    if (owns) rows_.start(own.block + group_);
     visit_columns();
-    if constexpr (!kRowsInRegisters) release(&shared_.rows_empty);
+    if constexpr (!kRowsInRegisters) sm90::barrier_arrive(&shared_.rows_empty);
     if (!owns) return;
     rows_.leave_head();
     rows_.store(row_head);
@@ -729,7 +725,7 @@ class Group {
           finish_products(before);
           before = -1;
         }
-        release(&shared_.empty[stage]);
+        sm90::barrier_arrive(&shared_.empty[stage]);
         if (end) return;
         continue;
       }
@@ -804,14 +800,13 @@ class Group {
   __device__ void finish_products(int stage) {
     GroupProducts::wait<0>();
     rows_.template products_added<GroupProducts>();
-    release(&shared_.empty[stage]);
+    sm90::barrier_arrive(&shared_.empty[stage]);
   }
 
   const AttentionBackwardParams& params_;
   Operands<kDim, kPass> operands_;
   Shared& shared_;
   int group_;
-  int lane_;
   std::uint32_t columns_;          // of the first stage
   std::uint32_t column_partners_;  // of the first stage
   RowBlock<kDim, kPass> rows_;
@@ -832,10 +827,10 @@ __global__ __launch_bounds__(kGroupThreads, 1) void differentiate_sm90(
   if (threadIdx.x == 0) {
     for (int s = 0; s < Shared::kStages; ++s) {
       sm90::barrier_init(&shared.full[s], 1);
-      sm90::barrier_init(&shared.empty[s], kGroups * 4);
+      sm90::barrier_init(&shared.empty[s], kGroups * 128);
     }
     sm90::barrier_init(&shared.rows_full, 1);
-    sm90::barrier_init(&shared.rows_empty, kGroups * 4);
+    sm90::barrier_init(&shared.rows_empty, kGroups * 128);
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   }
   __syncthreads();

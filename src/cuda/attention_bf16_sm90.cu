@@ -1,6 +1,9 @@
 // Forgetting attention of bfloat16 on sm_90: a persistent thread block with one warp that copies
 // pages into shared memory, and two or three warpgroups that each attend for 64 queries of a tile.
 //
+// Every thread arrives for itself at the barrier of what it has written or read, not one lane for
+// its warp: so it is ordered by the barriers alone.
+//
 // Per warpgroup and 128 keys: S = Q Kᵀ is a product onto the keys' share of the decay
 // (c_ref − c_j)·√D, c the gates' running sums and c_ref that before the tile's first query: what is
 // missing, c_i − c_ref, is the same for all keys of a query and cancels in the softmax. Then, while
@@ -25,7 +28,8 @@ constexpr float kMinusInfinity = -INFINITY;
 template <int kDim>
 struct Config {
   static constexpr int kWarpgroups = kDim == 128 ? 2 : 3;
-  static constexpr int kThreads = (kWarpgroups + 1) * 128;
+  static constexpr int kConsumers = kWarpgroups * 128;
+  static constexpr int kThreads = kConsumers + 128;
   static constexpr int kStages = kDim == 128 ? 2 : 4;
   static constexpr int kRegisters = kDim == 128 ? 240 : 160;
   static constexpr int kProducerRegisters = kDim == 128 ? 24 : 32;
@@ -203,12 +207,13 @@ class Producer {
       *reinterpret_cast<float4*>(&shared_.decays[s][lane_ * 4]) = {
           decay(now.high.x, now.low.x), decay(now.high.y, now.low.y), decay(now.high.z, now.low.z),
           decay(now.high.w, now.low.w)};
-      __syncwarp();
       if (lane_ == 0) {
         barrier_arrive_expect(&shared_.keys_full[s], 2 * C::kHeadBytes);
         copy_bulk(shared_.keys[s], even + key_offset, C::kHeadBytes, &shared_.keys_full[s]);
         copy_bulk(shared_.keys[s] + C::kHeadBytes, odd + key_offset, C::kHeadBytes,
                   &shared_.keys_full[s]);
+      } else {
+        barrier_arrive(&shared_.keys_full[s]);
       }
       barrier_wait(&shared_.values_empty[s], cursor_.parity ^ 1);
       if (lane_ == 0) {
@@ -264,8 +269,7 @@ class Consumer {
     while (true) {
       barrier_wait(&shared_.turn_full[slot.stage], slot.parity);
       const int turn = shared_.turn[slot.stage];
-      __syncwarp();
-      if (lane_ == 0) barrier_arrive(&shared_.turn_empty[slot.stage]);
+      barrier_arrive(&shared_.turn_empty[slot.stage]);
       slot.advance();
       if (turn >= turns) return;
       consume(turn);
@@ -393,10 +397,6 @@ class Consumer {
     for (int i = 0; i < kKeys / 4; ++i) p[i] = pack(s[2 * i], s[2 * i + 1]);
   }
 
-  __device__ void release(std::uint64_t* barrier) const {
-    if (lane_ == 0) barrier_arrive(barrier);
-  }
-
   __device__ void store(const float (&o)[kDim / 2], const AttentionTile& tile, int head) const {
     const int dim = params_.layout.dim;
 #pragma unroll
@@ -432,9 +432,8 @@ class Consumer {
   __device__ void skip() {
     barrier_wait(&shared_.keys_full[cursor_.stage], cursor_.parity);
     barrier_wait(&shared_.values_full[cursor_.stage], cursor_.parity);
-    __syncwarp();
-    release(&shared_.keys_empty[cursor_.stage]);
-    release(&shared_.values_empty[cursor_.stage]);
+    barrier_arrive(&shared_.keys_empty[cursor_.stage]);
+    barrier_arrive(&shared_.values_empty[cursor_.stage]);
     cursor_.advance();
   }
 
@@ -478,7 +477,7 @@ class Consumer {
     multiply_keys(s, cursor_.stage);
     wgmma_wait<0>();
     pin(s);
-    release(&shared_.keys_empty[cursor_.stage]);
+    barrier_arrive(&shared_.keys_empty[cursor_.stage]);
     mask_if_needed(s, turns.last);
     weigh(s);
     pack_weights(s, p);
@@ -491,12 +490,12 @@ class Consumer {
       multiply_values(o, p, before.stage);
       wgmma_wait<1>();
       pin(s);
-      release(&shared_.keys_empty[cursor_.stage]);
+      barrier_arrive(&shared_.keys_empty[cursor_.stage]);
       mask_if_needed(s, t);
       weigh(s);
       wgmma_wait<0>();
       pin(o);
-      release(&shared_.values_empty[before.stage]);
+      barrier_arrive(&shared_.values_empty[before.stage]);
       rescale(o);
       pack_weights(s, p);
     }
@@ -504,7 +503,7 @@ class Consumer {
     multiply_values(o, p, cursor_.stage);
     wgmma_wait<0>();
     pin(o);
-    release(&shared_.values_empty[cursor_.stage]);
+    barrier_arrive(&shared_.values_empty[cursor_.stage]);
     cursor_.advance();
     for (int t = turns.first - 1; t >= all.first; --t) skip();
     store(o, tile, head);
@@ -537,14 +536,14 @@ __global__ __launch_bounds__(Config<kDim>::kThreads,
       (reinterpret_cast<std::uintptr_t>(memory) + 1023) & ~std::uintptr_t{1023});
   if (threadIdx.x == 0) {
     for (int s = 0; s < C::kStages; ++s) {
-      barrier_init(&shared.keys_full[s], 1);
+      barrier_init(&shared.keys_full[s], 32);
       barrier_init(&shared.values_full[s], 1);
-      barrier_init(&shared.keys_empty[s], C::kWarpgroups * 4);
-      barrier_init(&shared.values_empty[s], C::kWarpgroups * 4);
+      barrier_init(&shared.keys_empty[s], C::kConsumers);
+      barrier_init(&shared.values_empty[s], C::kConsumers);
     }
     for (int s = 0; s < 2; ++s) {
       barrier_init(&shared.turn_full[s], 1);
-      barrier_init(&shared.turn_empty[s], C::kWarpgroups * 4);
+      barrier_init(&shared.turn_empty[s], C::kConsumers);
     }
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   }

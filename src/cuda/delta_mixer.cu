@@ -1,9 +1,10 @@
 // delta_inputs and delta_token (ops/delta_mixer.h): memory bound.
 //
 // delta_inputs: a thread walks some rows of eight channels of q, k or v with the last inputs in
-// registers; the lanes that share a head sum its squares row by row. The block of a sequence's
-// first rows also replaces its state, which only it reads. Where β is not there yet, a block of
-// each rows computes it on the tensor cores.
+// registers; the lanes that share a head sum its squares row by row. The warp of a sequence's
+// first rows also replaces its state, which only it reads. A warp asks for its taps, what lies
+// before its rows and its first rows together, so up to some length all of a prompt is under way at
+// once. The first blocks have β, a longer way: on the tensor cores where it is not there yet.
 //
 // delta_token: a block owns a head of a sequence. Its state, 64 KB, is in registers, asked for
 // before the block waits for the products of the same step.
@@ -42,15 +43,19 @@ __device__ float inverse_root(float x) {
 
 // ---- Prompts ----------------------------------------------------------------------------------
 
-constexpr int kInputThreads = 64;
-constexpr int kChannels = 8;  // of a thread
-constexpr int kPartChannels = kInputThreads * kChannels;
+constexpr int kInputThreads = 128;
+constexpr int kInputWarps = kInputThreads / 32;
+template <typename T>
+constexpr int kInputBlocks = sizeof(T) == 2 ? 4 : 3;  // of a multiprocessor
+constexpr int kChannels = 8;                          // of a thread
+constexpr int kWarpChannels = 32 * kChannels;
+constexpr int kBetaRows = 16;  // of a block at once
 
 struct InputSequence {
   float* states[3];  // of q, k, v
   int begin;         // its first row
   int length;
-  int first_block;  // of rows, over the sequences before it
+  int first_group;  // of rows, over the sequences before it
 };
 
 struct InputsParams {
@@ -63,29 +68,34 @@ struct InputsParams {
   const void* b_proj;  // [H, C], or null: then beta has the logits
   int width;           // C
   int heads;
-  int head_lanes;      // K / 8
-  int channels;        // H·K
-  int blocks_of_part;  // of channels, of q, k or v
-  int rows;            // of a block, a multiple of kWidth
-  int blocks;          // of rows
+  int head_lanes;     // K / 8
+  int channels;       // H·K
+  int warps_of_part;  // of q, k or v, for a group of rows
+  int beta_blocks;    // the first ones
+  int rows;           // of a group, a multiple of kWidth
+  int groups;
+  int first_row;  // of all sequences
+  int end_row;
   int count;
   InputSequence sequences[kLimit];
 };
 
 constexpr int kMostHeads = static_cast<int>(kDeltaInputsHeads);
 
-// β of 16 rows of a block, from row `first` of x on, `count` of which exist: the two warps have
-// half of the columns each. Which of a lane's eight neighbouring columns counts as which of the
-// tensor cores' makes no difference, as long as it is the same in x and b_proj.
+// β of `count` rows from row `first` of x on: each warp has some of the columns. Which of a lane's
+// eight neighbouring columns counts as which of the tensor cores' makes no difference, as long as
+// it is the same in x and b_proj.
 __device__ void beta_rows(const InputsParams& p, std::int64_t first, int count) {
   constexpr int kAhead = 6;     // steps whose loads are under way at once
   constexpr int kColumns = 32;  // of a step
-  __shared__ float parts[2][16][kMostHeads];
+  __shared__ float parts[kInputWarps][kBetaRows][kMostHeads];
   const int warp = static_cast<int>(threadIdx.x) / 32;
   const int lane = static_cast<int>(threadIdx.x) % 32;
   const int row = lane / 4;
   const int steps = (p.width + kColumns - 1) / kColumns;
-  const int end = warp == 0 ? (steps + 1) / 2 : steps;
+  const int steps_of_warp = (steps + kInputWarps - 1) / kInputWarps;
+  const int begin = warp * steps_of_warp;
+  const int end = min(begin + steps_of_warp, steps);
   const auto* x = static_cast<const bf16*>(p.x) + first * p.width;
   const auto* b_proj = static_cast<const bf16*>(p.b_proj);
   const auto load = [&](const bf16* from, int r, int rows, int step) {
@@ -94,7 +104,7 @@ __device__ void beta_rows(const InputsParams& p, std::int64_t first, int count) 
     return *reinterpret_cast<const uint4*>(from + static_cast<std::int64_t>(r) * p.width + column);
   };
   float sums[2][4] = {};  // of heads 0 to 7 and 8 to 15
-  for (int step = warp == 0 ? 0 : (steps + 1) / 2; step < end; step += kAhead) {
+  for (int step = begin; step < end; step += kAhead) {
     uint4 a[kAhead][2];
     uint4 b[kAhead][2];
 #pragma unroll
@@ -128,34 +138,66 @@ __device__ void beta_rows(const InputsParams& p, std::int64_t first, int count) 
   for (int i = static_cast<int>(threadIdx.x); i < count * p.heads; i += kInputThreads) {
     const int r = i / p.heads;
     const int head = i % p.heads;
-    p.beta[first * p.heads + i] = sigmoid(parts[0][r][head] + parts[1][r][head]);
+    float logit = 0;
+#pragma unroll
+    for (const auto& part : parts) logit += part[r][head];
+    p.beta[first * p.heads + i] = sigmoid(logit);
   }
 }
 
+// SiLU of x from `scaled` = x / kSiluScale, over kSiluScale: so the taps can have the factor that
+// the exponential needs, and what follows undoes it for all elements of a row at once.
 template <typename T>
-__global__ void __launch_bounds__(kInputThreads)
+constexpr float kSiluScale = sizeof(T) == 2 ? -0.693147180559945309F : 1.0F;
+
+template <typename T>
+__device__ float scaled_silu(float scaled) {
+  if constexpr (sizeof(T) == 4) return silu<T>(scaled);
+  float power;
+  float quotient;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(scaled));
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(quotient) : "f"(1 + power));
+  return scaled * quotient;
+}
+
+template <typename T>
+__global__ void __launch_bounds__(kInputThreads, kInputBlocks<T>)
     delta_inputs_kernel(const __grid_constant__ InputsParams p) {
+  if (static_cast<int>(blockIdx.x) < p.beta_blocks) {
+    wait_for_input();
+    for (int row = p.first_row + static_cast<int>(blockIdx.x) * kBetaRows; row < p.end_row;
+         row += p.beta_blocks * kBetaRows) {
+      const int count = min(kBetaRows, p.end_row - row);
+      if (p.b_proj != nullptr) {
+        beta_rows(p, row, count);
+        continue;
+      }
+      float* beta = p.beta + static_cast<std::int64_t>(row) * p.heads;
+      for (int i = static_cast<int>(threadIdx.x); i < count * p.heads; i += kInputThreads) {
+        beta[i] = sigmoid(beta[i]);
+      }
+    }
+    return;
+  }
+  const int warp = uniform((static_cast<int>(blockIdx.x) - p.beta_blocks) * kInputWarps +
+                           static_cast<int>(threadIdx.x) / 32);
+  const int columns = 3 * p.warps_of_part;
+  const int group = warp / columns;
+  if (group >= p.groups) return;
   int low = 0;
   int high = p.count;
   while (high - low > 1) {
     const int middle = (low + high) / 2;
-    (p.sequences[middle].first_block <= static_cast<int>(blockIdx.y) ? low : high) = middle;
+    (p.sequences[middle].first_group <= group ? low : high) = middle;
   }
   const InputSequence& sequence = p.sequences[low];
-  const int begin = (static_cast<int>(blockIdx.y) - sequence.first_block) * p.rows;
+  const int begin = (group - sequence.first_group) * p.rows;
   const int end = min(begin + p.rows, sequence.length);
 
-  const int part = static_cast<int>(blockIdx.x) / p.blocks_of_part;
-  if (part == 3) {
-    wait_for_input();
-    for (int row = begin; row < end; row += 16) {
-      beta_rows(p, sequence.begin + row, min(16, end - row));
-    }
-    return;
-  }
+  const int part = warp % columns / p.warps_of_part;
   // Lanes behind the last channel repeat it, for the sums over a warp.
-  const int wanted = static_cast<int>(blockIdx.x) % p.blocks_of_part * kPartChannels +
-                     static_cast<int>(threadIdx.x) * kChannels;
+  const int wanted = warp % columns % p.warps_of_part * kWarpChannels +
+                     static_cast<int>(threadIdx.x) % 32 * kChannels;
   const bool real = wanted < p.channels;
   const int channel = real ? wanted : p.channels - kChannels;
   const std::int64_t stride = 3 * static_cast<std::int64_t>(p.channels);
@@ -171,24 +213,7 @@ __global__ void __launch_bounds__(kInputThreads)
     load_four(w[c], p.conv[part] + (channel + c) * kWidth, kVector);
   }
   wait_for_input();
-  if (blockIdx.x == 0 && p.b_proj == nullptr) {
-    float* beta = p.beta + static_cast<std::int64_t>(sequence.begin) * p.heads;
-    for (int i = begin * p.heads + static_cast<int>(threadIdx.x); i < end * p.heads;
-         i += kInputThreads) {
-      beta[i] = sigmoid(beta[i]);
-    }
-  }
-  if (begin == 0) {
-    replace_conv_state(window, sequence.states[part] + channel * kWidth, x, stride, sequence.length,
-                       real);
-  } else {
-#pragma unroll
-    for (int i = 1; i < kWidth; ++i) {
-      Eight<T> loaded;
-      loaded.load(x + (begin - kWidth + i) * stride);
-      loaded.get(window[i]);
-    }
-  }
+  constexpr float kFactor = kSiluScale<T>;
   // Four rows are asked for before the four ahead of them are computed; two are normed at once.
   constexpr int kAtOnce = 2;
   Eight<T> next[kWidth];
@@ -197,6 +222,21 @@ __global__ void __launch_bounds__(kInputThreads)
     for (int r = 0; r < kWidth; ++r) next[r].load(x + min(t + r, end - 1) * stride);
   };
   load(begin);
+  if (begin == 0) {
+    replace_conv_state(window, sequence.states[part] + channel * kWidth, x, stride, sequence.length,
+                       real);
+  } else {
+    Eight<T> before[kWidth];
+#pragma unroll
+    for (int i = 1; i < kWidth; ++i) before[i].load(x + (begin - kWidth + i) * stride);
+#pragma unroll
+    for (int i = 1; i < kWidth; ++i) before[i].get(window[i]);
+  }
+#pragma unroll
+  for (auto& taps : w) {
+#pragma unroll
+    for (float& tap : taps) tap *= 1 / kFactor;
+  }
   for (int t = begin; t < end; t += kWidth) {
     Eight<T> now[kWidth];
 #pragma unroll
@@ -215,10 +255,13 @@ __global__ void __launch_bounds__(kInputThreads)
           float sum = 0;
 #pragma unroll
           for (int i = 0; i < kWidth; ++i) sum += w[c][i] * window[(r + 1 + i) % kWidth][c];
-          out[a][c] = silu<T>(sum);
+          out[a][c] = scaled_silu<T>(sum);
           squares[a] = fmaf(out[a][c], out[a][c], squares[a]);
         }
       }
+      float scale[kAtOnce];
+#pragma unroll
+      for (float& factor : scale) factor = kFactor;
       if (part < 2) {
         for (int offset = p.head_lanes / 2; offset > 0; offset /= 2) {
 #pragma unroll
@@ -226,13 +269,13 @@ __global__ void __launch_bounds__(kInputThreads)
         }
 #pragma unroll
         for (int a = 0; a < kAtOnce; ++a) {
-          const float scale = inverse_root<T>(squares[a] + kNormEps);
-#pragma unroll
-          for (float& element : out[a]) element *= scale;
+          scale[a] *= inverse_root<T>(squares[a] * (kFactor * kFactor) + kNormEps);
         }
       }
 #pragma unroll
       for (int a = 0; a < kAtOnce; ++a) {
+#pragma unroll
+        for (float& element : out[a]) element *= scale[a];
         const int row = t + first + a;
         if (real && row < end) {
           Eight<T>::store(y + static_cast<std::int64_t>(row) * p.channels, out[a]);
@@ -244,9 +287,10 @@ __global__ void __launch_bounds__(kInputThreads)
 
 template <typename T>
 void launch(Context& ctx, const InputsParams& p) {
-  const dim3 grid(static_cast<unsigned>(3 * p.blocks_of_part + (p.b_proj != nullptr ? 1 : 0)),
-                  static_cast<unsigned>(p.blocks));
-  launch_dependent(ctx, "delta_inputs", delta_inputs_kernel<T>, grid, kInputThreads, 0, p);
+  const int warps = 3 * p.warps_of_part * p.groups;
+  const int blocks = p.beta_blocks + (warps + kInputWarps - 1) / kInputWarps;
+  launch_dependent(ctx, "delta_inputs", delta_inputs_kernel<T>, dim3(static_cast<unsigned>(blocks)),
+                   kInputThreads, 0, p);
 }
 
 // ---- One token of each sequence ---------------------------------------------------------------
@@ -406,27 +450,40 @@ void delta_inputs(Context& ctx, const DeltaInputsArgs& args) {
   p.heads = static_cast<int>(args.q.shape[1]);
   p.head_lanes = static_cast<int>(args.q.shape[2]) / kChannels;
   p.channels = p.heads * static_cast<int>(args.q.shape[2]);
-  p.blocks_of_part = (p.channels + kPartChannels - 1) / kPartChannels;
+  p.warps_of_part = (p.channels + kWarpChannels - 1) / kWarpChannels;
   if (args.x.data != nullptr) {
     p.x = args.x.data;
     p.b_proj = args.b_proj.data;
     p.width = static_cast<int>(args.x.shape[1]);
   }
-  // Few rows a thread fill the card, many read fewer rows twice.
-  p.rows = args.sequences.tokens() <= 2048 ? 8 : 32;
+  const bool is_bf16 = args.q.dtype == DType::kBF16;
+  const int multiprocessors = ctx.stream().multiprocessors();
+  const auto tokens = static_cast<int>(args.sequences.tokens());
+  const int beta_blocks = std::min((tokens + kBetaRows - 1) / kBetaRows, multiprocessors);
+  // As few rows as let all blocks run at once. Of long prompts those would be many, and short walks
+  // one after the other are faster.
+  constexpr int kMostRows = 32;
+  const int blocks_at_once = is_bf16 ? kInputBlocks<bf16> : kInputBlocks<float>;
+  const int room = multiprocessors * blocks_at_once - beta_blocks;
+  const int groups = std::max(1, room * kInputWarps / (3 * p.warps_of_part));
+  p.rows = std::min(((tokens + groups - 1) / groups + kWidth - 1) / kWidth * kWidth, kMostRows);
   const auto run = [&] {
-    args.q.dtype == DType::kBF16 ? launch<bf16>(ctx, p) : launch<float>(ctx, p);
-    p.count = p.blocks = 0;
+    p.beta_blocks = std::min((p.end_row - p.first_row + kBetaRows - 1) / kBetaRows, beta_blocks);
+    is_bf16 ? launch<bf16>(ctx, p) : launch<float>(ctx, p);
+    p.count = p.groups = 0;
   };
   for (std::int64_t b = 0; b < args.sequences.count(); ++b) {
     const auto at = static_cast<std::size_t>(b);
     const int length = static_cast<int>(args.sequences.length(b));
     if (length == 0) continue;
+    const int begin = static_cast<int>(args.sequences.begin(b));
+    if (p.count == 0) p.first_row = begin;
+    p.end_row = begin + length;
     p.sequences[p.count++] = {.states = {of.q_states[at], of.k_states[at], of.v_states[at]},
-                              .begin = static_cast<int>(args.sequences.begin(b)),
+                              .begin = begin,
                               .length = length,
-                              .first_block = p.blocks};
-    p.blocks += (length + p.rows - 1) / p.rows;
+                              .first_group = p.groups};
+    p.groups += (length + p.rows - 1) / p.rows;
     if (p.count == InputsParams::kLimit) run();
   }
   if (p.count > 0) run();

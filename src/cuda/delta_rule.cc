@@ -94,9 +94,9 @@ void delta_rule(Context& ctx, const DeltaRuleArgs& args) {
       },
       [&](const SequenceBatch& batch) {
         ScratchScope scratch(ctx);
-        const auto bytes = static_cast<std::int64_t>(delta_rule_chunks_bytes(problem, batch));
-        void* workspace = bytes == 0 ? nullptr : scratch.tensor({bytes}, DType::kU8).data;
-        launch_delta_rule_chunks(problem, batch, workspace, stream_of(ctx));
+        const auto bytes = static_cast<std::int64_t>(delta_rule_maps_bytes(problem, batch.maps));
+        float* maps = batch.maps == 0 ? nullptr : scratch.tensor({bytes / 4}).f32();
+        launch_delta_rule_chunks(problem, batch, maps, stream_of(ctx));
       });
   for (const bool single : {true, false}) {
     for_each_batch(

@@ -795,7 +795,7 @@ void launch(const BackwardParams& params, cudaStream_t stream) {
 
 bool delta_rule_backward_chunks_fit(const DeltaRuleBackwardProblem& problem) {
   return delta_rule_chunks_fit(forward_problem(problem)) && problem.value_dim <= kValues &&
-         card().group_products;
+         has_group_products();
 }
 
 int delta_rule_backward_segments(const DeltaRuleBackwardProblem& problem, int length,

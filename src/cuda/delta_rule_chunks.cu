@@ -11,8 +11,7 @@
 // A sequence in n segments takes two walks. What a segment does to the state is an affine map
 // S ← M S + N; the first walk carries [M | N] instead of S through every segment but the last (the
 // first segment starts from the state itself and needs no M), `join_segments` applies the maps one
-// after the other, and the second walk computes the outputs of all segments at once. It finds T in
-// memory where the first walk has been.
+// after the other, and the second walk computes the outputs of all segments at once.
 #include <algorithm>
 #include <cmath>
 
@@ -33,8 +32,6 @@ struct ChunkParams {
   DeltaRuleProblem problem;
   float* maps;    // per map and head: Nᵀ [kValues, K'], Mᵀ [K', K'] with K' the padded K
   float* d_maps;  // per map and head: N'ᵀ [kValues, K'], see join_segments
-  uint4*
-      inverses;  // [chunks, H, kTileBlockBytes / 16]: T as its tile, of all segments but the last
   float scale;
   int stages;
   SequenceBatch batch;
@@ -84,14 +81,6 @@ __device__ Segment find_segment(const SequenceBatch& batch, int block) {
 
 // ---- The group that prepares ------------------------------------------------------------------
 
-// T of a chunk of a segment, in memory.
-__device__ inline uint4* inverse_of(const ChunkParams& p, const Segment& segment, int chunk,
-                                    int head) {
-  const std::ptrdiff_t slot =
-      static_cast<std::ptrdiff_t>(segment.first_chunk + chunk) * p.problem.heads + head;
-  return p.inverses + slot * (kTileBlockBytes / 16);
-}
-
 template <class Products, int kKeys, bool kMaps>
 struct Loader {
   const ChunkParams& p;
@@ -99,7 +88,6 @@ struct Loader {
   int block_head;
   int block_first_value;
   std::uint32_t stages_base;
-  bool has_inverses;
 
   // Starts the copies of one chunk.
   __device__ void load(int chunk, int stage) const {
@@ -125,13 +113,7 @@ struct Loader {
                            static_cast<const bf16*>(problem.v) + row * value_stride +
                                head * problem.value_dim + first_value,
                            value_stride, problem.value_dim - first_value, valid_rows, thread);
-    if (!kMaps && has_inverses) {
-      const uint4* t = inverse_of(p, segment, chunk, head) + thread;
-#pragma unroll
-      for (int i = 0; i < kTileBlockBytes / 16; i += 128) {
-        copy_piece_async(base + L::kT + (thread + i) * 16, t + i, true);
-      }
-    } else if (thread < kChunk) {
+    if (thread < kChunk) {
       const std::uint32_t to = base + L::kBeta + 4 * thread;
       const auto* beta = static_cast<const float*>(problem.beta);
       if (beta == nullptr) {
@@ -152,9 +134,8 @@ __device__ void prepare_chunks(const ChunkParams& p, const Segment& segment, int
   constexpr int kGroups = kPreparingGroups<Products, kMaps>;
   const int group = uniform((threadIdx.x - kStateThreads) / 128);
   float* blocks = reinterpret_cast<float*>(fixed + L::kInverse) + group * 10 * kInverseBlock;
-  const bool has_inverses = !kMaps && !segment.last;
-  const Loader<Products, kKeys, kMaps> loader{
-      p, segment, head, first_value, shared_address(stages), has_inverses};
+  const Loader<Products, kKeys, kMaps> loader{p, segment, head, first_value,
+                                              shared_address(stages)};
   // How far ahead of the chunk being prepared copies are started. Two groups start the next one's
   // when they are done with one, since its buffer is not free before.
   const int ahead = kGroups * (p.stages > kGroups ? 1 : 0);
@@ -190,7 +171,7 @@ __device__ void prepare_chunks(const ChunkParams& p, const Segment& segment, int
     unsigned char* base = stages + stage * L::kStage;
     const std::uint32_t k = shared_address(base + L::kK);
     const float* beta = reinterpret_cast<const float*>(base + L::kBeta);
-    if (!has_inverses) {
+    {
       float g[8][4];
       Products::begin(g);
       Products::template tiles_transposed<kKeys / 16>(g, k, k);
@@ -198,8 +179,8 @@ __device__ void prepare_chunks(const ChunkParams& p, const Segment& segment, int
       Products::template wait<0>();
       Products::end(g);
       store_scaled_products(g, beta, blocks, lane, warp);
-      invert_diagonal(inverse_block(blocks, warp, warp), lane % 16);
     }
+    invert_diagonal(inverse_block(blocks, warp, warp), lane % 16);
     if (!kMaps) {
       float a[8][4];
       Products::begin(a);
@@ -209,20 +190,10 @@ __device__ void prepare_chunks(const ChunkParams& p, const Segment& segment, int
       Products::end(a);
       store_lower(a, base + L::kA, lane, warp);
     }
-    if (!has_inverses) {
-      group_sync(1 + group);
-      finish_inverse(blocks, beta, base + L::kT, lane, warp);
-    }
+    group_sync(1 + group);
+    finish_inverse(blocks, beta, base + L::kT, lane, warp);
     Products::publish();
     barrier_arrive(barriers + 2 * stage * 8);
-    if (kMaps) {
-      group_sync(1 + group);
-      uint4* t = inverse_of(p, segment, c, head) + thread;
-#pragma unroll
-      for (int i = 0; i < kTileBlockBytes / 16; i += 128) {
-        t[i] = reinterpret_cast<const uint4*>(base + L::kT)[thread + i];
-      }
-    }
     if (kGroups > 1 && ahead > 0) load(c + ahead);
   }
 }
@@ -560,10 +531,10 @@ __global__ void __launch_bounds__(kJoinThreads)
 }
 
 template <class Products, int kKeys, bool kMaps>
-void launch_walk(ChunkParams params, const Card& card, int most_stages, cudaStream_t stream) {
+void launch_walk(ChunkParams params, int most_stages, cudaStream_t stream) {
   using L = Layout<Products, kKeys, kMaps>;
   params.stages = most_stages;
-  while (params.stages > 1 && L::bytes(params.stages) > card.shared_bytes) --params.stages;
+  while (params.stages > 1 && L::bytes(params.stages) > most_shared_bytes()) --params.stages;
   const int bytes = L::bytes(params.stages);
   const auto kernel = delta_rule_chunks<Products, kKeys, kMaps>;
   check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes),
@@ -576,7 +547,7 @@ void launch_walk(ChunkParams params, const Card& card, int most_stages, cudaStre
 }
 
 template <int kKeys, int kMaps, bool kGradients>
-void launch_join(const ChunkParams& params, cudaStream_t stream) {
+void launch_join_of(const ChunkParams& params, cudaStream_t stream) {
   constexpr int kBytes = JoinLayout<kKeys, kMaps>::kBytes;
   const auto kernel = join_segments<kKeys, kMaps, kGradients>;
   check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes),
@@ -588,28 +559,27 @@ void launch_join(const ChunkParams& params, cudaStream_t stream) {
 }
 
 template <int kKeys, bool kGradients>
-void launch_join(const ChunkParams& params, const Card& card, cudaStream_t stream) {
-  if (card.shared_bytes >= JoinLayout<kKeys, 3>::kBytes) {
-    launch_join<kKeys, 3, kGradients>(params, stream);
+void launch_join(const ChunkParams& params, cudaStream_t stream) {
+  if (most_shared_bytes() >= JoinLayout<kKeys, 3>::kBytes) {
+    launch_join_of<kKeys, 3, kGradients>(params, stream);
   } else {
-    launch_join<kKeys, 2, kGradients>(params, stream);
+    launch_join_of<kKeys, 2, kGradients>(params, stream);
   }
 }
 
 template <class Products, int kKeys>
-void launch(const ChunkParams& params, const Card& card, cudaStream_t stream) {
+void launch(const ChunkParams& params, cudaStream_t stream) {
   if (params.batch.maps > 0) {
-    launch_walk<Products, kKeys, true>(params, card, 4, stream);
-    launch_join<kKeys, false>(params, card, stream);
+    launch_walk<Products, kKeys, true>(params, 4, stream);
+    launch_join<kKeys, false>(params, stream);
   }
-  launch_walk<Products, kKeys, false>(params, card, 3, stream);
+  launch_walk<Products, kKeys, false>(params, 3, stream);
 }
 
 ChunkParams chunk_params(const DeltaRuleProblem& problem, const SequenceBatch& batch, float* maps) {
   return {.problem = problem,
           .maps = maps,
           .d_maps = nullptr,
-          .inverses = nullptr,
           .scale = 1 / std::sqrt(static_cast<float>(problem.key_dim)),
           .stages = 0,
           .batch = batch};
@@ -627,7 +597,7 @@ int delta_rule_segments_of(const DeltaRuleProblem& problem, int length, int toke
   constexpr int kLeastChunks = 5;    // of a segment; a map costs what walking some chunks does
   constexpr int kLeastSegments = 3;  // two walks cost twice one
   const int chunks = chunks_of(length);
-  if (problem.value_dim > kValues || card().shared_bytes < JoinLayout<128, 2>::kBytes) return 1;
+  if (problem.value_dim > kValues || most_shared_bytes() < JoinLayout<128, 2>::kBytes) return 1;
   // As many as fill the card if the batch has the fewest chunks of its bucket.
   const int chunks_of_batch = std::max(1, tokens_bucket / 2 / kChunk);
   const int fill = static_cast<int>(static_cast<std::int64_t>(chunks) * multiprocessors /
@@ -641,37 +611,20 @@ int delta_rule_segments(const DeltaRuleProblem& problem, int length, int multipr
   constexpr int kLeastChunks = 16;
   const int chunks = chunks_of(length);
   if (problem.value_dim > kValues || chunks < 5 * kLeastChunks) return 1;
-  if (card().shared_bytes < JoinLayout<128, 2>::kBytes) return 1;
+  if (most_shared_bytes() < JoinLayout<128, 2>::kBytes) return 1;
   return std::clamp(multiprocessors / problem.heads, 1, chunks / kLeastChunks);
 }
 
-namespace {
-
-std::size_t maps_bytes(const DeltaRuleProblem& problem, int maps) {
+std::size_t delta_rule_maps_bytes(const DeltaRuleProblem& problem, int maps) {
   const auto keys = static_cast<std::size_t>(padded_keys(problem.key_dim));
   return sizeof(float) * (kValues + keys) * keys * static_cast<std::size_t>(problem.heads) *
          static_cast<std::size_t>(maps);
 }
 
-}  // namespace
-
-std::size_t delta_rule_chunks_bytes(const DeltaRuleProblem& problem, const SequenceBatch& batch) {
-  if (batch.maps == 0) return 0;
-  return maps_bytes(problem, batch.maps) + std::size_t{kTileBlockBytes} *
-                                               static_cast<std::size_t>(batch.chunks) *
-                                               static_cast<std::size_t>(problem.heads);
-}
-
 void launch_delta_rule_chunks(const DeltaRuleProblem& problem, const SequenceBatch& batch,
-                              void* workspace, cudaStream_t stream, ProductKind kind) {
-  const Card c = card();
-  ChunkParams params = chunk_params(problem, batch, static_cast<float*>(workspace));
-  if (batch.maps > 0) {
-    params.inverses = reinterpret_cast<uint4*>(static_cast<std::byte*>(workspace) +
-                                               maps_bytes(problem, batch.maps));
-  }
-  for_products_and_keys(c, kind, problem.key_dim, [&]<class Products, int kKeys>() {
-    launch<Products, kKeys>(params, c, stream);
+                              float* maps, cudaStream_t stream) {
+  for_products_and_keys(problem.key_dim, [&]<class Products, int kKeys>() {
+    launch<Products, kKeys>(chunk_params(problem, batch, maps), stream);
   });
 }
 
@@ -680,9 +633,9 @@ void launch_delta_rule_joins(const DeltaRuleProblem& problem, const SequenceBatc
   ChunkParams params = chunk_params(problem, batch, maps);
   params.d_maps = d_maps;
   if (padded_keys(problem.key_dim) == 64) {
-    launch_join<64, true>(params, card(), stream);
+    launch_join<64, true>(params, stream);
   } else {
-    launch_join<128, true>(params, card(), stream);
+    launch_join<128, true>(params, stream);
   }
 }
 

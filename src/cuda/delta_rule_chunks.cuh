@@ -2,6 +2,7 @@
 // sequences, loads of tiles, the inverse of a chunk's triangle, states and values as accumulators.
 #pragma once
 
+#include "cuda/card.h"
 #include "cuda/check.h"
 #include "cuda/delta_rule_kernels.h"
 #include "cuda/tensor_core.cuh"
@@ -530,32 +531,18 @@ __device__ void walk_maps(float (&n)[kKeys / 8][4], const Segment& segment,
   if (has_map) store_transposed(m, map + kValues * kKeys, row);
 }
 
-struct Card {
-  int shared_bytes = 0;
-  bool group_products = false;
-};
-
-inline Card card() {
-  const auto attribute = [](cudaDeviceAttr which) {
-    int device = 0;
-    int value = 0;
-    check(cudaGetDevice(&device), "cudaGetDevice");
-    check(cudaDeviceGetAttribute(&value, which, device), "cudaDeviceGetAttribute");
-    return value;
-  };
-  return {.shared_bytes = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin),
-          .group_products = attribute(cudaDevAttrComputeCapabilityMajor) == 9};
+inline bool has_group_products() {
+  return compute_major() == 9;
 }
 
 inline int padded_keys(int keys) {
   return keys <= 64 ? 64 : 128;
 }
 
-// launch<Products, kKeys>() for the products of this kind and the padded keys.
+// launch<Products, kKeys>() for the card's products and the padded keys.
 template <class Launch>
-void for_products_and_keys(const Card& card, ProductKind kind, int keys, const Launch& launch) {
-  const bool group =
-      kind == ProductKind::kAutomatic ? card.group_products : kind == ProductKind::kGroup;
+void for_products_and_keys(int keys, const Launch& launch) {
+  const bool group = has_group_products();
   if (padded_keys(keys) == 64) {
     group ? launch.template operator()<GroupProducts, 64>()
           : launch.template operator()<WarpProducts, 64>();

@@ -47,8 +47,8 @@ int delta_rule_segments_of(const DeltaRuleProblem& problem, int length, int toke
 // card, so that what else is in a batch changes no bit.
 int delta_rule_segments(const DeltaRuleProblem& problem, int length, int multiprocessors);
 
-// Workspace bytes: none where no sequence has several segments.
-std::size_t delta_rule_chunks_bytes(const DeltaRuleProblem& problem, const SequenceBatch& batch);
+// Workspace bytes for the state maps of all segments but each sequence's last.
+std::size_t delta_rule_maps_bytes(const DeltaRuleProblem& problem, int maps);
 
 // Few chunks, by three kernels that are parallel over chunks or over values: bfloat16, K = V = 128,
 // on sm_90. Whether that is how a sequence is read is a function of what delta_rule_segments_of
@@ -59,11 +59,8 @@ std::size_t delta_rule_scan_bytes(const DeltaRuleProblem& problem, const Sequenc
 void launch_delta_rule_scan(Context& ctx, const DeltaRuleProblem& problem,
                             const SequenceBatch& batch, void* workspace);
 
-enum class ProductKind { kAutomatic, kWarp, kGroup };
-
 void launch_delta_rule_chunks(const DeltaRuleProblem& problem, const SequenceBatch& batch,
-                              void* workspace, cudaStream_t stream,
-                              ProductKind kind = ProductKind::kAutomatic);
+                              float* maps, cudaStream_t stream);
 
 // The joins of the backward, states in order and their gradients against it. K' is K rounded up to
 // 64 or 128.

@@ -29,19 +29,18 @@ constexpr int kScanThreads = 128 + 32;  // a group for the state, a warp for cop
 // What `prepare` leaves of a chunk and head: −W, K and A.
 constexpr int kPairBytes = 2 * kTile;
 constexpr int kImageBytes = kPairBytes + kTileBlockBytes;
-constexpr int kFragments = 8 * kThreads;  // vectors of 16 bytes of U₀ or S
-constexpr int kHalf = kFragments / 2;     // of U₀ in 64 value columns
-// What `scan` reads of a chunk: −W, K and half of U₀.
-constexpr int kStageBytes = kPairBytes + 16 * kHalf;
+// What `scan` reads and leaves of a chunk and 64 value columns, each vector of 16 bytes a thread's:
+// first U₀ᵀ in float32, then in its place Sᵀ before the chunk in bfloat16, and Uᵀ behind it.
+constexpr int kStateVectors = 8 * 128;
+constexpr int kHalfVectors = kStateVectors + 4 * 128;
+// A stage of `scan`: −W, K and the above.
+constexpr int kStageBytes = kPairBytes + 16 * kHalfVectors;
 constexpr int kStages = 4;
 
 struct ScanParams {
   DeltaRuleProblem problem;
   uint4* images;  // [chunks, H, kImageBytes / 16]
-  // [chunks, H, 2, 8, 128]: U₀ᵀ by halves of the value columns, of each of which Uᵀ in bfloat16
-  // takes the first half
-  float4* values;
-  uint4* states;  // [chunks, H, 8, kThreads]: Sᵀ before the chunk in bfloat16
+  uint4* halves;  // [chunks, H, 2, kHalfVectors]
   float scale;
   SequenceBatch batch;
 };
@@ -63,6 +62,11 @@ struct Chunk {
     return (static_cast<std::ptrdiff_t>(begin) * p.problem.heads + head) * kDim;
   }
 };
+
+// What belongs to a chunk, a head and half of its value columns.
+__device__ inline uint4* half_of(const ScanParams& p, std::ptrdiff_t slot, int half) {
+  return p.halves + (2 * slot + half) * kHalfVectors;
+}
 
 struct PrepareLayout {
   static constexpr int kW = 0;
@@ -156,8 +160,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   Products::commit();
   Products::wait<0>();
   Products::end(r);
-  float4* values =
-      p.values + chunk.slot * std::ptrdiff_t{kFragments} + group * kHalf + thread % 128;
+  auto* values = reinterpret_cast<float4*>(half_of(p, chunk.slot, group)) + thread % 128;
 #pragma unroll
   for (int j = 0; j < 8; ++j) {
     values[j * 128] = make_float4(r[j][0], r[j][1], r[j][2], r[j][3]);
@@ -193,6 +196,13 @@ __device__ void to_operand_now(std::uint32_t (&operand)[kTiles / 2][4],
   }
 }
 
+// Said outright: an assignment becomes four of a word.
+__device__ inline void store_vector(uint4* to, const std::uint32_t (&v)[4]) {
+  asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(shared_address(to)), "r"(v[0]),
+               "r"(v[1]), "r"(v[2]), "r"(v[3])
+               : "memory");
+}
+
 // A thread's part of U₀ᵀ, or of what becomes Uᵀ, of the chunk in `stage`.
 __device__ inline void load_values(float (&r)[8][4], const unsigned char* stage) {
   const auto* values = reinterpret_cast<const float4*>(stage + kPairBytes) + threadIdx.x;
@@ -204,34 +214,33 @@ __device__ inline void load_values(float (&r)[8][4], const unsigned char* stage)
 }
 
 // The state's group: 64 value columns over all chunks.
-__device__ inline void scan_chunks(const ScanParams& p, float* state, std::ptrdiff_t slot,
-                                   int chunks, int half, unsigned char* stages, std::uint64_t* full,
-                                   std::uint64_t* empty) {
+__device__ inline void scan_chunks(float* state, int chunks, int half, unsigned char* stages,
+                                   std::uint64_t* full, std::uint64_t* done) {
   const int column = half * 64 + state_row();
   float s[16][4];
   load_state(s, state, kDim, kDim, column);
   wait_for_input();
-  auto* values =
-      reinterpret_cast<uint4*>(p.values) + slot * kFragments + half * kHalf + threadIdx.x;
-  // `outputs` has both halves in a block.
-  uint4* states = p.states + slot * kFragments + half * 128 + threadIdx.x;
-  const std::ptrdiff_t step = std::ptrdiff_t{p.problem.heads} * kFragments;
   float r[8][4];
   sm90::barrier_wait(full, 0);
   load_values(r, stages);
   int stage = 0;
   int parity = 0;
   for (int c = 0; c < chunks; ++c) {
-    const int done = stage;
-    const std::uint32_t w = shared_address(stages + stage * kStageBytes);
+    const int now = stage;
+    unsigned char* const base = stages + now * kStageBytes;
+    const std::uint32_t w = shared_address(base);
     if (++stage == kStages) stage = 0, parity ^= 1;
-    if (c + 1 < chunks) sm90::barrier_wait(full + stage, parity);
     std::uint32_t sf[8][4];
     std::uint32_t f[4][4];
     to_operand_now(sf, s);
     Products::begin(r);
     Products::times_transposed<false>(r, sf, w);
     Products::commit();
+    // In the place of U₀, of which each thread has read what it replaces.
+    uint4* result = reinterpret_cast<uint4*>(base + kPairBytes) + threadIdx.x;
+#pragma unroll
+    for (int i = 0; i < 8; ++i) store_vector(result + i * 128, sf[i]);
+    if (c + 1 < chunks) sm90::barrier_wait(full + stage, parity);
     Products::wait<0>();
     Products::end(r);
     to_operand_now(f, r);
@@ -239,19 +248,12 @@ __device__ inline void scan_chunks(const ScanParams& p, float* state, std::ptrdi
     Products::times<false>(s, f, w + kTile);
     Products::commit();
 #pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      states[i * kThreads] = make_uint4(sf[i][0], sf[i][1], sf[i][2], sf[i][3]);
-    }
+    for (int i = 0; i < 4; ++i) store_vector(result + kStateVectors + i * 128, f[i]);
     load_values(r, stages + stage * kStageBytes);  // behind the last chunk nobody uses them
+    sm90::fence_async_proxy();
     Products::wait<0>();
     Products::end(s);
-    sm90::barrier_arrive(empty + done);
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      values[i * 128] = make_uint4(f[i][0], f[i][1], f[i][2], f[i][3]);
-    }
-    values += step;
-    states += step;
+    sm90::barrier_arrive(done + now);
   }
   store_state(s, state, kDim, kDim, column);
 }
@@ -263,11 +265,11 @@ __global__ void __launch_bounds__(kScanThreads, 1)
   extern __shared__ unsigned char memory[];
   unsigned char* stages = aligned(memory);
   auto* full = reinterpret_cast<std::uint64_t*>(stages + kStages * kStageBytes);
-  auto* empty = full + kStages;
+  auto* done = full + kStages;
   if (threadIdx.x == 0) {
     for (int s = 0; s < kStages; ++s) {
       sm90::barrier_init(full + s, 1);
-      sm90::barrier_init(empty + s, 128);
+      sm90::barrier_init(done + s, 128);
     }
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   }
@@ -283,20 +285,28 @@ __global__ void __launch_bounds__(kScanThreads, 1)
   if (uniform(static_cast<int>(threadIdx.x) / 128) != 0) {
     if (threadIdx.x == 128) {
       wait_for_input();
-      for (int c = 0; c < chunks; ++c) {
+      const auto load = [&](int c) {
         const int stage = c % kStages;
-        if (c >= kStages) sm90::barrier_wait(empty + stage, (c / kStages - 1) & 1);
         const std::ptrdiff_t slot = first_slot + std::ptrdiff_t{c} * heads;
         unsigned char* to = stages + stage * kStageBytes;
-        sm90::barrier_arrive_expect(full + stage, kStageBytes);
+        sm90::barrier_arrive_expect(full + stage, kPairBytes + 16 * kStateVectors);
         sm90::copy_bulk(to, p.images + slot * (kImageBytes / 16), kPairBytes, full + stage);
-        sm90::copy_bulk(to + kPairBytes, p.values + slot * kFragments + half * kHalf, 16 * kHalf,
-                        full + stage);
+        sm90::wait_stores_read();  // what is left of the chunk before
+        sm90::copy_bulk(to + kPairBytes, half_of(p, slot, half), 16 * kStateVectors, full + stage);
+      };
+      for (int c = 0; c < min(chunks, kStages); ++c) load(c);
+      for (int c = 0; c < chunks; ++c) {
+        const int stage = c % kStages;
+        sm90::barrier_wait(done + stage, c / kStages & 1);
+        sm90::store_bulk(half_of(p, first_slot + std::ptrdiff_t{c} * heads, half),
+                         stages + stage * kStageBytes + kPairBytes, 16 * kHalfVectors);
+        if (c + kStages < chunks) load(c + kStages);
       }
+      sm90::wait_stores();
     }
   } else {
-    scan_chunks(p, entry.state + static_cast<std::ptrdiff_t>(head) * kDim * kDim, first_slot,
-                chunks, half, stages, full, empty);
+    scan_chunks(entry.state + static_cast<std::ptrdiff_t>(head) * kDim * kDim, chunks, half, stages,
+                full, done);
   }
 #endif
 }
@@ -332,18 +342,16 @@ __global__ void __launch_bounds__(kThreads, 2)
   const uint4* from = p.images + chunk.slot * std::ptrdiff_t{kImageBytes / 16} + kPairBytes / 16;
   uint4 a[kTileBlockBytes / 16 / kThreads];
   for (int i = 0; i < static_cast<int>(std::size(a)); ++i) a[i] = from[i * kThreads + thread];
-  const std::ptrdiff_t fragments = chunk.slot * std::ptrdiff_t{kFragments};
-  const auto* values =
-      reinterpret_cast<const uint4*>(p.values) + fragments + thread / 128 * kHalf + thread % 128;
+  const uint4* half = half_of(p, chunk.slot, thread / 128) + thread % 128;
   std::uint32_t sf[8][4];
   std::uint32_t f[4][4];
   const auto load = [](std::uint32_t(&to)[4], const uint4& v) {
     to[0] = v.x, to[1] = v.y, to[2] = v.z, to[3] = v.w;
   };
 #pragma unroll
-  for (int i = 0; i < 8; ++i) load(sf[i], p.states[fragments + i * kThreads + thread]);
+  for (int i = 0; i < 8; ++i) load(sf[i], half[i * 128]);
 #pragma unroll
-  for (int i = 0; i < 4; ++i) load(f[i], values[i * 128]);
+  for (int i = 0; i < 4; ++i) load(f[i], half[kStateVectors + i * 128]);
   wait_copies<0>();
   for (int i = 0; i < static_cast<int>(std::size(a)); ++i) {
     reinterpret_cast<uint4*>(base + L::kA)[i * kThreads + thread] = a[i];
@@ -369,18 +377,10 @@ __global__ void __launch_bounds__(kThreads, 2)
 #endif
 }
 
-// Vectors of 16 bytes of a workspace, by what they are for.
-struct Workspace {
-  std::size_t images;
-  std::size_t fragments;  // of values, and of states
-
-  Workspace(const DeltaRuleProblem& problem, const SequenceBatch& batch) {
-    const auto slots =
-        static_cast<std::size_t>(batch.chunks) * static_cast<std::size_t>(problem.heads);
-    images = slots * (kImageBytes / 16);
-    fragments = slots * kFragments;
-  }
-};
+// Chunks of all sequences, a head each.
+std::size_t slots_of(const DeltaRuleProblem& problem, const SequenceBatch& batch) {
+  return static_cast<std::size_t>(batch.chunks) * static_cast<std::size_t>(problem.heads);
+}
 
 template <typename Kernel>
 void launch(Context& ctx, Kernel kernel, dim3 grid, unsigned threads, int bytes,
@@ -406,22 +406,19 @@ bool delta_rule_scans(const DeltaRuleProblem& problem, int length, int tokens_bu
          chunks >= kLeastChunks && chunks <= kMostChunks &&
          static_cast<std::int64_t>(chunks) * multiprocessors >=
              static_cast<std::int64_t>(kLeastIdle) * chunks_of_batch * problem.heads &&
-         card().group_products;
+         has_group_products();
 }
 
 std::size_t delta_rule_scan_bytes(const DeltaRuleProblem& problem, const SequenceBatch& batch) {
-  const Workspace workspace(problem, batch);
-  return 16 * (workspace.images + 2 * workspace.fragments);
+  return slots_of(problem, batch) * (kImageBytes + 2 * 16 * kHalfVectors);
 }
 
 void launch_delta_rule_scan(Context& ctx, const DeltaRuleProblem& problem,
                             const SequenceBatch& batch, void* workspace) {
-  const Workspace of(problem, batch);
   auto* images = static_cast<uint4*>(workspace);
   const ScanParams params{.problem = problem,
                           .images = images,
-                          .values = reinterpret_cast<float4*>(images + of.images),
-                          .states = images + of.images + of.fragments,
+                          .halves = images + slots_of(problem, batch) * (kImageBytes / 16),
                           .scale = 1 / std::sqrt(static_cast<float>(kDim)),
                           .batch = batch};
   const auto heads = static_cast<unsigned>(problem.heads);

@@ -3,19 +3,15 @@
 
 #include <cmath>
 
+#include "cuda/card.h"
 #include "cuda/decayed_kernels.h"
 #include "cuda/stream.h"
 
 namespace deltafox::cuda {
 
 bool gla_bf16_fits(int key_dim, int value_dim) {
-  int device = 0;
-  int shared = 0;
-  check(cudaGetDevice(&device), "cudaGetDevice");
-  check(cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
-        "cudaDeviceGetAttribute");
   return key_dim == gla_bf16::kSize && value_dim == gla_bf16::kSize &&
-         shared >= gla_bf16::ColumnLayout::kBytes;
+         most_shared_bytes() >= gla_bf16::ColumnLayout::kBytes;
 }
 
 void launch_gla_bf16(Context& ctx, const GlaProblem& problem, const SequenceBatch& batch) {

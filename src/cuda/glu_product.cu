@@ -2,10 +2,10 @@
 // are read.
 //
 // Thread blocks stay and take tiles in turn, in pairs that share the rows of w: each loads half of
-// them, those of p or those of p', for both. One warp asks for tiles of 64 columns, a few ahead;
-// two warp groups multiply 64 rows of x each, straight from shared memory, and store their part of
-// p, p' and y by way of shared memory while the loads of the next tile are under way. Sums run over
-// K in order.
+// them, those of p or those of p', for both. One warp asks for tiles of 64 columns, a few ahead,
+// and for the first of w before the kernel ahead has ended; two warp groups multiply 64 rows of x
+// each, straight from shared memory, and store their part of p, p' and y by way of shared memory
+// while the loads of the next tile are under way. Sums run over K in order.
 #include <algorithm>
 #include <initializer_list>
 
@@ -48,6 +48,7 @@ struct GluProductParams {
   int rows;              // T
   int outputs;           // N
   int depth;             // K
+  bool early;
 };
 
 // What is stored.
@@ -91,7 +92,6 @@ __global__ void __launch_bounds__(kThreads, 1)
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   }
   sync_cluster();
-  wait_for_input();
 
   const int pairs = (p.rows + kPair * kRows - 1) / (kPair * kRows);
   const int tiles = pairs * ((p.outputs + kOutputs - 1) / kOutputs);
@@ -106,21 +106,27 @@ __global__ void __launch_bounds__(kThreads, 1)
   if (threadIdx.x >= kGroups * 128) {
     sm90::shrink_registers<40>();
     if (threadIdx.x == kGroups * 128) {
+      const auto load_w = [&](const Tile& tile, int d, int to) {
+        sm90::barrier_arrive_expect(full + to, kStageBytes);
+        load_shared_tile(shared + to * kStageBytes + kABytes + rank * (kBBytes / 2),  // its half
+                         p.w, d * kDepth, tile.output + rank * p.outputs, full + to);
+      };
+      const int ahead = p.early && first_tile < tiles ? min(kStages, depths) : 0;
+      for (int d = 0; d < ahead; ++d) load_w(Tile(p, first_tile, rank), d, d);
+      wait_for_input();
       for (int index = first_tile; index < tiles; index += step) {
         const Tile tile(p, index, rank);
         for (int d = 0; d < depths; ++d) {
           if (round > 0) sm90::barrier_wait(empty + stage, (round - 1) & 1);
-          unsigned char* a = shared + stage * kStageBytes;
-          unsigned char* b = a + kABytes + rank * (kBBytes / 2);  // this block's half
-          sm90::barrier_arrive_expect(full + stage, kStageBytes);
-          load_tile(a, p.x, d * kDepth, tile.row, full + stage);
-          load_shared_tile(b, p.w, d * kDepth, tile.output + rank * p.outputs, full + stage);
+          if (index != first_tile || d >= ahead) load_w(tile, d, stage);
+          load_tile(shared + stage * kStageBytes, p.x, d * kDepth, tile.row, full + stage);
           advance();
         }
       }
     }
   } else {
     sm90::grow_registers<232>();
+    wait_for_input();
     const int group = static_cast<int>(threadIdx.x) / 128;
     const int warp = static_cast<int>(threadIdx.x) / 32 % 4;
     const int lane = static_cast<int>(threadIdx.x) % 32;
@@ -238,7 +244,7 @@ void launch(Context& ctx, const char* op, const GluProductParams& p) {
 }  // namespace
 
 bool glu_product(Context& ctx, const ConstTensorView& x, const ConstTensorView& w,
-                 const TensorView& gate_up, const TensorView& y) {
+                 const TensorView& gate_up, const TensorView& y, bool early) {
   const std::int64_t outputs = w.shape[0] / 2;
   if (!fits(ctx, {x, w, gate_up, y}, outputs)) return false;
   GluProductParams p{};
@@ -247,6 +253,7 @@ bool glu_product(Context& ctx, const ConstTensorView& x, const ConstTensorView& 
   p.rows = static_cast<int>(x.shape[0]);
   p.outputs = static_cast<int>(outputs);
   p.depth = static_cast<int>(x.shape[1]);
+  p.early = early;
   if (y.data != nullptr) p.y = map_of(y, outputs, kGroupRows);
   if (gate_up.data == nullptr) {
     launch<Stored::kOutput>(ctx, "linear_glu", p);

@@ -11,7 +11,6 @@
 #include "cuda/packed.h"
 #include "cuda/products.h"
 #include "cuda/small_linear.h"
-#include "cuda/sum_product.h"
 
 namespace deltafox::cuda {
 namespace {
@@ -19,8 +18,6 @@ namespace {
 constexpr std::int64_t kMinBucket = 32;
 // From so many rows on one pass is faster than two on cuBLASLt; they begin a bucket.
 constexpr std::int64_t kLeastGluRows = 257;
-
-constexpr std::int64_t kLeastSumBucket = 512;  // at which sum_product is faster
 
 // A matrix from its `elements`th element on, with the same rows.
 template <typename View>
@@ -59,16 +56,11 @@ bool product_in_parts(Context& ctx, const Product& p, std::int64_t Product::*siz
   return true;
 }
 
-// `early` as sum_product has it.
-bool linear_product(Context& ctx, const LinearArgs& args, bool early) {
+bool linear_product(Context& ctx, const LinearArgs& args) {
   const std::int64_t tokens = args.x.shape[0];
   const std::int64_t inputs = args.w.shape[1];
   const auto bucket = std::max<std::int64_t>(
       kMinBucket, static_cast<std::int64_t>(std::bit_ceil(static_cast<std::uint64_t>(tokens))));
-  if (args.accumulate && bucket >= kLeastSumBucket &&
-      sum_product(ctx, args.x, args.w, args.y, bucket, early)) {
-    return true;
-  }
   return product_in_parts(ctx,
                           {.a = args.x,
                            .b = args.w,
@@ -84,11 +76,10 @@ bool linear_product(Context& ctx, const LinearArgs& args, bool early) {
 // Without the bias.
 void multiply(Context& ctx, const LinearArgs& args) {
   const bool small = fits_small_linear(args);
-  const bool packed = is_packed(args.w.dtype);
   ScratchScope scratch(ctx);
   LinearArgs product = args;
-  if (packed && !small) product.w = unpacked(ctx, scratch, args.w);
-  if (args.x.shape[0] <= kSmallLinearRows || !linear_product(ctx, product, !packed)) {
+  if (is_packed(args.w.dtype) && !small) product.w = unpacked(ctx, scratch, args.w);
+  if (args.x.shape[0] <= kSmallLinearRows || !linear_product(ctx, product)) {
     small ? small_linear(ctx, product) : linear_plain(ctx, product);
   }
 }
@@ -110,8 +101,9 @@ void linear(Context& ctx, const LinearArgs& args) {
 bool linear_glu(Context& ctx, const LinearGluArgs& args) {
   if (args.activation != Activation::kSilu || args.x.shape[0] < kLeastGluRows) return false;
   ScratchScope scratch(ctx);
-  return glu_product(ctx, args.x, is_packed(args.w.dtype) ? unpacked(ctx, scratch, args.w) : args.w,
-                     args.gate_up, args.y);
+  const bool packed = is_packed(args.w.dtype);
+  return glu_product(ctx, args.x, packed ? unpacked(ctx, scratch, args.w) : args.w, args.gate_up,
+                     args.y, !packed);
 }
 
 void linear_backward(Context& ctx, const LinearBackwardArgs& args) {

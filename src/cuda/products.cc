@@ -7,6 +7,7 @@
 #include <optional>
 
 #include "core/error.h"
+#include "cuda/card.h"
 #include "cuda/check.h"
 #include "cuda/stream.h"
 
@@ -81,6 +82,7 @@ AlgorithmKey key_of(const Product& p, std::int64_t rows) {
 // The algorithm, or none where cuBLASLt has none.
 std::optional<cublasLtMatmulAlgo_t> find_algorithm(cublasLtHandle_t blas, const Product& p,
                                                    std::int64_t rows) {
+  if (plain_products()) return std::nullopt;
   Description description(p, rows);
   cublasLtMatmulPreferenceOpaque_t preference;
   check_blas(cublasLtMatmulPreferenceInit(&preference), "cublasLtMatmulPreferenceInit");

@@ -15,6 +15,7 @@
 #include <algorithm>
 
 #include "cuda/batches.h"
+#include "cuda/card.h"
 #include "cuda/check.h"
 #include "cuda/chunk.cuh"
 #include "cuda/chunk_states.cuh"
@@ -562,11 +563,7 @@ int ssd_heads_at_once(int heads_of_group) {
 }
 
 bool ssd_backward_chunks_fit(const SsdGradients& p) {
-  int device = 0;
-  int shared = 0;
-  check(cudaGetDevice(&device), "cudaGetDevice");
-  check(cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
-        "cudaDeviceGetAttribute");
+  const int shared = most_shared_bytes();
   return p.xbc.is_bf16 && p.dy.is_bf16 && p.dxbc.is_bf16 && p.xbc.aligned() && p.dy.aligned() &&
          p.dxbc.aligned() && p.head_dim == kHeadDim &&
          ((p.state_size == 64 && shared >= Layout<64>::kBytes) ||

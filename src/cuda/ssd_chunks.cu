@@ -13,6 +13,7 @@
 // after the other, and the second walk computes the outputs of all segments at once.
 #include <algorithm>
 
+#include "cuda/card.h"
 #include "cuda/check.h"
 #include "cuda/decayed_kernels.h"
 #include "cuda/ssd_decays.cuh"
@@ -453,20 +454,11 @@ void launch(const ChunkParams& params, cudaStream_t stream) {
   launch_walk<Products, kStates, false>(params, stream);
 }
 
-int attribute(cudaDeviceAttr which) {
-  int device = 0;
-  int value = 0;
-  check(cudaGetDevice(&device), "cudaGetDevice");
-  check(cudaDeviceGetAttribute(&value, which, device), "cudaDeviceGetAttribute");
-  return value;
-}
-
 }  // namespace
 
 bool ssd_chunks_fit(const SsdProblem& p) {
   return p.is_bf16 && p.head_dim % 64 == 0 && p.state_size % 8 == 0 && p.state_size <= 128 &&
-         attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin) >=
-             (p.state_size <= 64 ? Layout<64>::kBytes : Layout<128>::kBytes);
+         most_shared_bytes() >= (p.state_size <= 64 ? Layout<64>::kBytes : Layout<128>::kBytes);
 }
 
 int ssd_segments(const SsdProblem& problem, int length, int tokens_bucket, int multiprocessors) {
@@ -486,7 +478,7 @@ int ssd_segments(const SsdProblem& problem, int length, int tokens_bucket, int m
 void launch_ssd_chunks(const SsdProblem& problem, const SsdSegments& segments,
                        const SequenceBatch& batch, cudaStream_t stream) {
   const ChunkParams params{.problem = problem, .segments = segments, .batch = batch};
-  const bool group = attribute(cudaDevAttrComputeCapabilityMajor) == 9;
+  const bool group = compute_major() == 9;
   if (problem.state_size <= 64) {
     group ? launch<GroupProducts, 64>(params, stream) : launch<WarpProducts, 64>(params, stream);
   } else {

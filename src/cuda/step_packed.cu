@@ -7,6 +7,7 @@
 // scale is added to those of the blocks before, and the warps' sums are added in order.
 #include <algorithm>
 
+#include "cuda/card.h"
 #include "cuda/packed.cuh"
 #include "cuda/step_frame.cuh"
 #include "cuda/step_packed.h"
@@ -138,18 +139,10 @@ void launch_packed_step(Context& ctx, const Params& p, DType form) {
 }
 
 bool fits_packed_step(std::int64_t rows, std::int64_t k) {
-  static const std::size_t memory = [] {
-    int device = 0;
-    int bytes = 0;
-    check(cudaGetDevice(&device), "cudaGetDevice");
-    check(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
-          "cudaDeviceGetAttribute");
-    return static_cast<std::size_t>(bytes);
-  }();
   const bool two = rows > 8;
   const auto staged = static_cast<int>((k + kBlocks - 1) / kBlocks * kBlocks);
   const std::size_t sums = sizeof(float[2][kWarps][8][kSumStride]) * (two ? 2 : 1);
-  return staged_bytes(two ? 16 : 8, staged) + sums <= memory;
+  return staged_bytes(two ? 16 : 8, staged) + sums <= static_cast<std::size_t>(most_shared_bytes());
 }
 
 }  // namespace deltafox::cuda

@@ -37,8 +37,9 @@ constexpr int kPieceBlocks = 6;
 constexpr int kPieceColumns = kPieceBlocks * kBlockColumns;  // of a row, in a piece
 constexpr int kMaxBlocks = 16;
 constexpr int kMaxColumns = kMaxBlocks * kBlockColumns;
-constexpr int kF32Blocks = 8;  // of an x of float32, all of which is in registers at once
-constexpr int kMaxF32Columns = kF32Blocks * kBlockColumns;
+// Of an x of float32, in programs of bfloat16 weights and in all others.
+constexpr int kF32Blocks = 8;
+constexpr int kWideF32Blocks = 12;
 // A piece's row in the ring: eight neighbouring rows of 16 bytes by four lanes hit all banks once.
 constexpr int kRowBytes = kPieceColumns * 2 + 64;
 constexpr int kPieces = 32;  // in the ring at most
@@ -77,11 +78,12 @@ struct DeltaScratch {
 constexpr int kGroupTiles = 4;  // whose sums are taken at once
 constexpr int kPhases = 3;  // in shared memory: that of the slowest warp, the fastest's, the next
 
-// kHalves: of up to eight sequences.
-template <int kHalves>
+// kHalves: of up to eight sequences. kAny: weights may be packed, x of float32 wide.
+template <int kHalves, bool kAny>
 struct Shared {
+  static constexpr int kMaxF32Columns = (kAny ? kWideF32Blocks : kF32Blocks) * kBlockColumns;
   // An even number of rows, so that neighbours stay neighbours where the ring ends.
-  static constexpr int kRows = kHalves == 1 ? 62 : 56;
+  static constexpr int kRows = (kHalves == 1 ? 62 : 56) - (kAny ? 2 : 0);
   alignas(128) unsigned char ring[kRows * kRowBytes];
   union {
     float sums[kGroupTiles][kWarps][8 * kHalves][kSumStride];
@@ -177,9 +179,9 @@ __device__ inline void copy_row(void* to, const void* from, int bytes, std::uint
       : "memory");
 }
 
-template <int kHalves, bool kPacked>
-__device__ void stream_weights(const StepPhase* phases, int count, Shared<kHalves>& shared) {
-  constexpr int kRows = Shared<kHalves>::kRows;
+template <int kHalves, bool kAny>
+__device__ void stream_weights(const StepPhase* phases, int count, Shared<kHalves, kAny>& shared) {
+  constexpr int kRows = Shared<kHalves, kAny>::kRows;
   const int lane = static_cast<int>(threadIdx.x) % 32;
   std::uint64_t policy;
   asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
@@ -206,7 +208,7 @@ __device__ void stream_weights(const StepPhase* phases, int count, Shared<kHalve
     if (phase.heads > 0) continue;
     for (int p = 0; p < phase.count; ++p) {
       const StepPart& part = phase.parts[p];
-      const DType form = kPacked ? part.form : DType::kBF16;
+      const DType form = kAny ? part.form : DType::kBF16;
       const Slice slice = slice_of(part);
       const int tiles = tiles_of(part, slice);
       for (int tile = 0; tile < tiles; ++tile) {
@@ -299,11 +301,10 @@ __device__ inline void meet_blocks(int count, Counters* counters) {
   }
 }
 
-// kPacked: whether weights may be packed.
-template <int kHalves, bool kPacked>
+template <int kHalves, bool kAny>
 class Worker {
  public:
-  __device__ Worker(const StepPhase* phases, int count, int batch, Shared<kHalves>& shared)
+  __device__ Worker(const StepPhase* phases, int count, int batch, Shared<kHalves, kAny>& shared)
       : phases_(phases), count_(count), batch_(batch), shared_(shared) {}
 
   __device__ void run() {
@@ -446,7 +447,7 @@ class Worker {
   // Weights of the norm of the warp's columns come to where they are at hand when x is there.
   __device__ void stage_norm(const StepPhase& phase) {
     if (phase.norm_width == 0) return;
-    constexpr int kTurns = kF32Blocks / 4;
+    constexpr int kTurns = Shared<kHalves, kAny>::kMaxF32Columns / (4 * kBlockColumns);
     float4 weights[kTurns]{};
     const auto column_of = [&](int turn) {
       return (turn * 4 + lane_ / 8) * kBlockColumns + warp_ * 32 + lane_ % 8 * 4;
@@ -486,11 +487,12 @@ class Worker {
       return;
     }
     constexpr int kAtOnce = kF32Blocks / kHalves;  // blocks whose values are in registers
+    constexpr int kMost = Shared<kHalves, kAny>::kMaxF32Columns / kBlockColumns;
     const bool whole = phase.norm_width == phase.k;
     const bool groups = !whole && phase.norm_width == kDim;
     float squares[kHalves]{};
 #pragma unroll
-    for (int first = 0; first < kF32Blocks; first += kAtOnce) {
+    for (int first = 0; first < kMost; first += kAtOnce) {
       if (first >= blocks) break;
       float v[kHalves][kAtOnce][8];
 #pragma unroll
@@ -578,7 +580,7 @@ class Worker {
 
   __device__ void multiply_tiles(const StepPhase& phase, const Slice* slices, const Operands& x,
                                  int first_tile, int end_tile) {
-    constexpr int kRows = Shared<kHalves>::kRows;
+    constexpr int kRows = Shared<kHalves, kAny>::kRows;
     int part = 0;
     int tile = first_tile;  // of the part
     int in_part = tiles_of(phase.parts[0], slices[0]);
@@ -589,7 +591,7 @@ class Worker {
         in_part = tiles_of(phase.parts[part], slices[part]);
       }
       const int rows = rows_of_tile(phase.parts[part], slices[part], tile).rows;
-      if constexpr (kPacked) {
+      if constexpr (kAny) {
         const DType form = phase.parts[part].form;
         if (is_packed(form)) {
           float c[kHalves][4] = {};
@@ -629,8 +631,7 @@ class Worker {
             if (i < blocks) multiply_block(c[i % 2], low, high, x, first, i);
           }
         }
-        __syncwarp();
-        if (lane_ == 0) sm90::barrier_arrive(&shared_.empty[slot]);
+        sm90::barrier_arrive(&shared_.empty[slot]);
         place_.template advance<kRows>(rows);
       }
 #pragma unroll
@@ -655,7 +656,7 @@ class Worker {
   // The sums of a packed tile: those of each block, of integers, times the scales of its rows.
   template <bool kFourBits>
   __device__ void multiply_panel(int k, const Operands& x, float (&c)[kHalves][4]) {
-    constexpr int kRows = Shared<kHalves>::kRows;
+    constexpr int kRows = Shared<kHalves, kAny>::kRows;
 #pragma unroll
     for (int piece = 0; piece * kPieceBlocks < kMaxBlocks; ++piece) {
       const int first = piece * kPieceBlocks;
@@ -669,8 +670,7 @@ class Worker {
         add_packed(
             operand_at<kFourBits>(i), warp_, [&](int h) { return x[h][first + i]; }, c);
       }
-      __syncwarp();
-      if (lane_ == 0) sm90::barrier_arrive(&shared_.empty[slot]);
+      sm90::barrier_arrive(&shared_.empty[slot]);
       const Piece of(kFourBits ? DType::kQ4 : DType::kQ8, kTileRows, blocks * kBlockColumns);
       place_.template advance<kRows>(of.rows);
     }
@@ -680,7 +680,7 @@ class Worker {
   template <bool kFourBits>
   __device__ PackedOperand<kFourBits> operand_at(int i) const {
     using Form = PackedForm<kFourBits>;
-    constexpr int kRingBytes = Shared<kHalves>::kRows * kRowBytes;
+    constexpr int kRingBytes = Shared<kHalves, kAny>::kRows * kRowBytes;
     const auto at = [&](int offset) {
       offset += place_.row * kRowBytes + i * Form::kBlockBytes;
       return shared_.ring + (offset >= kRingBytes ? offset - kRingBytes : offset);
@@ -921,7 +921,7 @@ class Worker {
   const StepPhase* phases_;
   int count_;
   int batch_;
-  Shared<kHalves>& shared_;
+  Shared<kHalves, kAny>& shared_;
   int thread_ = static_cast<int>(threadIdx.x);
   int warp_ = static_cast<int>(threadIdx.x) / 32;
   int lane_ = static_cast<int>(threadIdx.x) % 32;
@@ -930,16 +930,16 @@ class Worker {
   StepPart next_part_;  // what its slice depends on
 };
 
-template <int kHalves, bool kPacked>
+template <int kHalves, bool kAny>
 __global__ void __launch_bounds__(kThreads, 1)
     step_program_kernel(const StepPhase* phases, int count, int batch, Counters* counters) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)  // elsewhere it is never launched
   extern __shared__ __align__(128) unsigned char memory[];
-  auto& shared = *reinterpret_cast<Shared<kHalves>*>(memory);
+  auto& shared = *reinterpret_cast<Shared<kHalves, kAny>*>(memory);
   if (threadIdx.x == 0) {
     for (int i = 0; i < kPieces; ++i) {
       sm90::barrier_init(&shared.full[i], 1);
-      sm90::barrier_init(&shared.empty[i], kWarps);
+      sm90::barrier_init(&shared.empty[i], kWorkers);
     }
     sm90::fence_async_proxy();
   }
@@ -947,13 +947,13 @@ __global__ void __launch_bounds__(kThreads, 1)
   if (threadIdx.x >= kWorkers) {
     sm90::shrink_registers<40>();
     if (threadIdx.x < kWorkers + 32) {
-      stream_weights<kHalves, kPacked>(phases, count, shared);
+      stream_weights<kHalves, kAny>(phases, count, shared);
     } else if (threadIdx.x < kWorkers + 64) {
       meet_blocks(count, counters);
     }
   } else {
     sm90::grow_registers<232>();
-    Worker<kHalves, kPacked>(phases, count, batch, shared).run();
+    Worker<kHalves, kAny>(phases, count, batch, shared).run();
   }
 #endif
 }
@@ -979,16 +979,16 @@ bool fits(const StepLinearArgs& args) {
   for (const StepLinearPart& part : args.parts) {
     if (part.epilogue == StepEpilogue::kGlu && args.parts.size() > 1) return false;
   }
-  if (args.x.dtype == DType::kF32 && k > kMaxF32Columns) return false;
+  if (args.x.dtype == DType::kF32 && k > kWideF32Blocks * kBlockColumns) return false;
   if (args.norm.data == nullptr) return true;
   const std::int64_t width = args.norm.shape.size();
   return args.x.dtype == DType::kF32 && (width == k || width == kDim);
 }
 
-template <int kHalves, bool kPacked>
+template <int kHalves, bool kAny>
 void launch(Context& ctx, const StepProgram& program, const StepPhase* phases, Counters* counters) {
-  const auto kernel = step_program_kernel<kHalves, kPacked>;
-  constexpr std::size_t kBytes = sizeof(Shared<kHalves>);
+  const auto kernel = step_program_kernel<kHalves, kAny>;
+  constexpr std::size_t kBytes = sizeof(Shared<kHalves, kAny>);
   static_assert(kBytes <= std::size_t{227} * 1024);
   check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                              static_cast<int>(kBytes)),
@@ -1022,6 +1022,7 @@ bool add_to_program(Context& ctx, const StepLinearArgs& args) {
     phase.norm_eps = args.norm_eps;
     phase.norm_width = static_cast<int>(args.norm.shape.size());
   }
+  program->any = program->any || (!phase.x_is_bf16 && phase.k > kF32Blocks * kBlockColumns);
   phase.count = static_cast<int>(args.parts.size());
   for (std::size_t i = 0; i < args.parts.size(); ++i) {
     const StepLinearPart& from = args.parts[i];
@@ -1034,7 +1035,7 @@ bool add_to_program(Context& ctx, const StepLinearArgs& args) {
     part.y_is_bf16 = from.y.dtype == DType::kBF16;
     part.epilogue = from.epilogue;
     if (is_packed(part.form)) {
-      program->packed = true;
+      program->any = true;
       part.turn = program->turn;
       const int panels = (part.rows + kTileRows - 1) / kTileRows;
       program->turn = (program->turn + panels) % ctx.stream().multiprocessors();
@@ -1071,8 +1072,8 @@ void run_step_program(Context& ctx) {
   if (program != nullptr && !program->phases.empty()) {
     const auto* phases = upload(ctx, std::span<const StepPhase>(program->phases));
     auto* counters = static_cast<Counters*>(program->counters.view().data);
-    const auto run = program->packed ? (program->batch <= 8 ? launch<1, true> : launch<2, true>)
-                                     : (program->batch <= 8 ? launch<1, false> : launch<2, false>);
+    const auto run = program->any ? (program->batch <= 8 ? launch<1, true> : launch<2, true>)
+                                  : (program->batch <= 8 ? launch<1, false> : launch<2, false>);
     run(ctx, *program, phases, counters);
     program->clear();
   }

@@ -50,13 +50,13 @@ struct alignas(16) StepPhase {
 struct StepProgram {
   std::vector<StepPhase> phases;
   int batch = 0;
-  bool packed = false;  // whether any weights are
-  int turn = 0;         // of the next packed weights
-  Tensor counters;      // of the barrier between thread blocks; zero between launches
+  bool any = false;  // whether any weights are packed, or any x of float32 is wide
+  int turn = 0;      // of the next packed weights
+  Tensor counters;   // of the barrier between thread blocks; zero between launches
 
   void clear() {
     phases.clear();
-    packed = false;
+    any = false;
     turn = 0;
   }
 };

@@ -14,6 +14,7 @@
 
 #include "core/device_clock.h"
 #include "core/error.h"
+#include "cuda/card.h"
 #include "cuda/check.h"
 #include "cuda/step_program.h"
 #include "cuda/zero_blocks.h"
@@ -189,13 +190,9 @@ Stream::Stream() {
   require_device();
   int device = 0;
   check(cudaGetDevice(&device), "cudaGetDevice");
-  const auto attribute = [&](cudaDeviceAttr name) {
-    int value = 0;
-    check(cudaDeviceGetAttribute(&value, name, device), "cudaDeviceGetAttribute");
-    return value;
-  };
-  multiprocessors_ = attribute(cudaDevAttrMultiProcessorCount);
-  major_ = attribute(cudaDevAttrComputeCapabilityMajor);
+  check(cudaDeviceGetAttribute(&multiprocessors_, cudaDevAttrMultiProcessorCount, device),
+        "cudaDeviceGetAttribute");
+  major_ = compute_major();
   if (major_ < 8) fail("CUDA: the GPU has compute capability {}, 8.0 is needed", major_);
   check(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking), "cudaStreamCreate");
   check(cudaStreamCreateWithFlags(&uploads_stream_, cudaStreamNonBlocking), "cudaStreamCreate");

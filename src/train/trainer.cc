@@ -99,6 +99,12 @@ DataSet open_train(const Config& config) {
 }
 
 DataSet open_eval(const DataConfig& data) {
+  if (!std::filesystem::exists(data.eval_path)) {
+    fail(
+        "{}: is missing, and skip_eval is false: there are no held-out texts (`deltafox data "
+        "--heldout SHARE` keeps some)",
+        data.eval_path);
+  }
   return data.kind == DataConfig::Kind::kTokens
              ? DataSet::tokens(data.eval_path, data.eval, std::nullopt, data.eval_tokens)
              : DataSet::long_crawl(data.eval_path, data.eval, data.eval_tokens);

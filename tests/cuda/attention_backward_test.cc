@@ -265,7 +265,7 @@ TEST_P(CudaAttentionBackward, NeighboursAndRunsChangeNothing) {
   }
 }
 
-INSTANTIATE_TEST_SUITE_P(, CudaAttentionBackward, testing::Values(DType::kF32, DType::kBF16));
+INSTANTIATE_TEST_SUITE_P(DTypes, CudaAttentionBackward, test::kDTypes, test::dtype_name);
 
 }  // namespace
 }  // namespace deltafox

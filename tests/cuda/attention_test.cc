@@ -311,10 +311,10 @@ TEST_P(CudaSelectiveScan, EqualsPlainOnRaggedBatches) {
   }
 }
 
-INSTANTIATE_TEST_SUITE_P(, CudaAttention, testing::Values(DType::kF32, DType::kBF16));
-INSTANTIATE_TEST_SUITE_P(, CudaRope, testing::Values(DType::kF32, DType::kBF16));
-INSTANTIATE_TEST_SUITE_P(, CudaTokenShift, testing::Values(DType::kF32, DType::kBF16));
-INSTANTIATE_TEST_SUITE_P(, CudaSelectiveScan, testing::Values(DType::kF32, DType::kBF16));
+INSTANTIATE_TEST_SUITE_P(DTypes, CudaAttention, test::kDTypes, test::dtype_name);
+INSTANTIATE_TEST_SUITE_P(DTypes, CudaRope, test::kDTypes, test::dtype_name);
+INSTANTIATE_TEST_SUITE_P(DTypes, CudaTokenShift, test::kDTypes, test::dtype_name);
+INSTANTIATE_TEST_SUITE_P(DTypes, CudaSelectiveScan, test::kDTypes, test::dtype_name);
 
 TEST(CudaCrossEntropy, EqualsPlain) {
   Random random(6);

@@ -368,8 +368,7 @@ TEST_P(CudaBackward, CrossEntropyInPlaceOfLogits) {
   }
 }
 
-INSTANTIATE_TEST_SUITE_P(DTypes, CudaBackward, testing::Values(DType::kF32, DType::kBF16),
-                         [](const auto& p) { return std::string(name_of(p.param)); });
+INSTANTIATE_TEST_SUITE_P(DTypes, CudaBackward, test::kDTypes, test::dtype_name);
 
 }  // namespace
 }  // namespace deltafox

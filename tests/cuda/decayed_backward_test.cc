@@ -401,8 +401,7 @@ TEST_P(CudaDecayedBackward, SelectiveScanHasTheSameBitsInAnyBatchAndRun) {
   }
 }
 
-INSTANTIATE_TEST_SUITE_P(DTypes, CudaDecayedBackward, testing::Values(DType::kF32, DType::kBF16),
-                         [](const auto& p) { return std::string(name_of(p.param)); });
+INSTANTIATE_TEST_SUITE_P(DTypes, CudaDecayedBackward, test::kDTypes, test::dtype_name);
 
 }  // namespace
 }  // namespace deltafox

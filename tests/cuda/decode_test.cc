@@ -70,17 +70,22 @@ void expect_recorded_steps_to_equal_steps(const Model& model, DType dtype, const
 }
 
 // Two layers as wide as the 760M models', so that products and mixers take the ways that they take
-// there.
-class CudaWideDecoding : public testing::TestWithParam<std::string> {
+// there; or "/narrow", with a sixth of the heads, the least that takes the ways of few rows.
+class CudaPresetDecoding : public testing::TestWithParam<std::string> {
  protected:
   static constexpr std::int64_t kVocab = 2000;
 
+  static bool is(const char* variant) { return GetParam().find(variant) != std::string::npos; }
   void SetUp() override {
-    const std::string preset = GetParam().substr(0, GetParam().find('/'));
-    auto config = nlohmann::json::parse(preset_config(preset));
+    auto config = nlohmann::json::parse(preset_config(GetParam().substr(0, GetParam().find('/'))));
     config["num_hidden_layers"] = 2;
     config["vocab_size"] = kVocab;
-    if (GetParam() != preset) config["window_size"] = 40;
+    if (is("/window")) config["window_size"] = 40;
+    if (is("/narrow")) {
+      config["hidden_size"] = 256;
+      nlohmann::json& heads = (config.contains("attn") ? config["attn"] : config)["num_heads"];
+      if (heads.is_number()) heads = heads.get<int>() / 6;
+    }
     for (const char* key : {"bos_token_id", "eos_token_id", "pad_token_id"}) config[key] = 0;
     write_initialised(config.dump(), directory_.path("model"),
                       {.seed = 3, .dtype = DType::kBF16, .threads = 4, .on_progress = {}});
@@ -116,7 +121,7 @@ std::vector<std::vector<float>> steps_of(const Model& model, std::size_t first, 
   return all;
 }
 
-TEST_P(CudaWideDecoding, ASequenceGetsTheSameInEveryBatchOfABucket) {
+TEST_P(CudaPresetDecoding, ASequenceGetsTheSameInEveryBatchOfABucket) {
   for (const DType dtype : {DType::kBF16, DType::kF32, DType::kQ8}) {
     const Model model = load(dtype);
     const auto vocab = static_cast<std::size_t>(model.info().vocab_size);
@@ -156,8 +161,8 @@ std::vector<float> logits_of(const Model& model, const Ids& ids) {
 
 // Against the same weights in float32, steps are off by no more than reading all at once, which
 // rounds about as often: twice leaves room for chance.
-TEST_P(CudaWideDecoding, StepsAreAsExactAsReadingAllAtOnce) {
-  const Ids ids = tokens(150);  // three pages of a cache
+TEST_P(CudaPresetDecoding, StepsAreAsExactAsReadingAllAtOnce) {
+  const Ids ids = tokens(is("/narrow") ? 70 : 150);  // pages of a cache
   const std::vector<float> exact = logits_of(load(DType::kF32), ids);
   for (const DType dtype : {DType::kBF16, DType::kQ8, DType::kQ4}) {
     SCOPED_TRACE(name_of(dtype));
@@ -175,15 +180,21 @@ TEST_P(CudaWideDecoding, StepsAreAsExactAsReadingAllAtOnce) {
   }
 }
 
-TEST_P(CudaWideDecoding, RecordedStepsLeaveTheStatesThatStepsLeave) {
+TEST_P(CudaPresetDecoding, RecordedStepsLeaveTheStatesThatStepsLeave) {
   expect_recorded_steps_to_equal_steps(load(DType::kBF16), DType::kBF16, tokens(20));
 }
 
-INSTANTIATE_TEST_SUITE_P(Presets, CudaWideDecoding,
+INSTANTIATE_TEST_SUITE_P(Presets, CudaPresetDecoding,
                          testing::Values("delta_net-760m", "fox_pro-760m", "fox_llama-760m",
                                          "transformer_pro-760m", "transformer_llama-760m",
                                          "transformer_llama-760m/window", "mamba2-760m",
                                          "hgrn2-760m", "samba-760m"),
+                         name_of_case);
+INSTANTIATE_TEST_SUITE_P(Narrow, CudaPresetDecoding,
+                         testing::Values("delta_net-760m/narrow", "fox_pro-760m/narrow",
+                                         "transformer_llama-760m/window/narrow",
+                                         "mamba2-760m/narrow", "hgrn2-760m/narrow",
+                                         "samba-760m/narrow"),
                          name_of_case);
 
 class CudaDecoding : public testing::TestWithParam<std::string> {

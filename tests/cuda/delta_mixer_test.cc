@@ -237,6 +237,7 @@ TEST_P(CudaDeltaMixer, InputsEqualPlainOnRaggedBatches) {
                                                     {3, 64, 2, 9},
                                                     {5, 8, 70, 3},
                                                     {1, 256, 1, 99},
+                                                    {16, 256, 3, 900},
                                                     {7, 32, 4, 900}}) {
     SCOPED_TRACE(testing::Message() << heads << " heads of " << keys);
     const std::vector<std::int64_t> cu = random.lengths(count, longest);
@@ -366,8 +367,7 @@ TEST_P(CudaDeltaMixer, ATokenEqualsPlain) {
   }
 }
 
-INSTANTIATE_TEST_SUITE_P(DTypes, CudaDeltaMixer, testing::Values(DType::kF32, DType::kBF16),
-                         [](const auto& p) { return std::string(name_of(p.param)); });
+INSTANTIATE_TEST_SUITE_P(DTypes, CudaDeltaMixer, test::kDTypes, test::dtype_name);
 
 }  // namespace
 }  // namespace deltafox

@@ -206,7 +206,7 @@ TEST_F(CudaDeltaRuleBackwardChunks, DoNotDependOnTheBatch) {
   }
 }
 
-INSTANTIATE_TEST_SUITE_P(, CudaDeltaRuleBackward, testing::Values(DType::kF32, DType::kBF16));
+INSTANTIATE_TEST_SUITE_P(DTypes, CudaDeltaRuleBackward, test::kDTypes, test::dtype_name);
 
 }  // namespace
 }  // namespace deltafox

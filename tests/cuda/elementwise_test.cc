@@ -190,8 +190,7 @@ TEST_P(CudaElementwise, EmbeddingIsExact) {
   }
 }
 
-INSTANTIATE_TEST_SUITE_P(DTypes, CudaElementwise, testing::Values(DType::kF32, DType::kBF16),
-                         [](const auto& p) { return std::string(name_of(p.param)); });
+INSTANTIATE_TEST_SUITE_P(DTypes, CudaElementwise, test::kDTypes, test::dtype_name);
 
 }  // namespace
 }  // namespace deltafox

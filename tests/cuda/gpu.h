@@ -5,6 +5,7 @@
 #include <gtest/gtest.h>
 
 #include <cmath>
+#include <string>
 #include <vector>
 
 #include "core/context.h"
@@ -106,5 +107,10 @@ inline void expect_equal(const Tensor& got, const Tensor& expected) {
 
 // A test for each dtype of activations.
 class EachDType : public testing::TestWithParam<DType> {};
+inline const auto kDTypes = testing::Values(DType::kF32, DType::kBF16);
+
+inline std::string dtype_name(const testing::TestParamInfo<DType>& info) {
+  return std::string(name_of(info.param));
+}
 
 }  // namespace deltafox::test

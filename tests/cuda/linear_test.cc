@@ -334,9 +334,8 @@ TEST_P(CudaLinear, RowsMayBeLongerThanTheirOutputs) {
 
 INSTANTIATE_TEST_SUITE_P(Forms, CudaProduct,
                          testing::Values(DType::kF32, DType::kBF16, DType::kQ8, DType::kQ4),
-                         [](const auto& p) { return std::string(name_of(p.param)); });
-INSTANTIATE_TEST_SUITE_P(DTypes, CudaLinear, testing::Values(DType::kF32, DType::kBF16),
-                         [](const auto& p) { return std::string(name_of(p.param)); });
+                         test::dtype_name);
+INSTANTIATE_TEST_SUITE_P(DTypes, CudaLinear, test::kDTypes, test::dtype_name);
 
 Tensor normed(Tensor& x, Tensor& w, std::int64_t width) {
   Tensor y(DType::kF32, x.view().shape);
@@ -612,8 +611,7 @@ TEST_P(CudaStepOfForm, AProgramDoesNotDependOnTheBatch) {
 }
 
 INSTANTIATE_TEST_SUITE_P(Forms, CudaStepOfForm,
-                         testing::Values(DType::kBF16, DType::kQ8, DType::kQ4),
-                         [](const auto& p) { return std::string(name_of(p.param)); });
+                         testing::Values(DType::kBF16, DType::kQ8, DType::kQ4), test::dtype_name);
 
 }  // namespace
 }  // namespace deltafox

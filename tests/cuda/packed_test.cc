@@ -42,7 +42,7 @@ TEST_P(CudaPacked, RowsOfATableAreThoseOfTheCpu) {
 }
 
 INSTANTIATE_TEST_SUITE_P(Forms, CudaPacked, testing::Values(DType::kQ8, DType::kQ4),
-                         [](const auto& p) { return std::string(name_of(p.param)); });
+                         test::dtype_name);
 
 }  // namespace
 }  // namespace deltafox

@@ -361,11 +361,10 @@ TEST_P(CudaSsd, EqualsPlainOnRaggedBatches) {
   }
 }
 
-const auto kDTypes = testing::Values(DType::kF32, DType::kBF16);
-INSTANTIATE_TEST_SUITE_P(, CudaShortConv, kDTypes);
-INSTANTIATE_TEST_SUITE_P(, CudaDeltaRule, kDTypes);
-INSTANTIATE_TEST_SUITE_P(, CudaGla, kDTypes);
-INSTANTIATE_TEST_SUITE_P(, CudaSsd, kDTypes);
+INSTANTIATE_TEST_SUITE_P(DTypes, CudaShortConv, test::kDTypes, test::dtype_name);
+INSTANTIATE_TEST_SUITE_P(DTypes, CudaDeltaRule, test::kDTypes, test::dtype_name);
+INSTANTIATE_TEST_SUITE_P(DTypes, CudaGla, test::kDTypes, test::dtype_name);
+INSTANTIATE_TEST_SUITE_P(DTypes, CudaSsd, test::kDTypes, test::dtype_name);
 
 }  // namespace
 }  // namespace deltafox

@@ -218,8 +218,7 @@ TEST_P(CudaSequenceBackward, Rope) {
   expect_close(gpu.download(gpu_dk), dk, output_tolerance(gpu.dtype()) + angles);
 }
 
-INSTANTIATE_TEST_SUITE_P(DTypes, CudaSequenceBackward, testing::Values(DType::kF32, DType::kBF16),
-                         [](const auto& p) { return std::string(name_of(p.param)); });
+INSTANTIATE_TEST_SUITE_P(DTypes, CudaSequenceBackward, test::kDTypes, test::dtype_name);
 
 }  // namespace
 }  // namespace deltafox

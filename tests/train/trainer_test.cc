@@ -98,6 +98,16 @@ TEST_F(Training, LogsWhatTheOfficialScriptLogs) {
   EXPECT_NEAR(log("run", "train_eval")[0].at("train_eval/loss_avg_len_32"), 5.3, 0.5);
 }
 
+TEST_F(Training, NamesTheMissingHeldOutTexts) {
+  const std::string path = directory_.path("heldout.tokens");
+  std::filesystem::remove(path);
+  const std::string error = error_of([&] {
+    train(config("run", {"train.max_tokens=256", "skip_eval=false"}), 2);
+  });
+  EXPECT_THAT(error, testing::StartsWith(path + ": is missing"));
+  EXPECT_THAT(error, testing::HasSubstr("--heldout"));
+}
+
 TEST_F(Training, StopsWithTheStepAndTheLastGoodCheckpoint) {
   train(config("run", {"train.max_tokens=2560"}), 2, 512);
   const std::string last = *train::newest_checkpoint(directory_.path("run"));
