@@ -220,7 +220,7 @@ constexpr std::int64_t kBlockBytes = std::int64_t{384} * 1024;   // of the token
 constexpr std::int64_t kFewTaskBytes = std::int64_t{96} * 1024;  // of w
 constexpr std::int64_t kManyTaskRows = 8 * kTileRows;
 
-// A block of tokens (packed by sixes) against rows of w.
+// A block of tokens (packed by threes) against rows of w.
 template <typename Kind>
 DELTAFOX_TARGET void many_tokens(const typename Kind::Element* x, std::int64_t tokens,
                                  const typename Kind::Element* w, std::int64_t depth,
