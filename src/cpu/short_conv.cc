@@ -1,5 +1,7 @@
 #include "ops/short_conv.h"
 
+#include <hwy/cache_control.h>
+
 #undef HWY_TARGET_INCLUDE
 #define HWY_TARGET_INCLUDE "cpu/short_conv.cc"
 #include <hwy/foreach_target.h>
@@ -12,6 +14,9 @@ namespace deltafox::cpu::HWY_NAMESPACE {
 // Channels of a task: rows of x are read in stretches of this many, and weights and history are
 // first turned so that neighbouring channels lie side by side.
 constexpr std::int64_t kBlock = 256;
+// Rows lie apart, which no processor foresees: those of a block are asked for so many rows ahead.
+constexpr std::int64_t kRowsAhead = 8;
+constexpr std::int64_t kLine = 16;  // floats of a cache line
 
 struct ConvBlock {
   const ShortConvArgs& args;
@@ -50,6 +55,14 @@ struct ConvBlock {
         const std::int64_t t = length - width + i;
         window[i] = t < 0 ? window[i + length] : row(begin, t)[c];
       }
+    }
+  }
+
+  void fetch(std::int64_t row) const {
+    const std::int64_t at = row * args.x.shape[1] + channel;
+    for (std::int64_t c = 0; c < channels; c += kLine) {
+      hwy::Prefetch(args.x.f32() + at + c);
+      hwy::Prefetch(args.y.f32() + at + c);
     }
   }
 
@@ -106,7 +119,10 @@ void short_conv_target(Context& ctx, const ShortConvArgs& args) {
     if (first == 0) block.load_history(state);
     const std::int64_t begin = args.sequences.begin(b);
     const std::int64_t end = std::min(length, first + stretch);
-    for (std::int64_t t = first; t < end; ++t) block.convolve(begin, t);
+    for (std::int64_t t = first; t < end; ++t) {
+      if (t + kRowsAhead < end) block.fetch(begin + t + kRowsAhead);
+      block.convolve(begin, t);
+    }
     if (first == 0) block.update(state, begin, length);
   });
 }
@@ -128,7 +144,11 @@ struct ConvBackwardBlock {
 
   static std::int64_t floats(std::int64_t width) { return (3 * width + 1) * kBackwardBlock; }
 
-  float* ds_row(std::int64_t t) const { return ds + t % width * kBackwardBlock; }
+  // Of row t + i, i < W, if that of row t is at `slot`.
+  float* ds_row(std::int64_t slot, std::int64_t i) const {
+    const std::int64_t at = slot + i;
+    return ds + (at < width ? at : at - width) * kBackwardBlock;
+  }
   const float* x_row(std::int64_t row) const {
     return args.x.f32() + row * args.x.shape[1] + channel;
   }
@@ -158,7 +178,16 @@ struct ConvBackwardBlock {
     const float* bias = args.bias.data != nullptr ? args.bias.f32() + channel : nullptr;
     const std::int64_t oldest = std::max<std::int64_t>(0, width - 1 - t);  // tap inside
     const std::int64_t later = std::min(width - 1, length - 1 - t);        // rows that read this
-    float* d_sum = ds_row(t);
+    const std::int64_t slot = t % width;
+    float* d_sum = ds_row(slot, 0);
+    if (t >= kRowsAhead) {
+      const std::int64_t ahead = at - kRowsAhead * args.x.shape[1];
+      for (std::int64_t c = 0; c < channels; c += kLine) {
+        hwy::Prefetch(args.dy.f32() + ahead + c);
+        hwy::Prefetch(args.x.f32() + ahead + c);
+        hwy::Prefetch(args.dx.f32() + ahead + c);
+      }
+    }
     for_vectors(channels, [&](std::int64_t c, auto&& load_vector, auto&& store_vector) HWY_ATTR {
       VF32 d = load_vector(dy + c);
       if (args.activation != Activation::kIdentity) {
@@ -179,7 +208,7 @@ struct ConvBackwardBlock {
       VF32 dx = hn::Zero(kF32);
       for (std::int64_t i = 0; i <= later; ++i) {
         const VF32 tap = load(taps + (width - 1 - i) * kBackwardBlock + c);
-        dx = hn::MulAdd(tap, load(ds_row(t + i) + c), dx);
+        dx = hn::MulAdd(tap, load(ds_row(slot, i) + c), dx);
       }
       store_vector(dx, args.dx.f32() + at + c);
     });
