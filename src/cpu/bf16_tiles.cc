@@ -61,7 +61,6 @@ template <int kVectors>
 DELTAFOX_TARGET void columns_of(const SmallProduct& of, std::int64_t column) {
   std::int64_t r = 0;
   for (; r + 4 <= of.rows; r += 4) rectangle<4, kVectors>(of, r, column);
-  for (; r + 4 <= of.rows; r += 4) rectangle<4, kVectors>(of, r, column);
   for (; r + 2 <= of.rows; r += 2) rectangle<2, kVectors>(of, r, column);
   for (; r < of.rows; ++r) rectangle<1, kVectors>(of, r, column);
 }
