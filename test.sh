@@ -56,7 +56,7 @@ check() {
 build() {
   local preset=$1
   shift
-  cmake --preset "$preset" -D DELTAFOX_BUILD_TESTS=ON >build/configure.log 2>&1 || {
+  cmake --preset "$preset" -D DELTAFOX_BUILD_TESTS=ON -D DELTAFOX_WERROR=ON >build/configure.log 2>&1 || {
     cat build/configure.log
     return 1
   }
