@@ -316,6 +316,7 @@ void Model::Impl::copy_weights() {
 // Maps, before the first call, the weights that it will read: fetching ahead does nothing for pages
 // that are not there.
 void Model::Impl::populate() {
+  if (device_ != Device::kCpu) return;  // they are not in the host's memory
   std::vector<std::span<const std::byte>> pieces;
   lm_.visit_params([&](const std::string& name, Param& param) {
     if (is_looked_up(name)) return;
