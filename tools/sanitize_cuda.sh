@@ -55,10 +55,17 @@ one() {
   fi
   seconds=$((end - start < each ? end - start : each))
   case $2 in
-    # How kernels of libraries share memory is not ours to judge, and cuBLASLt's do not run under it.
+    # How kernels of libraries share memory is not ours to judge, and cuBLASLt's do not run under it. It is slow:
+    # of kernels in whose midst others wait, each is watched in the tests that are for it.
     racecheck)
-      options=(--kernel-name kernel_substring=deltafox --num-cuda-barriers 96 --racecheck-num-workers 2)
       export DELTAFOX_PLAIN_PRODUCTS=1
+      options=(--num-cuda-barriers 96 --racecheck-num-workers 2)
+      case $4 in
+        Narrow/*) options+=(--kernel-name kernel_substring=step --launch-count 40) ;;
+        *AProgram*) options+=(--kernel-name kernel_substring=step_program) ;;
+        *CudaProduct* | *CudaLinear*) options+=(--kernel-name kernel_substring=deltafox) ;;
+        *) options+=(--kernel-name kernel_substring=deltafox --kernel-name-exclude kernel_substring=product_plain) ;;
+      esac
       ;;
     # It does not see what bulk copies write, cuBLASLt's among them.
     initcheck)
