@@ -37,17 +37,26 @@ struct ChunkParams {
   SequenceBatch batch;
 };
 
+// A stage has what belongs to a chunk. Where two groups prepare, copies of a chunk's keys and
+// queries must be under way while its group prepares the chunk before: these have twice as many
+// buffers, apart from the rest, which is not needed before the chunk is nearly prepared.
 template <class Products, int kKeys, bool kMaps>
 struct Layout {
+  static constexpr bool kApart = kPreparingGroups<Products, kMaps> == 2;
+  static constexpr int kRowBuffers = kApart ? 2 : 1;  // of keys and queries, for each stage
   static constexpr int kKeyTile = kKeys / 64 * kTileBlockBytes;
   static constexpr int kValueTile = kValues / 64 * kTileBlockBytes;
+  static constexpr int kBeta = 1024 / kRowBuffers;  // bytes for [64] float32
+  // from rows_at on
   static constexpr int kK = 0;
-  static constexpr int kV = kKeyTile;
+  static constexpr int kQ = kKeyTile;
+  static constexpr int kRows = (kMaps ? 1 : 2) * kKeyTile;
+  // from rest_at on
+  static constexpr int kV = kRows;
   static constexpr int kT = kV + kValueTile;
-  static constexpr int kQ = kT + kTileBlockBytes;
-  static constexpr int kA = kQ + kKeyTile;
-  static constexpr int kBeta = kMaps ? kQ : kA + kTileBlockBytes;  // [64] float32
-  static constexpr int kStage = kBeta + 1024;
+  static constexpr int kA = kT + kTileBlockBytes;
+  static constexpr int kRest = kA + (kMaps ? 0 : kTileBlockBytes) - kV;
+  static constexpr int kStage = kRowBuffers * (kRows + kBeta) + kRest;
   // behind the stages
   static constexpr int kInverse = 0;  // 10 blocks
   static constexpr int kBarriers = kInverse + kPreparingGroups<Products, kMaps> * 10 *
@@ -55,7 +64,15 @@ struct Layout {
   static constexpr int kSums = kBarriers + 128;  // [2, 8, 64] float32 of norm_values, in turns
   static constexpr int kFixed = kSums + (kMaps ? 0 : 2 * 8 * 64 * 4);
 
-  static int bytes(int stages) { return 1024 + stages * kStage + kFixed; }
+  static constexpr int bytes(int stages) { return 1024 + stages * kStage + kFixed; }
+  // Of buffer `b` of the rows, of stage `s` for the rest.
+  __device__ static int rows_at(int b) { return b * (kApart ? kRows : kStage); }
+  __device__ static int rest_at(int s, int stages) {
+    return kApart ? (kRowBuffers * stages - 1) * kRows + s * kRest : s * kStage;
+  }
+  __device__ static int beta_at(int b, int stages) {
+    return kApart ? stages * (kRowBuffers * kRows + kRest) + b * kBeta : b * kStage + kRows + kRest;
+  }
 };
 
 // A place among the buffers, and how often they have been used before.
@@ -63,10 +80,9 @@ struct Ring {
   int stage;
   int round;
 
-  __device__ void advance(int chunks, int stages) {
-    stage += chunks;
-    while (stage >= stages) {
-      stage -= stages;
+  __device__ void advance(int stages) {
+    if (++stage == stages) {
+      stage = 0;
       ++round;
     }
   }
@@ -83,118 +99,166 @@ __device__ Segment find_segment(const SequenceBatch& batch, int block) {
 
 template <class Products, int kKeys, bool kMaps>
 struct Loader {
+  using L = Layout<Products, kKeys, kMaps>;
   const ChunkParams& p;
   const Segment& segment;
   int block_head;
   int block_first_value;
   std::uint32_t stages_base;
 
-  // Starts the copies of one chunk.
-  __device__ void load(int chunk, int stage) const {
-    using L = Layout<Products, kKeys, kMaps>;
+  __device__ int valid_rows(int chunk) const { return min(kChunk, segment.rows - chunk * kChunk); }
+  __device__ std::ptrdiff_t row(int chunk) const { return segment.begin + chunk * kChunk; }
+
+  // Starts the copies of a chunk's keys, queries and beta.
+  __device__ void load_rows(int chunk, int buffer) const {
     const int thread = read_thread() % 128;
     const int head = read_again(block_head);
-    const int first_value = read_again(block_first_value);
     const DeltaRuleProblem& problem = p.problem;
-    const int valid_rows = min(kChunk, segment.rows - chunk * kChunk);
-    const auto row = static_cast<std::ptrdiff_t>(segment.begin + chunk * kChunk);
     const int heads = read_again(problem.heads);
-    const int key_stride = heads * problem.key_dim;
-    const int value_stride = heads * problem.value_dim;
-    const std::uint32_t base = stages_base + stage * L::kStage;
-    const std::ptrdiff_t key_offset = row * key_stride + head * problem.key_dim;
-    load_tile<kKeys / 8>(base + L::kK, static_cast<const bf16*>(problem.k) + key_offset, key_stride,
-                         problem.key_dim, valid_rows, thread);
+    const int stride = heads * problem.key_dim;
+    const std::uint32_t base = stages_base + L::rows_at(buffer);
+    const std::ptrdiff_t offset = row(chunk) * stride + head * problem.key_dim;
+    load_tile<kKeys / 8>(base + L::kK, static_cast<const bf16*>(problem.k) + offset, stride,
+                         problem.key_dim, valid_rows(chunk), thread);
     if (!kMaps) {
-      load_tile<kKeys / 8>(base + L::kQ, static_cast<const bf16*>(problem.q) + key_offset,
-                           key_stride, problem.key_dim, valid_rows, thread);
+      load_tile<kKeys / 8>(base + L::kQ, static_cast<const bf16*>(problem.q) + offset, stride,
+                           problem.key_dim, valid_rows(chunk), thread);
     }
-    load_tile<kValues / 8>(base + L::kV,
-                           static_cast<const bf16*>(problem.v) + row * value_stride +
-                               head * problem.value_dim + first_value,
-                           value_stride, problem.value_dim - first_value, valid_rows, thread);
     if (thread < kChunk) {
-      const std::uint32_t to = base + L::kBeta + 4 * thread;
+      const std::uint32_t to = stages_base + L::beta_at(buffer, p.stages) + 4 * thread;
       const auto* beta = static_cast<const float*>(problem.beta);
       if (beta == nullptr) {
         asm volatile("st.shared.f32 [%0], %1;" ::"r"(to), "f"(1.0F) : "memory");
       } else {
-        const bool valid = thread < valid_rows;
-        copy_word_async(to, valid ? beta + (row + thread) * heads + head : beta, valid);
+        const bool valid = thread < valid_rows(chunk);
+        copy_word_async(to, valid ? beta + (row(chunk) + thread) * heads + head : beta, valid);
       }
     }
   }
+
+  // And of its values.
+  __device__ void load_values(int chunk, int stage) const {
+    const int first_value = read_again(block_first_value);
+    const DeltaRuleProblem& problem = p.problem;
+    const int stride = read_again(problem.heads) * problem.value_dim;
+    load_tile<kValues / 8>(stages_base + L::rest_at(stage, p.stages) + L::kV,
+                           static_cast<const bf16*>(problem.v) + row(chunk) * stride +
+                               read_again(block_head) * problem.value_dim + first_value,
+                           stride, problem.value_dim - first_value, valid_rows(chunk),
+                           read_thread() % 128);
+  }
 };
+
+// T and A of a chunk whose keys, queries and beta are there. `between` is called where A is about
+// to be written.
+template <class Products, int kKeys, bool kMaps, class Between>
+__device__ void prepare_chunk(unsigned char* rows, unsigned char* rest, const float* beta,
+                              float* blocks, int barrier, const Between& between) {
+  using L = Layout<Products, kKeys, kMaps>;
+  const int thread = read_thread() % 128;
+  const int lane = thread % 32;
+  const int warp = uniform(thread / 32);
+  const std::uint32_t k = shared_address(rows + L::kK);
+  {
+    float g[8][4];
+    Products::begin(g);
+    Products::template tiles_transposed<kKeys / 16>(g, k, k);
+    Products::commit();
+    Products::template wait<0>();
+    Products::end(g);
+    store_scaled_products(g, beta, blocks, lane, warp);
+  }
+  invert_diagonal(inverse_block(blocks, warp, warp), lane % 16);
+  between();
+  if (!kMaps) {
+    float a[8][4];
+    Products::begin(a);
+    Products::template tiles_transposed<kKeys / 16>(a, shared_address(rows + L::kQ), k);
+    Products::commit();
+    Products::template wait<0>();
+    Products::end(a);
+    store_lower(a, rest + L::kA, lane, warp);
+  }
+  group_sync(barrier);
+  finish_inverse(blocks, beta, rest + L::kT, lane, warp);
+}
+
+// One of two groups, in turns. The state's groups give back all of a chunk at once, so when they
+// have done with the one that this group has prepared last, there is room for what this chunk still
+// needs and for the rows of the next.
+template <class Products, int kKeys>
+__device__ void prepare_every_other(const ChunkParams& p, const Segment& segment, int head,
+                                    int first_value, unsigned char* stages, unsigned char* fixed) {
+  using L = Layout<Products, kKeys, false>;
+  const std::uint32_t barriers = shared_address(fixed + L::kBarriers);
+  const int group = uniform((threadIdx.x - kStateThreads) / 128);
+  float* blocks = reinterpret_cast<float*>(fixed + L::kInverse) + group * 10 * kInverseBlock;
+  const Loader<Products, kKeys, false> loader{p, segment, head, first_value,
+                                              shared_address(stages)};
+  const int stage = group;
+  unsigned char* rest = stages + L::rest_at(stage, 2);
+  if (group < segment.chunks) loader.load_rows(group, stage);
+  commit_copies();
+  for (int c = group; c < segment.chunks; c += 2) {
+    wait_copies<0>();
+    Products::publish();
+    group_sync(1 + group);
+    const int buffer = c % 4;
+    const auto* beta = reinterpret_cast<const float*>(stages + L::beta_at(buffer, 2));
+    prepare_chunk<Products, kKeys, false>(
+        stages + L::rows_at(buffer), rest, beta, blocks, 1 + group, [&] {
+          if (c >= 2) barrier_wait(barriers + (2 * stage + 1) * 8, (c / 2 - 1) & 1);
+          loader.load_values(c, stage);
+          commit_copies();
+          if (c + 2 < segment.chunks) loader.load_rows(c + 2, (c + 2) % 4);
+          commit_copies();
+        });
+    wait_copies<1>();
+    Products::publish();
+    barrier_arrive(barriers + 2 * stage * 8);
+  }
+}
 
 template <class Products, int kKeys, bool kMaps>
 __device__ void prepare_chunks(const ChunkParams& p, const Segment& segment, int head,
                                int first_value, unsigned char* stages, unsigned char* fixed) {
   using L = Layout<Products, kKeys, kMaps>;
   const std::uint32_t barriers = shared_address(fixed + L::kBarriers);
-  constexpr int kGroups = kPreparingGroups<Products, kMaps>;
-  const int group = uniform((threadIdx.x - kStateThreads) / 128);
-  float* blocks = reinterpret_cast<float*>(fixed + L::kInverse) + group * 10 * kInverseBlock;
+  auto* blocks = reinterpret_cast<float*>(fixed + L::kInverse);
   const Loader<Products, kKeys, kMaps> loader{p, segment, head, first_value,
                                               shared_address(stages)};
-  // How far ahead of the chunk being prepared copies are started. Two groups start the next one's
-  // when they are done with one, since its buffer is not free before.
-  const int ahead = kGroups * (p.stages > kGroups ? 1 : 0);
-
-  Ring load_ring{group % p.stages, group / p.stages};
+  // How far ahead of the chunk being prepared copies are started.
+  const int ahead = p.stages > 1 ? 1 : 0;
+  Ring load_ring{0, 0};
   const auto load = [&](int chunk) {
     if (chunk < segment.chunks) {
       if (load_ring.round > 0) {
         barrier_wait(barriers + (2 * load_ring.stage + 1) * 8, (load_ring.round - 1) & 1);
       }
-      loader.load(chunk, load_ring.stage);
+      loader.load_rows(chunk, load_ring.stage);
+      loader.load_values(chunk, load_ring.stage);
     }
-    load_ring.advance(kGroups, p.stages);
+    load_ring.advance(p.stages);
     commit_copies();
   };
   Ring ring = load_ring;
-  if (ahead > 0) load(group);
-  for (int c = group; c < segment.chunks; c += kGroups) {
-    const int thread = read_thread() % 128;
-    const int lane = thread % 32;
-    const int warp = uniform(thread / 32);
+  if (ahead > 0) load(0);
+  for (int c = 0; c < segment.chunks; ++c) {
     const int stage = ring.stage;
-    ring.advance(kGroups, p.stages);
-    if (kGroups == 1 || ahead == 0) load(c + ahead);
-    if (kGroups == 1 && ahead > 0) {
+    ring.advance(p.stages);
+    load(c + ahead);
+    if (ahead > 0) {
       wait_copies<1>();
     } else {
       wait_copies<0>();
     }
     Products::publish();
-    group_sync(1 + group);
-
-    unsigned char* base = stages + stage * L::kStage;
-    const std::uint32_t k = shared_address(base + L::kK);
-    const float* beta = reinterpret_cast<const float*>(base + L::kBeta);
-    {
-      float g[8][4];
-      Products::begin(g);
-      Products::template tiles_transposed<kKeys / 16>(g, k, k);
-      Products::commit();
-      Products::template wait<0>();
-      Products::end(g);
-      store_scaled_products(g, beta, blocks, lane, warp);
-    }
-    invert_diagonal(inverse_block(blocks, warp, warp), lane % 16);
-    if (!kMaps) {
-      float a[8][4];
-      Products::begin(a);
-      Products::template tiles_transposed<kKeys / 16>(a, shared_address(base + L::kQ), k);
-      Products::commit();
-      Products::template wait<0>();
-      Products::end(a);
-      store_lower(a, base + L::kA, lane, warp);
-    }
-    group_sync(1 + group);
-    finish_inverse(blocks, beta, base + L::kT, lane, warp);
+    group_sync(1);
+    const auto* beta = reinterpret_cast<const float*>(stages + L::beta_at(stage, p.stages));
+    prepare_chunk<Products, kKeys, kMaps>(
+        stages + L::rows_at(stage), stages + L::rest_at(stage, p.stages), beta, blocks, 1, [] {});
     Products::publish();
     barrier_arrive(barriers + 2 * stage * 8);
-    if (kGroups > 1 && ahead > 0) load(c + ahead);
   }
 }
 
@@ -240,7 +304,9 @@ __device__ void walk_outputs(const ChunkParams& p, const Segment& segment, int h
   int stage = 0;
   int parity = 0;
   for (int c = 0; c < segment.chunks; ++c) {
-    const std::uint32_t base = shared_address(stages) + stage * L::kStage;
+    const std::uint32_t rows =
+        shared_address(stages) + L::rows_at(L::kApart ? stage + parity * p.stages : stage);
+    const std::uint32_t rest = shared_address(stages) + L::rest_at(stage, p.stages);
     barrier_wait(barriers + 2 * stage * 8, parity);
 
     // S is rounded for the products once a chunk. The outputs wait until the registers of R are
@@ -250,15 +316,15 @@ __device__ void walk_outputs(const ChunkParams& p, const Segment& segment, int h
     to_operand(sf, s);
     {
       float r[8][4];
-      load_negated_columns(r, base + L::kV);
+      load_negated_columns(r, rest + L::kV);
       Products::begin(r);
-      Products::template times_transposed<false>(r, sf, base + L::kK);
+      Products::template times_transposed<false>(r, sf, rows + L::kK);
       Products::commit();
       Products::template wait<0>();
       Products::end(r);
       to_operand(f, r);
       Products::begin(r);
-      Products::template times<true>(r, f, base + L::kT);
+      Products::template times<true>(r, f, rest + L::kT);
       Products::commit();
       Products::template wait<0>();
       Products::end(r);
@@ -266,14 +332,14 @@ __device__ void walk_outputs(const ChunkParams& p, const Segment& segment, int h
     }
     float o[8][4];
     Products::begin(s);
-    Products::template times<false>(s, f, base + L::kK);
-    Products::template times_transposed<true>(o, sf, base + L::kQ);
-    Products::template times_transposed<false>(o, f, base + L::kA);
+    Products::template times<false>(s, f, rows + L::kK);
+    Products::template times_transposed<true>(o, sf, rows + L::kQ);
+    Products::template times_transposed<false>(o, f, rest + L::kA);
     Products::commit();
     Products::template wait<0>();
     Products::end(s);
     Products::end(o);
-    store_outputs(o, base + L::kV, p, segment, head, first_value, c,
+    store_outputs(o, rest + L::kV, p, segment, head, first_value, c,
                   reinterpret_cast<float*>(fixed + L::kSums) + c % 2 * 8 * 64);
     barrier_arrive(barriers + (2 * stage + 1) * 8);
     if (++stage == p.stages) {
@@ -332,10 +398,9 @@ __global__ void __launch_bounds__((kThreads<Products, kMaps>), 1)
     // What lies above the diagonal blocks is written here, once.
     for (int s = 0; s < p.stages; ++s) {
       for (int i = threadIdx.x; i < kTileBlockBytes / 16; i += (kThreads<Products, kMaps>)) {
-        reinterpret_cast<uint4*>(stages + s * L::kStage + L::kT)[i] = make_uint4(0, 0, 0, 0);
-        if (!kMaps) {
-          reinterpret_cast<uint4*>(stages + s * L::kStage + L::kA)[i] = make_uint4(0, 0, 0, 0);
-        }
+        unsigned char* rest = stages + L::rest_at(s, p.stages);
+        reinterpret_cast<uint4*>(rest + L::kT)[i] = make_uint4(0, 0, 0, 0);
+        if (!kMaps) reinterpret_cast<uint4*>(rest + L::kA)[i] = make_uint4(0, 0, 0, 0);
       }
     }
     Products::publish();
@@ -343,7 +408,11 @@ __global__ void __launch_bounds__((kThreads<Products, kMaps>), 1)
 
     if (threadIdx.x >= kStateThreads) {
       if constexpr (Products::kGroup) give_registers<kMaps ? 88 : 80>();
-      prepare_chunks<Products, kKeys, kMaps>(p, segment, head, first_value, stages, fixed);
+      if constexpr (L::kApart) {
+        prepare_every_other<Products, kKeys>(p, segment, head, first_value, stages, fixed);
+      } else {
+        prepare_chunks<Products, kKeys, kMaps>(p, segment, head, first_value, stages, fixed);
+      }
     } else {
       if constexpr (Products::kGroup) take_registers<kMaps ? 208 : 176>();
       if constexpr (kMaps) {
@@ -533,7 +602,8 @@ __global__ void __launch_bounds__(kJoinThreads)
 template <class Products, int kKeys, bool kMaps>
 void launch_walk(ChunkParams params, int most_stages, cudaStream_t stream) {
   using L = Layout<Products, kKeys, kMaps>;
-  params.stages = most_stages;
+  static_assert(!L::kApart || L::bytes(2) <= 227 * 1024);
+  params.stages = L::kApart ? 2 : most_stages;
   while (params.stages > 1 && L::bytes(params.stages) > most_shared_bytes()) --params.stages;
   const int bytes = L::bytes(params.stages);
   const auto kernel = delta_rule_chunks<Products, kKeys, kMaps>;

@@ -8,6 +8,10 @@
 //   outputs  a block for each chunk and head: O = (Q S + A U) / √K, and its norm
 // Between kernels U₀, U and S lie as the registers of those that read them want them, tiles as
 // shared memory does, so that all of it is copied in whole vectors.
+//
+// Where there are more chunks than blocks at once, the three run beside each other (kBeside): a
+// kernel starts once all blocks of the one before have, and what a block needs of a chunk it waits
+// for at the chunk's counter. So nobody waits for a block that may still have to wait for room.
 #include <algorithm>
 #include <cmath>
 #include <iterator>
@@ -24,7 +28,9 @@ using Products = GroupProducts;
 constexpr int kDim = 128;  // K and V
 constexpr int kTile = 2 * kTileBlockBytes;
 constexpr int kThreads = 256;
-constexpr int kScanThreads = 128 + 32;  // a group for the state, a warp for copies
+constexpr int kStages = 4;
+template <bool kBeside>  // a group for the state, warps for copies
+constexpr int kScanThreads = 128 + 32 * (kBeside ? kStages : 1);
 
 // What `prepare` leaves of a chunk and head: −W, K and A.
 constexpr int kPairBytes = 2 * kTile;
@@ -35,12 +41,12 @@ constexpr int kStateVectors = 8 * 128;
 constexpr int kHalfVectors = kStateVectors + 4 * 128;
 // A stage of `scan`: −W, K and the above.
 constexpr int kStageBytes = kPairBytes + 16 * kHalfVectors;
-constexpr int kStages = 4;
 
 struct ScanParams {
   DeltaRuleProblem problem;
-  uint4* images;  // [chunks, H, kImageBytes / 16]
-  uint4* halves;  // [chunks, H, 2, kHalfVectors]
+  uint4* images;       // [chunks, H, kImageBytes / 16]
+  uint4* halves;       // [chunks, H, 2, kHalfVectors]
+  std::int32_t* done;  // [chunks, H]: zeros before and behind; or null
   float scale;
   SequenceBatch batch;
 };
@@ -49,7 +55,8 @@ struct ScanParams {
 struct Chunk {
   int begin;  // its first row
   int rows;
-  int slot;  // among those of all sequences and heads
+  int slot;   // among those of all sequences and heads
+  bool last;  // of its sequence
 
   __device__ Chunk(const ScanParams& p, int index, int head) {
     const BatchEntry& entry = find_entry(p.batch, &BatchEntry::first_chunk, index);
@@ -57,6 +64,7 @@ struct Chunk {
     begin = entry.begin + first;
     rows = min(kChunk, entry.length - first);
     slot = index * p.problem.heads + head;
+    last = first + kChunk >= entry.length;
   }
   __device__ std::ptrdiff_t element(const ScanParams& p, int head) const {
     return (static_cast<std::ptrdiff_t>(begin) * p.problem.heads + head) * kDim;
@@ -67,6 +75,41 @@ struct Chunk {
 __device__ inline uint4* half_of(const ScanParams& p, std::ptrdiff_t slot, int half) {
   return p.halves + (2 * slot + half) * kHalfVectors;
 }
+
+// Of a chunk's counter: `prepare` adds one, each half of `scan` one more.
+constexpr int kPrepared = 1;
+constexpr int kScanned = 3;
+
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+// All copies, to and from memory too, see what this thread has seen, and the other way round.
+__device__ inline void fence_all_copies() {
+  asm volatile("fence.proxy.async;" ::: "memory");
+}
+
+// What this thread has written or seen is there for those who wait for the counter.
+__device__ inline void signal(std::int32_t* counter) {
+  asm volatile("red.release.gpu.global.add.s32 [%0], 1;" ::"l"(counter) : "memory");
+}
+
+__device__ inline void wait_for(const std::int32_t* counter, int count) {
+  std::int32_t now;
+  while (true) {
+    asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(now) : "l"(counter) : "memory");
+    if (now >= count) return;
+    __nanosleep(40);
+  }
+}
+
+// Lets the next kernel's blocks start when all of this one's have come here.
+__device__ inline void let_next_start() {
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+}
+
+// The kernel ahead, and so all before it, has ended.
+__device__ inline void wait_for_kernel_ahead() {
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+}
+#endif
 
 struct PrepareLayout {
   static constexpr int kW = 0;
@@ -85,6 +128,7 @@ __device__ inline unsigned char* aligned(unsigned char* shared) {
   return shared + (1024 - shared_address(shared) % 1024) % 1024;
 }
 
+template <bool kBeside>
 __global__ void __launch_bounds__(kThreads, 2)
     delta_rule_prepare(const __grid_constant__ ScanParams p) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL  // elsewhere it is never launched
@@ -177,6 +221,11 @@ __global__ void __launch_bounds__(kThreads, 2)
   for (int i = thread; i < kImageBytes / 16; i += kThreads) {
     image[i] = reinterpret_cast<const uint4*>(base + L::kW)[i];
   }
+  if constexpr (kBeside) {
+    fence_all_copies();
+    __syncthreads();
+    if (thread == 0) signal(p.done + chunk.slot);
+  }
 #endif
 }
 
@@ -214,12 +263,13 @@ __device__ inline void load_values(float (&r)[8][4], const unsigned char* stage)
 }
 
 // The state's group: 64 value columns over all chunks.
-__device__ inline void scan_chunks(float* state, int chunks, int half, unsigned char* stages,
-                                   std::uint64_t* full, std::uint64_t* done) {
+template <bool kBeside>
+__device__ void scan_chunks(float* state, int chunks, int half, unsigned char* stages,
+                            std::uint64_t* full, std::uint64_t* done) {
   const int column = half * 64 + state_row();
   float s[16][4];
   load_state(s, state, kDim, kDim, column);
-  wait_for_input();
+  if constexpr (!kBeside) wait_for_input();
   float r[8][4];
   sm90::barrier_wait(full, 0);
   load_values(r, stages);
@@ -259,7 +309,71 @@ __device__ inline void scan_chunks(float* state, int chunks, int half, unsigned 
 }
 #endif
 
-__global__ void __launch_bounds__(kScanThreads, 1)
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+// The copies of all chunks, by one thread.
+__device__ inline void copy_chunks(const ScanParams& p, std::ptrdiff_t first_slot, int chunks,
+                                   int half, unsigned char* stages, std::uint64_t* full,
+                                   std::uint64_t* done) {
+  wait_for_input();
+  const auto load = [&](int c) {
+    const int stage = c % kStages;
+    const std::ptrdiff_t slot = first_slot + std::ptrdiff_t{c} * p.problem.heads;
+    unsigned char* to = stages + stage * kStageBytes;
+    sm90::barrier_arrive_expect(full + stage, kPairBytes + 16 * kStateVectors);
+    sm90::copy_bulk(to, p.images + slot * (kImageBytes / 16), kPairBytes, full + stage);
+    sm90::wait_stores_read();  // what is left of the chunk before
+    sm90::copy_bulk(to + kPairBytes, half_of(p, slot, half), 16 * kStateVectors, full + stage);
+  };
+  for (int c = 0; c < min(chunks, kStages); ++c) load(c);
+  for (int c = 0; c < chunks; ++c) {
+    const int stage = c % kStages;
+    sm90::barrier_wait(done + stage, c / kStages & 1);
+    sm90::store_bulk(half_of(p, first_slot + std::ptrdiff_t{c} * p.problem.heads, half),
+                     stages + stage * kStageBytes + kPairBytes, 16 * kHalfVectors);
+    if (c + kStages < chunks) load(c + kStages);
+  }
+  sm90::wait_stores();
+}
+
+// The same beside `prepare` and `outputs`, by a thread for each stage: of every fourth chunk.
+// Fences and waits for memory take longer than the state takes over a chunk.
+__device__ inline void copy_stage(const ScanParams& p, std::ptrdiff_t first_slot, int chunks,
+                                  int half, int stage, unsigned char* stages, std::uint64_t* full,
+                                  std::uint64_t* done) {
+  unsigned char* const pair = stages + stage * kStageBytes;
+  unsigned char* const values = pair + kPairBytes;
+  const auto slot_of = [&](int c) { return first_slot + std::ptrdiff_t{c} * p.problem.heads; };
+  const auto wait_prepared = [&](int c) {
+    wait_for(p.done + slot_of(c), kPrepared);
+    fence_all_copies();
+  };
+  const auto load = [&](int c) {
+    sm90::barrier_arrive_expect(full + stage, kPairBytes + 16 * kStateVectors);
+    sm90::copy_bulk(pair, p.images + slot_of(c) * (kImageBytes / 16), kPairBytes, full + stage);
+    sm90::copy_bulk(values, half_of(p, slot_of(c), half), 16 * kStateVectors, full + stage);
+  };
+  if (stage < chunks) {
+    wait_prepared(stage);
+    load(stage);
+  }
+  int parity = 0;
+  for (int c = stage; c < chunks; c += kStages, parity ^= 1) {
+    const int next = c + kStages;
+    if (next < chunks) wait_prepared(next);
+    sm90::barrier_wait(done + stage, parity);
+    sm90::store_bulk(half_of(p, slot_of(c), half), values, 16 * kHalfVectors);
+    sm90::wait_stores_read();
+    if (next < chunks) load(next);
+    sm90::wait_stores();
+    fence_all_copies();
+    signal(p.done + slot_of(c));
+  }
+  wait_for_kernel_ahead();
+}
+#endif
+
+template <bool kBeside>
+__global__ void __launch_bounds__(kScanThreads<kBeside>, 1)
     delta_rule_scan(const __grid_constant__ ScanParams p) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL  // elsewhere it is never launched
   extern __shared__ unsigned char memory[];
@@ -283,30 +397,18 @@ __global__ void __launch_bounds__(kScanThreads, 1)
   const std::ptrdiff_t first_slot = std::ptrdiff_t{entry.first_chunk} * heads + head;
   // Said so that the compiler knows it: a warp does one or the other.
   if (uniform(static_cast<int>(threadIdx.x) / 128) != 0) {
-    if (threadIdx.x == 128) {
-      wait_for_input();
-      const auto load = [&](int c) {
-        const int stage = c % kStages;
-        const std::ptrdiff_t slot = first_slot + std::ptrdiff_t{c} * heads;
-        unsigned char* to = stages + stage * kStageBytes;
-        sm90::barrier_arrive_expect(full + stage, kPairBytes + 16 * kStateVectors);
-        sm90::copy_bulk(to, p.images + slot * (kImageBytes / 16), kPairBytes, full + stage);
-        sm90::wait_stores_read();  // what is left of the chunk before
-        sm90::copy_bulk(to + kPairBytes, half_of(p, slot, half), 16 * kStateVectors, full + stage);
-      };
-      for (int c = 0; c < min(chunks, kStages); ++c) load(c);
-      for (int c = 0; c < chunks; ++c) {
-        const int stage = c % kStages;
-        sm90::barrier_wait(done + stage, c / kStages & 1);
-        sm90::store_bulk(half_of(p, first_slot + std::ptrdiff_t{c} * heads, half),
-                         stages + stage * kStageBytes + kPairBytes, 16 * kHalfVectors);
-        if (c + kStages < chunks) load(c + kStages);
+    if constexpr (kBeside) {
+      const int stage = uniform(static_cast<int>(threadIdx.x) / 32 % kStages);
+      if (threadIdx.x == 128) let_next_start();
+      if (threadIdx.x % 32 == 0) {
+        copy_stage(p, first_slot, chunks, half, stage, stages, full, done);
       }
-      sm90::wait_stores();
+    } else {
+      if (threadIdx.x == 128) copy_chunks(p, first_slot, chunks, half, stages, full, done);
     }
   } else {
-    scan_chunks(entry.state + static_cast<std::ptrdiff_t>(head) * kDim * kDim, chunks, half, stages,
-                full, done);
+    scan_chunks<kBeside>(entry.state + static_cast<std::ptrdiff_t>(head) * kDim * kDim, chunks,
+                         half, stages, full, done);
   }
 #endif
 }
@@ -319,6 +421,7 @@ struct OutputLayout {
   static constexpr int kBytes = kSums + 8 * 64 * 4 + 1024;  // and to align
 };
 
+template <bool kBeside>
 __global__ void __launch_bounds__(kThreads, 2)
     delta_rule_outputs(const __grid_constant__ ScanParams p) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL  // elsewhere it is never launched
@@ -331,13 +434,23 @@ __global__ void __launch_bounds__(kThreads, 2)
   const Chunk chunk(p, static_cast<int>(blockIdx.y), head);
   const int stride = p.problem.heads * kDim;
   const std::ptrdiff_t at = chunk.element(p, head);
-  // q is of the kernel before the last two.
+  // q is older than what `prepare` has waited for.
   if (thread < 128) {
     load_tile<16>(tiles + L::kQ, static_cast<const bf16*>(p.problem.q) + at, stride, kDim,
                   chunk.rows, thread);
   }
   commit_copies();
-  wait_for_input();
+  if constexpr (kBeside) {
+    if (thread == 0) {
+      std::int32_t* const done = p.done + chunk.slot;
+      wait_for(done, kScanned);
+      *done = 0;
+      let_next_start();
+    }
+    __syncthreads();
+  } else {
+    wait_for_input();
+  }
   // All by way of registers: a wait for copies to shared memory would come before other loads.
   const uint4* from = p.images + chunk.slot * std::ptrdiff_t{kImageBytes / 16} + kPairBytes / 16;
   uint4 a[kTileBlockBytes / 16 / kThreads];
@@ -374,6 +487,8 @@ __global__ void __launch_bounds__(kThreads, 2)
   }
   store_columns(o, factor, tiles + L::kO, static_cast<bf16*>(p.problem.o) + at, stride, chunk.rows,
                 kDim);
+  // Whoever waits for this kernel waits for those before it too.
+  if (kBeside && chunk.last) wait_for_kernel_ahead();
 #endif
 }
 
@@ -415,18 +530,26 @@ std::size_t delta_rule_scan_bytes(const DeltaRuleProblem& problem, const Sequenc
 
 void launch_delta_rule_scan(Context& ctx, const DeltaRuleProblem& problem,
                             const SequenceBatch& batch, void* workspace) {
+  const std::size_t slots = slots_of(problem, batch);
+  const int at_once = 2 * ctx.stream().multiprocessors();  // blocks of `prepare` and `outputs`
+  const bool beside = slots > static_cast<std::size_t>(at_once);
   auto* images = static_cast<uint4*>(workspace);
-  const ScanParams params{.problem = problem,
-                          .images = images,
-                          .halves = images + slots_of(problem, batch) * (kImageBytes / 16),
-                          .scale = 1 / std::sqrt(static_cast<float>(kDim)),
-                          .batch = batch};
+  const ScanParams params{
+      .problem = problem,
+      .images = images,
+      .halves = images + slots * (kImageBytes / 16),
+      .done = beside ? ctx.stream().zeros(static_cast<std::int64_t>(slots)) : nullptr,
+      .scale = 1 / std::sqrt(static_cast<float>(kDim)),
+      .batch = batch};
   const auto heads = static_cast<unsigned>(problem.heads);
   const dim3 chunks(heads, static_cast<unsigned>(batch.chunks));
-  launch(ctx, delta_rule_prepare, chunks, kThreads, PrepareLayout::kBytes, params);
-  launch(ctx, delta_rule_scan, dim3(2 * heads, static_cast<unsigned>(batch.count)), kScanThreads,
-         kScanBytes, params);
-  launch(ctx, delta_rule_outputs, chunks, kThreads, OutputLayout::kBytes, params);
+  const dim3 halves(2 * heads, static_cast<unsigned>(batch.count));
+  const auto launch_all = [&]<bool kBeside>() {
+    launch(ctx, delta_rule_prepare<kBeside>, chunks, kThreads, PrepareLayout::kBytes, params);
+    launch(ctx, delta_rule_scan<kBeside>, halves, kScanThreads<kBeside>, kScanBytes, params);
+    launch(ctx, delta_rule_outputs<kBeside>, chunks, kThreads, OutputLayout::kBytes, params);
+  };
+  beside ? launch_all.operator()<true>() : launch_all.operator()<false>();
 }
 
 }  // namespace deltafox::cuda

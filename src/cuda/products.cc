@@ -1,5 +1,6 @@
 #include "cuda/products.h"
 
+#include <algorithm>
 #include <array>
 #include <bit>
 #include <map>
@@ -79,6 +80,16 @@ AlgorithmKey key_of(const Product& p, std::int64_t rows) {
           alignment(p.c)};
 }
 
+// Of many rows the algorithm with the most waves of tiles, the smallest ones, is faster than the
+// one that cuBLASLt proposes first (docs/kernels.md).
+bool takes_most_waves(const Product& p, std::int64_t rows) {
+  constexpr std::int64_t kLeastRows = 2048;
+  constexpr std::int64_t kLeastSums = kLeastRows * 1536;  // elements of c
+  constexpr std::int64_t kMostOutputs = 8192;
+  return p.transpose_b && !p.transpose_a && p.a.dtype == DType::kBF16 && rows >= kLeastRows &&
+         rows * p.n >= kLeastSums && p.n <= kMostOutputs;
+}
+
 // The algorithm, or none where cuBLASLt has none.
 std::optional<cublasLtMatmulAlgo_t> find_algorithm(cublasLtHandle_t blas, const Product& p,
                                                    std::int64_t rows) {
@@ -94,13 +105,16 @@ std::optional<cublasLtMatmulAlgo_t> find_algorithm(cublasLtHandle_t blas, const 
   set(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES, alignment(p.a));
   set(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, alignment(p.c));
   set(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES, alignment(p.c));
-  cublasLtMatmulHeuristicResult_t result{};
+  constexpr int kProposed = 8;
+  std::array<cublasLtMatmulHeuristicResult_t, kProposed> proposed{};
   int found = 0;
   const cublasStatus_t status = cublasLtMatmulAlgoGetHeuristic(
       blas, &description.product, &description.a, &description.b, &description.c, &description.c,
-      &preference, 1, &result, &found);
+      &preference, takes_most_waves(p, rows) ? kProposed : 1, proposed.data(), &found);
   if (status != CUBLAS_STATUS_SUCCESS || found == 0) return std::nullopt;
-  return result.algo;
+  return std::max_element(proposed.begin(), proposed.begin() + found,
+                          [](const auto& a, const auto& b) { return a.wavesCount < b.wavesCount; })
+      ->algo;
 }
 
 std::optional<cublasLtMatmulAlgo_t> algorithm(cublasLtHandle_t blas, const Product& p,
