@@ -4,6 +4,8 @@
 
 #include <cuda.h>
 
+#include <algorithm>
+
 #include "core/tensor.h"
 #include "cuda/check.h"
 #include "cuda/sm90.cuh"
@@ -70,24 +72,29 @@ inline Encode encoder() {
   return function;
 }
 
-// Tiles of `tile_rows` rows by 128 bytes of a BF16 or F32 matrix of which `columns` are used.
-inline CUtensorMap map_of(const ConstTensorView& matrix, std::int64_t columns, int tile_rows) {
-  const bool is_bf16 = matrix.dtype == DType::kBF16;
-  const auto bytes = static_cast<cuuint64_t>(size_of(matrix.dtype));
+// Of a BF16 tensor; strides are bytes, of all dimensions but the first.
+template <std::size_t kRank>
+CUtensorMap encode_map(const void* data, const cuuint64_t (&sizes)[kRank],
+                       const cuuint64_t (&strides)[kRank - 1], const cuuint32_t (&box)[kRank],
+                       CUtensorMapL2promotion promotion) {
   CUtensorMap map{};
-  const cuuint64_t sizes[] = {static_cast<cuuint64_t>(columns),
-                              static_cast<cuuint64_t>(matrix.shape[0])};
-  const cuuint64_t strides[] = {static_cast<cuuint64_t>(matrix.shape[1]) * bytes};
-  const cuuint32_t box[] = {static_cast<cuuint32_t>(128 / bytes),
-                            static_cast<cuuint32_t>(tile_rows)};
-  const cuuint32_t steps[] = {1, 1};
+  cuuint32_t steps[kRank];
+  std::fill_n(steps, kRank, 1);
   const CUresult status =
-      encoder()(&map, is_bf16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT32,
-                2, const_cast<void*>(matrix.data), sizes, strides, box, steps,
-                CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-                CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+      encoder()(&map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, kRank, const_cast<void*>(data), sizes,
+                strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+                promotion, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   if (status != CUDA_SUCCESS) fail_cuda(cudaErrorInvalidValue, "cuTensorMapEncodeTiled");
   return map;
+}
+
+// Tiles of `tile_rows` rows by 128 bytes of a BF16 matrix of which `columns` are used.
+inline CUtensorMap map_of(const ConstTensorView& matrix, std::int64_t columns, int tile_rows) {
+  const cuuint64_t sizes[] = {static_cast<cuuint64_t>(columns),
+                              static_cast<cuuint64_t>(matrix.shape[0])};
+  const cuuint64_t strides[] = {static_cast<cuuint64_t>(matrix.shape[1]) * 2};
+  const cuuint32_t box[] = {64, static_cast<cuuint32_t>(tile_rows)};
+  return encode_map(matrix.data, sizes, strides, box, CU_TENSOR_MAP_L2_PROMOTION_L2_256B);
 }
 
 // Whether tiles of it can be copied.
