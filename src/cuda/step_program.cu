@@ -2,28 +2,34 @@
 //
 // A step is bound by reading the weights, which do not depend on what is computed: so one warp of
 // each block does nothing but ask for the block's rows of w, phase after phase, as far ahead as
-// shared memory has room (a ring of row pieces, filled by bulk copies), and the memory is busy
-// while the other warps wait for each other. Those share K between them: a warp has x of its
-// columns in registers as operands of the tensor cores for the whole phase, w comes from the ring.
-// Between two phases all blocks wait for all.
+// shared memory has room (a ring of pieces, each filled by one copy), and the memory is busy while
+// the other warps wait for each other. Those share K between them: a warp has x of its columns in
+// registers as operands of the tensor cores for the whole phase, w comes from the ring. Between two
+// phases all blocks wait for all.
 //
-// A block takes as many rows of each part of a phase as any other, one more or less, in tiles of up
-// to 16 rows. Products are 16 rows of w by 8 rows of x; which elements are called k = 0, 1, ...
+// Blocks take the same number of rows of a part of a phase, the last ones what is left, in tiles of
+// up to 16 rows. Products are 16 rows of w by 8 rows of x; which elements are called k = 0, 1, ...
 // does not matter to a sum as long as w and x have them in the same places, so a lane reads 16
 // bytes of each at once. Sums are those of a warp's columns in order, then of the warps in order:
 // they depend neither on B nor on the card.
 //
+// A piece of bfloat16 weights is some columns of a tile as [columns / 256][rows][256], with the 16
+// bytes of each 128 in the order of 128-byte swizzles: neighbouring rows have theirs in the other
+// half of the banks. Rows that the matrix does not have are zeros there.
+//
 // Packed weights (packed.cuh) come in whole panels of 16 rows, which are tiles. Blocks get them in
-// turn, over all parts of a program: that evens out who has one more in a part. In the ring a piece
-// is the bytes of some blocks of a panel, over as many rows as they fill.
+// turn, over all parts of a program: that evens out who has one more in a part. A piece is the
+// bytes of some blocks of a panel.
 #include <algorithm>
 #include <cstring>
+#include <type_traits>
 
 #include "cuda/launch.cuh"
 #include "cuda/packed.cuh"
 #include "cuda/rows.cuh"
 #include "cuda/sm90.cuh"
 #include "cuda/step_program.h"
+#include "cuda/tile_copies.cuh"
 
 namespace deltafox::cuda {
 namespace {
@@ -33,25 +39,24 @@ constexpr int kWorkers = kWarps * 32;
 constexpr int kThreads = kWorkers + 128;  // registers are dealt out to four warps at a time
 constexpr int kTileRows = 16;
 constexpr int kBlockColumns = 32 * kWarps;  // 32 of each warp
-constexpr int kPieceBlocks = 6;
-constexpr int kPieceColumns = kPieceBlocks * kBlockColumns;  // of a row, in a piece
 constexpr int kMaxBlocks = 16;
 constexpr int kMaxColumns = kMaxBlocks * kBlockColumns;
+constexpr int kPieceBlocks = 8;  // at most, of bfloat16 weights
 // Of an x of float32, in programs of bfloat16 weights and in all others.
 constexpr int kF32Blocks = 8;
 constexpr int kWideF32Blocks = 12;
-// A piece's row in the ring: eight neighbouring rows of 16 bytes by four lanes hit all banks once.
-constexpr int kRowBytes = kPieceColumns * 2 + 64;
+// The ring's unit: a block of a row.
+constexpr int kStripBytes = kBlockColumns * 2;
 constexpr int kPieces = 32;  // in the ring at most
-// Rows that are under way at most, a tile's: more would wait in queues, and what blocks tell each
-// other behind them.
-constexpr int kRowsUnderWay = kTileRows;
+// Strips that are under way at most, if not of one piece: more would wait in queues, and what
+// blocks tell each other behind them.
+constexpr int kStripsUnderWay = 6 * kTileRows;
 constexpr int kDim = static_cast<int>(kStepHeadDim);
 constexpr int kUnitColumns = 16;  // of a head's state
 constexpr int kUnits = 4;         // of a half of the workers, at once
 constexpr int kPhaseVectors = sizeof(StepPhase) / 16;
 static_assert(kTileRows == kPackedRows && kBlockColumns == kPackedBlock);
-static_assert(kRowBytes % 16 == 0, "no vector of a packed piece is cut where the ring ends");
+static_assert(2 * kPieceBlocks == kMaxBlocks);
 
 struct Counters {
   unsigned arrived;
@@ -62,6 +67,7 @@ struct Counters {
 struct Slice {
   int first;  // row
   int rows;
+  int tiles;
 };
 
 // Of a tile's sums: stores of a warp's fragment hit all banks once.
@@ -75,6 +81,9 @@ struct DeltaScratch {
   float dots[kUnits][4][4];
 };
 
+template <int kValue>
+using Int = std::integral_constant<int, kValue>;
+
 constexpr int kGroupTiles = 4;  // whose sums are taken at once
 constexpr int kPhases = 3;  // in shared memory: that of the slowest warp, the fastest's, the next
 
@@ -82,9 +91,8 @@ constexpr int kPhases = 3;  // in shared memory: that of the slowest warp, the f
 template <int kHalves, bool kAny>
 struct Shared {
   static constexpr int kMaxF32Columns = (kAny ? kWideF32Blocks : kF32Blocks) * kBlockColumns;
-  // An even number of rows, so that neighbours stay neighbours where the ring ends.
-  static constexpr int kRows = (kHalves == 1 ? 62 : 56) - (kAny ? 2 : 0);
-  alignas(128) unsigned char ring[kRows * kRowBytes];
+  static constexpr int kStrips = (kHalves == 1 ? 384 : 342) - (kAny ? 12 : 0);
+  alignas(1024) unsigned char ring[kStrips * kStripBytes];
   union {
     float sums[kGroupTiles][kWarps][8 * kHalves][kSumStride];
     DeltaScratch delta[2];
@@ -100,8 +108,7 @@ struct Shared {
 };
 
 __device__ inline int tiles_of(const StepPart& part, const Slice& slice) {
-  const int tiles = (slice.rows + kTileRows - 1) / kTileRows;
-  return part.epilogue == StepEpilogue::kGlu ? 2 * tiles : tiles;
+  return part.epilogue == StepEpilogue::kGlu ? 2 * slice.tiles : slice.tiles;
 }
 
 __device__ inline Slice slice_of(const StepPart& part) {
@@ -111,86 +118,96 @@ __device__ inline Slice slice_of(const StepPart& part) {
     if (first < 0) first += blocks;
     const int panels = (part.rows + kTileRows - 1) / kTileRows;
     const int own = first < panels ? (panels - first + blocks - 1) / blocks : 0;
-    return {first * kTileRows, own * kTileRows};
+    return {first * kTileRows, own * kTileRows, own};
   }
-  const unsigned first = static_cast<unsigned>(part.rows) * blockIdx.x / gridDim.x;
-  const unsigned end = static_cast<unsigned>(part.rows) * (blockIdx.x + 1) / gridDim.x;
-  return {static_cast<int>(first), static_cast<int>(end - first)};
+  const int first = static_cast<int>(blockIdx.x) * part.share;
+  const int rows = max(min(part.share, part.rows - first), 0);
+  return {first, rows, (rows + part.tile_rows - 1) / part.tile_rows};
 }
 
 // Rows of tile `tile` of a part: with kGlu tiles 2j and 2j + 1 are rows of p and the same of p'.
 __device__ inline Slice rows_of_tile(const StepPart& part, const Slice& slice, int tile) {
   const bool glu = part.epilogue == StepEpilogue::kGlu;
-  const int begin = (glu ? tile / 2 : tile) * kTileRows;
+  const int begin = (glu ? tile / 2 : tile) * part.tile_rows;
   const int behind = glu && tile % 2 == 1 ? part.rows : 0;  // the rows of p
   if (is_packed(part.form)) {
     const int first = slice.first + begin * static_cast<int>(gridDim.x);
-    return {first + behind, min(kTileRows, part.rows - first)};
+    return {first + behind, min(kTileRows, part.rows - first), 1};
   }
-  return {slice.first + begin + behind, min(kTileRows, slice.rows - begin)};
+  return {slice.first + begin + behind, min(static_cast<int>(part.tile_rows), slice.rows - begin),
+          1};
 }
 
 __device__ inline int packed_block_bytes(DType form) {
   return form == DType::kQ4 ? PackedForm<true>::kBlockBytes : PackedForm<false>::kBlockBytes;
 }
+__device__ constexpr int packed_piece_blocks(DType form) {  // at most
+  return form == DType::kQ4 ? kMaxBlocks : kMaxBlocks / 2;
+}
 
-// `columns` columns of a tile's rows as they lie in the ring: its rows, and the bytes of one.
-struct Piece {
-  int rows;
-  int bytes;  // of all
-  int row_bytes;
+__device__ inline int strips_of(int bytes) {
+  return (bytes + kStripBytes - 1) / kStripBytes;
+}
 
-  __device__ Piece(DType form, int tile_rows, int columns) {
-    if (is_packed(form)) {
-      bytes = columns / kPackedBlock * packed_block_bytes(form);
-      rows = (bytes + kRowBytes - 1) / kRowBytes;
-      row_bytes = kRowBytes;
-    } else {
-      rows = tile_rows;
-      row_bytes = columns * 2;
-      bytes = rows * row_bytes;
-    }
-  }
-};
-
-// Where the next piece begins.
+// Where the next piece begins, unless what is left of the ring is too short for it.
 struct Place {
   int piece = 0;
-  int row = 0;
+  int strip = 0;
 
-  template <int kRows>
-  __device__ void advance(int rows) {
+  // Takes room for a piece of so many strips, and says where it begins.
+  template <int kStrips>
+  __device__ int take(int strips) {
+    const int begin = strip + strips > kStrips ? 0 : strip;
+    strip = begin + strips;
     ++piece;
-    row += rows;
-    if (row >= kRows) row -= kRows;
+    return begin;
   }
   __device__ int slot() const { return piece % kPieces; }
   __device__ int parity() const { return piece / kPieces & 1; }
 };
 
 // Weights are read once in a step, what is computed several times.
-__device__ inline void copy_row(void* to, const void* from, int bytes, std::uint64_t* barrier,
-                                std::uint64_t policy) {
+__device__ inline void copy_bytes(void* to, const void* from, int bytes, std::uint64_t* barrier,
+                                  std::uint64_t policy) {
   asm volatile(
       "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], "
-      "[%1], "
-      "%2, [%3], %4;" ::"r"(sm90::shared_address(to)),
+      "[%1], %2, [%3], %4;" ::"r"(sm90::shared_address(to)),
       "l"(from), "r"(bytes), "r"(sm90::shared_address(barrier)), "l"(policy)
       : "memory");
 }
 
+__device__ inline void copy_tile(void* to, const CUtensorMap* map, int row, int block,
+                                 std::uint64_t* barrier, std::uint64_t policy) {
+  asm volatile(
+      "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.L2::"
+      "cache_hint [%0], [%1, {%2, %2, %3, %4}], [%5], %6;" ::"r"(sm90::shared_address(to)),
+      "l"(map), "r"(0), "r"(row), "r"(block), "r"(sm90::shared_address(barrier)), "l"(policy)
+      : "memory");
+}
+
+// The host wrote the maps to memory. A fence waits for copies that are under way, so all come
+// first.
+__device__ inline void acquire_maps(const CUtensorMap* maps, int count) {
+  for (int i = static_cast<int>(threadIdx.x) % 32; i < count; i += 32) {
+    asm volatile("fence.proxy.tensormap::generic.acquire.sys [%0], 128;" ::"l"(maps + i)
+                 : "memory");
+  }
+  __syncwarp();
+}
+
 template <int kHalves, bool kAny>
-__device__ void stream_weights(const StepPhase* phases, int count, Shared<kHalves, kAny>& shared) {
-  constexpr int kRows = Shared<kHalves, kAny>::kRows;
+__device__ void stream_weights(const StepPhase* phases, int count, const CUtensorMap* maps,
+                               int map_count, Shared<kHalves, kAny>& shared) {
+  constexpr int kStrips = Shared<kHalves, kAny>::kStrips;
   const int lane = static_cast<int>(threadIdx.x) % 32;
   std::uint64_t policy;
   asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
   Place place;
-  int oldest = 0;         // piece in the ring
-  int free_rows = kRows;  // of it
-  int arriving = 0;       // piece that was not seen to be there
-  int under_way = 0;      // rows from there on
-  int rows_of_slot = 0;   // lane l knows those of slot l
+  int oldest = 0;             // piece in the ring
+  int free_strips = kStrips;  // of it
+  int arriving = 0;           // piece that was not seen to be there
+  int under_way = 0;          // strips from there on
+  int strips_of_slot = 0;     // lane l knows those of slot l
   const auto fetch = [&](int index) {
     uint4 v{};
     if (index < count && lane < kPhaseVectors) {
@@ -200,61 +217,76 @@ __device__ void stream_weights(const StepPhase* phases, int count, Shared<kHalve
   };
   static_assert(kPhaseVectors <= 32);
   uint4 next = fetch(0);
-  for (int index = 0; index < count; ++index) {
+  acquire_maps(maps, map_count);
+  // To shared memory, before it is its turn: its maps are to be at hand then.
+  const auto keep = [&](int index) {
+    if (index >= count) return;
     StepPhase& phase = shared.coming[index % 2];
+    __syncwarp();  // what was there is not read any more
     if (lane < kPhaseVectors) reinterpret_cast<uint4*>(&phase)[lane] = next;
     __syncwarp();
     next = fetch(index + 1);
-    if (phase.heads > 0) continue;
+    if (lane < phase.count && !is_packed(phase.parts[lane].form)) {
+      asm volatile("prefetch.tensormap [%0];" ::"l"(maps + phase.parts[lane].map) : "memory");
+    }
+  };
+  keep(0);
+  for (int index = 0; index < count; ++index) {
+    keep(index + 1);
+    const StepPhase& phase = shared.coming[index % 2];
+    const int blocks = phase.k / kBlockColumns;
     for (int p = 0; p < phase.count; ++p) {
       const StepPart& part = phase.parts[p];
       const DType form = kAny ? part.form : DType::kBF16;
       const Slice slice = slice_of(part);
       const int tiles = tiles_of(part, slice);
+      const int piece_blocks =
+          is_packed(form) ? packed_piece_blocks(form) : min(kPieceBlocks, blocks);
       for (int tile = 0; tile < tiles; ++tile) {
         const Slice rows = rows_of_tile(part, slice, tile);
-        const auto* from = static_cast<const std::byte*>(part.w);
-        if (is_packed(form)) {
-          from += static_cast<std::int64_t>(rows.first / kPackedRows) * (phase.k / kPackedBlock) *
-                  packed_block_bytes(form);
-        } else {
-          from += static_cast<std::int64_t>(rows.first) * phase.k * 2;
-        }
-        for (int column = 0; column < phase.k; column += kPieceColumns) {
-          const Piece piece(form, rows.rows, min(kPieceColumns, phase.k - column));
-          while (free_rows < piece.rows || place.piece - oldest == kPieces) {
+        for (int block = 0; block < blocks; block += piece_blocks) {
+          const int bytes = is_packed(form)
+                                ? min(piece_blocks, blocks - block) * packed_block_bytes(form)
+                                : part.tile_rows * piece_blocks * kStripBytes;
+          const int strips = strips_of(bytes);
+          // With those that stay empty where the ring ends.
+          const int taken = strips + (place.strip + strips > kStrips ? kStrips - place.strip : 0);
+          while (free_strips < taken || place.piece - oldest == kPieces) {
             const int slot = oldest % kPieces;
             sm90::barrier_wait(&shared.empty[slot], oldest / kPieces & 1);
-            const int freed = __shfl_sync(0xffffffff, rows_of_slot, slot);
-            free_rows += freed;
+            const int freed = __shfl_sync(0xffffffff, strips_of_slot, slot);
+            free_strips += freed;
             if (arriving == oldest) {  // what was used was there
               under_way -= freed;
               ++arriving;
             }
             ++oldest;
           }
-          free_rows -= piece.rows;
-          while (under_way + piece.rows > kRowsUnderWay) {
+          free_strips -= taken;
+          while (under_way > 0 && under_way + taken > kStripsUnderWay) {
             const int slot = arriving % kPieces;
             sm90::barrier_wait(&shared.full[slot], arriving / kPieces & 1);
-            under_way -= __shfl_sync(0xffffffff, rows_of_slot, slot);
+            under_way -= __shfl_sync(0xffffffff, strips_of_slot, slot);
             ++arriving;
           }
-          under_way += piece.rows;
-          if (lane == place.slot()) rows_of_slot = piece.rows;
-          std::uint64_t* barrier = &shared.full[place.slot()];
-          if (lane == 0) sm90::barrier_arrive_expect(barrier, piece.bytes);
-          __syncwarp();
-          if (lane < piece.rows) {
-            int row = place.row + lane;
-            if (row >= kRows) row -= kRows;
-            const std::byte* source =
-                from + (is_packed(form) ? lane * kRowBytes : (lane * phase.k + column) * 2);
-            const int bytes = min(piece.row_bytes, piece.bytes - lane * piece.row_bytes);
-            copy_row(shared.ring + row * kRowBytes, source, bytes, barrier, policy);
+          under_way += taken;
+          const int slot = place.slot();
+          if (lane == slot) strips_of_slot = taken;
+          unsigned char* to = shared.ring + place.template take<kStrips>(strips) * kStripBytes;
+          if (lane == 0) {
+            std::uint64_t* barrier = &shared.full[slot];
+            sm90::barrier_arrive_expect(barrier, bytes);
+            if (is_packed(form)) {
+              const std::int64_t before =
+                  static_cast<std::int64_t>(rows.first / kPackedRows) * blocks + block;
+              copy_bytes(to,
+                         static_cast<const std::byte*>(part.w) + before * packed_block_bytes(form),
+                         bytes, barrier, policy);
+            } else {
+              copy_tile(to, maps + part.map, rows.first, block, barrier, policy);
+            }
           }
-          if (is_packed(form)) from += piece.bytes;
-          place.template advance<kRows>(piece.rows);
+          __syncwarp();
         }
       }
     }
@@ -318,8 +350,8 @@ class Worker {
         delta(phase, index);
       } else {
         linear(phase, shared_.slices[index % kPhases], index);
+        tell_finished();
       }
-      asm volatile("bar.arrive %0, %1;" ::"n"(kFinished), "n"(kWorkers + 32) : "memory");
     }
   }
 
@@ -347,6 +379,8 @@ class Worker {
       const StepPart& part = phases_[index].parts[thread_ - 32];
       next_part_.rows = __ldg(&part.rows);
       next_part_.turn = __ldg(&part.turn);
+      next_part_.share = __ldg(&part.share);
+      next_part_.tile_rows = __ldg(&part.tile_rows);
       next_part_.form =
           static_cast<DType>(__ldg(reinterpret_cast<const std::uint8_t*>(&part.form)));
     }
@@ -358,6 +392,11 @@ class Worker {
     } else if (thread_ >= 32 && thread_ < 32 + kStepParts) {
       shared_.slices[index % kPhases][thread_ - 32] = slice_of(next_part_);
     }
+  }
+
+  // What other blocks wait for is written.
+  __device__ static void tell_finished() {
+    asm volatile("bar.arrive %0, %1;" ::"n"(kFinished), "n"(kWorkers + 32) : "memory");
   }
 
   // For what the phase before left behind.
@@ -467,7 +506,8 @@ class Worker {
   }
 
   // x of the warp's columns, as operands; times the norm's weight, and in groups times its scale.
-  // That of whole rows is left to the sums.
+  // That of whole rows is left to the sums. The first-level cache was emptied when the blocks met;
+  // it brings what both of a lane's loads share from the second once.
   __device__ void load_input(const StepPhase& phase, Operands& x) {
     const int blocks = phase.k / kBlockColumns;
     const int first_column = warp_ * 32 + lane_ % 4 * 8;
@@ -480,7 +520,7 @@ class Worker {
 #pragma unroll
         for (int i = 0; i < kMaxBlocks; ++i) {
           if (i < blocks && b < batch_) {
-            x[h][i] = __ldcg(reinterpret_cast<const uint4*>(row + i * kBlockColumns));
+            x[h][i] = *reinterpret_cast<const uint4*>(row + i * kBlockColumns);
           }
         }
       }
@@ -506,8 +546,8 @@ class Worker {
           float4 high{};
           if (first + i < blocks && b < batch_) {
             const auto* from = reinterpret_cast<const float4*>(row + (first + i) * kBlockColumns);
-            low = __ldcg(from);
-            high = __ldcg(from + 1);
+            low = *from;
+            high = from[1];
           }
           v[h][i][0] = low.x, v[h][i][1] = low.y, v[h][i][2] = low.z, v[h][i][3] = low.w;
           v[h][i][4] = high.x, v[h][i][5] = high.y, v[h][i][6] = high.z, v[h][i][7] = high.w;
@@ -580,7 +620,6 @@ class Worker {
 
   __device__ void multiply_tiles(const StepPhase& phase, const Slice* slices, const Operands& x,
                                  int first_tile, int end_tile) {
-    constexpr int kRows = Shared<kHalves, kAny>::kRows;
     int part = 0;
     int tile = first_tile;  // of the part
     int in_part = tiles_of(phase.parts[0], slices[0]);
@@ -590,7 +629,6 @@ class Worker {
         ++part;
         in_part = tiles_of(phase.parts[part], slices[part]);
       }
-      const int rows = rows_of_tile(phase.parts[part], slices[part], tile).rows;
       if constexpr (kAny) {
         const DType form = phase.parts[part].form;
         if (is_packed(form)) {
@@ -601,38 +639,40 @@ class Worker {
           continue;
         }
       }
-      // Rows behind the last are the last; their sums are not used.
-      const int low_row = min(lane_ / 4, rows - 1);
-      const int high_row = min(lane_ / 4 + 8, rows - 1);
-      const unsigned char* columns = shared_.ring + (warp_ * 32 + lane_ % 4 * 8) * 2;
-      const auto row_at = [&](int row) {
-        row += place_.row;
-        if (row >= kRows) row -= kRows;
-        return columns + row * kRowBytes;
-      };
+      const int rows = rows_of_tile(phase.parts[part], slices[part], tile).rows;
+      const int tile_rows = phase.parts[part].tile_rows;
+      const int blocks = phase.k / kBlockColumns;
       float c[2][kHalves][4] = {};  // two chains of sums, of alternate blocks
-#pragma unroll
-      for (int piece = 0; piece * kPieceBlocks < kMaxBlocks; ++piece) {
-        const int first = piece * kPieceBlocks;
-        const int blocks = min(kPieceBlocks, phase.k / kBlockColumns - first);
-        if (blocks <= 0) break;
+      // Blocks from `first` on: `most` of them, or if not `whole` as many as there are.
+      const auto multiply_piece = [&](auto first, auto most, auto whole) {
+        constexpr int kFirst = decltype(first)::value;
+        constexpr int kMost = decltype(most)::value;
+        constexpr bool kWhole = decltype(whole)::value;
         const int slot = place_.slot();
-        const unsigned char* low = row_at(low_row);
-        const unsigned char* high = row_at(high_row);
-        sm90::barrier_wait(&shared_.full[slot], place_.parity());
-        constexpr int kLastBlocks = kMaxBlocks % kPieceBlocks;
-        if (blocks == kPieceBlocks) {
-          multiply_blocks<kPieceBlocks>(c, low, high, x, first);
-        } else if (blocks == kLastBlocks) {
-          multiply_blocks<kLastBlocks>(c, low, high, x, first);
-        } else {
+        const int parity = place_.parity();
+        const PieceRows w = take_piece(rows, tile_rows, min(kPieceBlocks, blocks));
+        sm90::barrier_wait(&shared_.full[slot], parity);
 #pragma unroll
-          for (int i = 0; i < kPieceBlocks; ++i) {
-            if (i < blocks) multiply_block(c[i % 2], low, high, x, first, i);
-          }
+        for (int i = 0; i < kMost; ++i) {
+          if (!kWhole && kFirst + i >= blocks) break;
+          multiply_block(c[i % 2], w, x, kFirst, i);
         }
         sm90::barrier_arrive(&shared_.empty[slot]);
-        place_.template advance<kRows>(rows);
+      };
+      using Whole = std::true_type;
+      using Begun = std::false_type;
+      using Full = Int<kPieceBlocks>;
+      if (blocks == 6) {
+        multiply_piece(Int<0>(), Int<6>(), Whole());
+      } else if (blocks < kPieceBlocks) {
+        multiply_piece(Int<0>(), Full(), Begun());
+      } else {
+        multiply_piece(Int<0>(), Full(), Whole());
+        if (blocks == 2 * kPieceBlocks) {
+          multiply_piece(Full(), Full(), Whole());
+        } else if (blocks > kPieceBlocks) {
+          multiply_piece(Full(), Full(), Begun());
+        }
       }
 #pragma unroll
       for (int h = 0; h < kHalves; ++h) {
@@ -641,6 +681,29 @@ class Worker {
       }
       keep_sums(t - first_tile, c[0]);
     }
+  }
+
+  // Where a lane's 16 bytes of its two rows are in a piece of bfloat16 weights: of even blocks, and
+  // of odd ones.
+  struct PieceRows {
+    const unsigned char* low[2];
+    const unsigned char* high[2];
+    int two_blocks;  // bytes
+  };
+
+  __device__ PieceRows take_piece(int rows, int tile_rows, int piece_blocks) {
+    const int begin =
+        place_.template take<Shared<kHalves, kAny>::kStrips>(tile_rows * piece_blocks);
+    // Rows behind the last are the last; their sums are not used.
+    const int low = begin + min(lane_ / 4, rows - 1);
+    const int high = begin + min(lane_ / 4 + 8, rows - 1);
+    const auto at = [&](int strip) {
+      const int offset = strip * kStripBytes + warp_ * 64 + lane_ % 4 * 16;
+      return shared_.ring + (offset ^ (offset >> 3 & 0x70));
+    };
+    return {{at(low), at(low + tile_rows)},
+            {at(high), at(high + tile_rows)},
+            2 * tile_rows * kStripBytes};
   }
 
   __device__ void keep_sums(int tile, const float (&c)[kHalves][4]) const {
@@ -656,70 +719,59 @@ class Worker {
   // The sums of a packed tile: those of each block, of integers, times the scales of its rows.
   template <bool kFourBits>
   __device__ void multiply_panel(int k, const Operands& x, float (&c)[kHalves][4]) {
-    constexpr int kRows = Shared<kHalves, kAny>::kRows;
+    constexpr int kBlocks = packed_piece_blocks(kFourBits ? DType::kQ4 : DType::kQ8);
 #pragma unroll
-    for (int piece = 0; piece * kPieceBlocks < kMaxBlocks; ++piece) {
-      const int first = piece * kPieceBlocks;
-      const int blocks = min(kPieceBlocks, k / kBlockColumns - first);
+    for (int first = 0; first < kMaxBlocks; first += kBlocks) {
+      const int blocks = min(kBlocks, k / kBlockColumns - first);
       if (blocks <= 0) break;
       const int slot = place_.slot();
-      sm90::barrier_wait(&shared_.full[slot], place_.parity());
+      const int parity = place_.parity();
+      const unsigned char* piece =
+          shared_.ring + kStripBytes * place_.template take<Shared<kHalves, kAny>::kStrips>(
+                                           strips_of(blocks * PackedForm<kFourBits>::kBlockBytes));
+      sm90::barrier_wait(&shared_.full[slot], parity);
 #pragma unroll
-      for (int i = 0; i < kPieceBlocks; ++i) {
-        if (i >= blocks || first + i >= kMaxBlocks) break;
+      for (int i = 0; i < kBlocks; ++i) {
+        if (i >= blocks) break;
         add_packed(
-            operand_at<kFourBits>(i), warp_, [&](int h) { return x[h][first + i]; }, c);
+            operand_at<kFourBits>(piece, i), warp_, [&](int h) { return x[h][first + i]; }, c);
       }
       sm90::barrier_arrive(&shared_.empty[slot]);
-      const Piece of(kFourBits ? DType::kQ4 : DType::kQ8, kTileRows, blocks * kBlockColumns);
-      place_.template advance<kRows>(of.rows);
     }
   }
 
-  // What the lane has of block `i` of the piece at hand.
+  // What the lane has of block `i` of a piece.
   template <bool kFourBits>
-  __device__ PackedOperand<kFourBits> operand_at(int i) const {
+  __device__ PackedOperand<kFourBits> operand_at(const unsigned char* piece, int i) const {
     using Form = PackedForm<kFourBits>;
-    constexpr int kRingBytes = Shared<kHalves, kAny>::kRows * kRowBytes;
-    const auto at = [&](int offset) {
-      offset += place_.row * kRowBytes + i * Form::kBlockBytes;
-      return shared_.ring + (offset >= kRingBytes ? offset - kRingBytes : offset);
-    };
+    const unsigned char* block = piece + i * Form::kBlockBytes;
     const unsigned char* values =
-        at(Form::kHeadBytes + warp_ * Form::kStepBytes + lane_ * Form::kLaneBytes);
+        block + Form::kHeadBytes + warp_ * Form::kStepBytes + lane_ * Form::kLaneBytes;
     PackedOperand<kFourBits> operand;
-    operand.scales = *reinterpret_cast<const float2*>(at(lane_ / 4 * 8));
+    operand.scales = *reinterpret_cast<const float2*>(block + lane_ / 4 * 8);
     if constexpr (kFourBits) {
       operand.values = *reinterpret_cast<const uint2*>(values);
-      operand.factors = *reinterpret_cast<const std::uint16_t*>(
-          at(static_cast<int>(kScaleBytes) + warp_ / 2 * 16 + lane_ / 4 * 2));
+      operand.factors = *reinterpret_cast<const std::uint16_t*>(block + kScaleBytes +
+                                                                warp_ / 2 * 16 + lane_ / 4 * 2);
     } else {
       operand.values = *reinterpret_cast<const uint4*>(values);
     }
     return operand;
   }
 
-  // c += w xᵀ of block `i` of a piece whose first is `first`; w in the ring.
-  __device__ static void multiply_block(float (&c)[kHalves][4], const unsigned char* low,
-                                        const unsigned char* high, const Operands& x, int first,
-                                        int i) {
-    if (first + i >= kMaxBlocks) return;
-    const uint4 w_low = *reinterpret_cast<const uint4*>(low + i * kBlockColumns * 2);
-    const uint4 w_high = *reinterpret_cast<const uint4*>(high + i * kBlockColumns * 2);
+  // c += w xᵀ of block `i` of a piece whose first is `first`. Without a branch in between, w of all
+  // blocks is under way at once.
+  __device__ static void multiply_block(float (&c)[kHalves][4], const PieceRows& w,
+                                        const Operands& x, int first, int i) {
+    const int offset = i / 2 * w.two_blocks;
+    const uint4 low = *reinterpret_cast<const uint4*>(w.low[i % 2] + offset);
+    const uint4 high = *reinterpret_cast<const uint4*>(w.high[i % 2] + offset);
 #pragma unroll
     for (int h = 0; h < kHalves; ++h) {
       const uint4& b = x[h][first + i];
-      multiply(c[h], w_low.x, w_high.x, w_low.y, w_high.y, b.x, b.y);
-      multiply(c[h], w_low.z, w_high.z, w_low.w, w_high.w, b.z, b.w);
+      multiply(c[h], low.x, high.x, low.y, high.y, b.x, b.y);
+      multiply(c[h], low.z, high.z, low.w, high.w, b.z, b.w);
     }
-  }
-
-  // Without a branch in between, w of all blocks is under way at once.
-  template <int kCount>
-  __device__ static void multiply_blocks(float (&c)[2][kHalves][4], const unsigned char* low,
-                                         const unsigned char* high, const Operands& x, int first) {
-#pragma unroll
-    for (int i = 0; i < kCount; ++i) multiply_block(c[i % 2], low, high, x, first, i);
   }
 
   __device__ float sum_of(int tile, const Output& out) const {
@@ -772,6 +824,20 @@ class Worker {
 
   __device__ void sync_half() const {
     asm volatile("bar.sync %0, 128;" ::"r"(2 + warp_ / 4) : "memory");
+  }
+
+  // Adds to each of kCount values that of the lane whose number differs by kBit. Half of the sums
+  // are those of lanes without that bit, the others of lanes with it.
+  template <int kBit, int kCount, int kSize>
+  __device__ void fold(float (&values)[kSize]) const {
+    constexpr int kHalf = kCount / 2;
+    const bool upper = (lane_ & kBit) != 0;
+#pragma unroll
+    for (int i = 0; i < kHalf; ++i) {
+      const float sent = upper ? values[i] : values[i + kHalf];
+      const float kept = upper ? values[i + kHalf] : values[i];
+      values[i] = kept + __shfl_xor_sync(0xffffffff, sent, kBit);
+    }
   }
 
   __device__ void delta(const StepPhase& phase, int index) {
@@ -838,14 +904,15 @@ class Worker {
         if (unit_of(j) >= units) break;
         scratch.q[j][own] = own_q[j];
         scratch.k[j][own] = own_k[j];
-        const float qq = warp_sum(own_q[j] * own_q[j]);
-        const float kk = warp_sum(own_k[j] * own_k[j]);
-        const float qk = warp_sum(own_q[j] * own_k[j]);
-        if (lane_ == 0) {
-          scratch.dots[j][warp][0] = qq;
-          scratch.dots[j][warp][1] = kk;
-          scratch.dots[j][warp][2] = qk;
+        float dots[4] = {own_q[j] * own_q[j], own_k[j] * own_k[j], own_q[j] * own_k[j], 0};
+        fold<16, 4>(dots);
+        fold<8, 2>(dots);
+        float dot = dots[0];
+#pragma unroll
+        for (int offset = 4; offset > 0; offset /= 2) {
+          dot += __shfl_xor_sync(0xffffffff, dot, offset);
         }
+        if (lane_ % 8 == 0) scratch.dots[j][warp][lane_ / 16 * 2 + lane_ / 8 % 2] = dot;
       }
       sync_half();
 #pragma unroll
@@ -862,20 +929,13 @@ class Worker {
           sums_k[0] = fmaf(s[j][i].x, k, sums_k[0]), sums_k[1] = fmaf(s[j][i].y, k, sums_k[1]);
           sums_k[2] = fmaf(s[j][i].z, k, sums_k[2]), sums_k[3] = fmaf(s[j][i].w, k, sums_k[3]);
         }
-#pragma unroll
-        for (int offset = 4; offset < 32; offset *= 2) {
-#pragma unroll
-          for (int e = 0; e < 4; ++e) {
-            sums_q[e] += __shfl_xor_sync(0xffffffff, sums_q[e], offset);
-            sums_k[e] += __shfl_xor_sync(0xffffffff, sums_k[e], offset);
-          }
-        }
-        if (lane_ < 4) {
-          *reinterpret_cast<float4*>(&scratch.sums_q[j][warp][column]) =
-              make_float4(sums_q[0], sums_q[1], sums_q[2], sums_q[3]);
-          *reinterpret_cast<float4*>(&scratch.sums_k[j][warp][column]) =
-              make_float4(sums_k[0], sums_k[1], sums_k[2], sums_k[3]);
-        }
+        float sums[8] = {sums_q[0], sums_q[1], sums_q[2], sums_q[3],
+                         sums_k[0], sums_k[1], sums_k[2], sums_k[3]};
+        fold<4, 8>(sums);
+        fold<8, 4>(sums);
+        fold<16, 2>(sums);
+        auto& of_lane = lane_ / 4 % 2 == 0 ? scratch.sums_q[j] : scratch.sums_k[j];
+        of_lane[warp][column + lane_ / 8 % 2 * 2 + lane_ / 16] = sums[0];
       }
       sync_half();
 #pragma unroll
@@ -890,31 +950,40 @@ class Worker {
         };
         const float q_scale = 1 / sqrtf(all(0) + 1e-6F);
         const float k_scale = 1 / sqrtf(all(1) + 1e-6F);
-        const float u[4] = {beta[j] * (v[j].x - column_sum(scratch.sums_k[j], 0) * k_scale),
-                            beta[j] * (v[j].y - column_sum(scratch.sums_k[j], 1) * k_scale),
-                            beta[j] * (v[j].z - column_sum(scratch.sums_k[j], 2) * k_scale),
-                            beta[j] * (v[j].w - column_sum(scratch.sums_k[j], 3) * k_scale)};
+        const float4 u =
+            make_float4(beta[j] * (v[j].x - column_sum(scratch.sums_k[j], 0) * k_scale),
+                        beta[j] * (v[j].y - column_sum(scratch.sums_k[j], 1) * k_scale),
+                        beta[j] * (v[j].z - column_sum(scratch.sums_k[j], 2) * k_scale),
+                        beta[j] * (v[j].w - column_sum(scratch.sums_k[j], 3) * k_scale));
         if (own < 4) {
           const float q_dot_k = all(2) * q_scale * k_scale;
           const float scale = 1 / sqrtf(static_cast<float>(kDim));
           float4 o;
-          o.x = (column_sum(scratch.sums_q[j], 0) * q_scale + q_dot_k * u[0]) * scale;
-          o.y = (column_sum(scratch.sums_q[j], 1) * q_scale + q_dot_k * u[1]) * scale;
-          o.z = (column_sum(scratch.sums_q[j], 2) * q_scale + q_dot_k * u[2]) * scale;
-          o.w = (column_sum(scratch.sums_q[j], 3) * q_scale + q_dot_k * u[3]) * scale;
+          o.x = (column_sum(scratch.sums_q[j], 0) * q_scale + q_dot_k * u.x) * scale;
+          o.y = (column_sum(scratch.sums_q[j], 1) * q_scale + q_dot_k * u.y) * scale;
+          o.z = (column_sum(scratch.sums_q[j], 2) * q_scale + q_dot_k * u.z) * scale;
+          o.w = (column_sum(scratch.sums_q[j], 3) * q_scale + q_dot_k * u.w) * scale;
           const int head = unit_of(j) / kUnitsOfHead;
           *reinterpret_cast<float4*>(phase.o + head * kDim +
                                      unit_of(j) % kUnitsOfHead * kUnitColumns + column) = o;
         }
+        v[j] = u;
+        beta[j] = k_scale;  // in its register
+      }
+      const bool last = first + 2 * kUnits * blocks >= units;
+      if (last) tell_finished();  // nobody waits for the states
+#pragma unroll
+      for (int j = 0; j < kUnits; ++j) {
+        if (unit_of(j) >= units) break;
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-          const float key = scratch.k[j][row + i * 8] * k_scale;
-          s[j][i].x = fmaf(key, u[0], s[j][i].x), s[j][i].y = fmaf(key, u[1], s[j][i].y);
-          s[j][i].z = fmaf(key, u[2], s[j][i].z), s[j][i].w = fmaf(key, u[3], s[j][i].w);
+          const float key = scratch.k[j][row + i * 8] * beta[j];
+          s[j][i].x = fmaf(key, v[j].x, s[j][i].x), s[j][i].y = fmaf(key, v[j].y, s[j][i].y);
+          s[j][i].z = fmaf(key, v[j].z, s[j][i].z), s[j][i].w = fmaf(key, v[j].w, s[j][i].w);
           __stcs(reinterpret_cast<float4*>(states[j] + i * 8 * kDim), s[j][i]);
         }
       }
-      sync_half();  // before the scratch is written again
+      if (!last) sync_half();  // before the scratch is written again
     }
   }
 
@@ -932,9 +1001,10 @@ class Worker {
 
 template <int kHalves, bool kAny>
 __global__ void __launch_bounds__(kThreads, 1)
-    step_program_kernel(const StepPhase* phases, int count, int batch, Counters* counters) {
+    step_program_kernel(const StepPhase* phases, int count, const CUtensorMap* maps, int map_count,
+                        int batch, Counters* counters) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)  // elsewhere it is never launched
-  extern __shared__ __align__(128) unsigned char memory[];
+  extern __shared__ __align__(1024) unsigned char memory[];
   auto& shared = *reinterpret_cast<Shared<kHalves, kAny>*>(memory);
   if (threadIdx.x == 0) {
     for (int i = 0; i < kPieces; ++i) {
@@ -947,7 +1017,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   if (threadIdx.x >= kWorkers) {
     sm90::shrink_registers<40>();
     if (threadIdx.x < kWorkers + 32) {
-      stream_weights<kHalves, kAny>(phases, count, shared);
+      stream_weights<kHalves, kAny>(phases, count, maps, map_count, shared);
     } else if (threadIdx.x < kWorkers + 64) {
       meet_blocks(count, counters);
     }
@@ -973,11 +1043,36 @@ StepPhase& new_phase(StepProgram& program) {
   return phase;
 }
 
+// Pieces of w: [columns / 256][rows][4][64].
+CUtensorMap map_of_pieces(const ConstTensorView& w, int tile_rows) {
+  constexpr int kLine = 64;
+  const std::int64_t k = w.shape[1];
+  const std::int64_t blocks = k / kBlockColumns;
+  const cuuint64_t sizes[] = {kLine, kBlockColumns / kLine, static_cast<cuuint64_t>(w.shape[0]),
+                              static_cast<cuuint64_t>(blocks)};
+  const cuuint64_t strides[] = {kLine * 2, static_cast<cuuint64_t>(k) * 2, kStripBytes};
+  const cuuint32_t box[] = {kLine, kBlockColumns / kLine, static_cast<cuuint32_t>(tile_rows),
+                            static_cast<cuuint32_t>(std::min<std::int64_t>(kPieceBlocks, blocks))};
+  return encode_map(w.data, sizes, strides, box, CU_TENSOR_MAP_L2_PROMOTION_NONE);
+}
+
+// Its number in the program.
+int add_map(StepProgram& program, const ConstTensorView& w, int tile_rows) {
+  const std::tuple key(w.data, w.shape[0], w.shape[1], tile_rows);
+  auto known = program.known_maps.find(key);
+  if (known == program.known_maps.end()) {
+    known = program.known_maps.emplace(key, map_of_pieces(w, tile_rows)).first;
+  }
+  program.maps.push_back(known->second);
+  return static_cast<int>(program.maps.size()) - 1;
+}
+
 bool fits(const StepLinearArgs& args) {
   const std::int64_t k = args.x.shape[1];
   if (args.x.shape[0] > kStepLinearRows || k % kBlockColumns != 0 || k > kMaxColumns) return false;
   for (const StepLinearPart& part : args.parts) {
     if (part.epilogue == StepEpilogue::kGlu && args.parts.size() > 1) return false;
+    if (!is_packed(part.w.dtype) && !has_tiles(part.w)) return false;
   }
   if (args.x.dtype == DType::kF32 && k > kWideF32Blocks * kBlockColumns) return false;
   if (args.norm.data == nullptr) return true;
@@ -986,7 +1081,7 @@ bool fits(const StepLinearArgs& args) {
 }
 
 template <int kHalves, bool kAny>
-void launch(Context& ctx, const StepProgram& program, const StepPhase* phases, Counters* counters) {
+void launch(Context& ctx, const StepProgram& program) {
   const auto kernel = step_program_kernel<kHalves, kAny>;
   constexpr std::size_t kBytes = sizeof(Shared<kHalves, kAny>);
   static_assert(kBytes <= std::size_t{227} * 1024);
@@ -1003,8 +1098,11 @@ void launch(Context& ctx, const StepProgram& program, const StepPhase* phases, C
   config.stream = stream_of(ctx);
   config.attrs = &attribute;
   config.numAttrs = 1;
-  check(cudaLaunchKernelEx(&config, kernel, phases, static_cast<int>(program.phases.size()),
-                           program.batch, counters),
+  const auto* phases = upload(ctx, std::span<const StepPhase>(program.phases));
+  const auto* maps = upload(ctx, std::span<const CUtensorMap>(program.maps));
+  auto* counters = static_cast<Counters*>(const_cast<void*>(program.counters.view().data));
+  check(cudaLaunchKernelEx(&config, kernel, phases, static_cast<int>(program.phases.size()), maps,
+                           static_cast<int>(program.maps.size()), program.batch, counters),
         "step_program");
 }
 
@@ -1027,18 +1125,25 @@ bool add_to_program(Context& ctx, const StepLinearArgs& args) {
   for (std::size_t i = 0; i < args.parts.size(); ++i) {
     const StepLinearPart& from = args.parts[i];
     StepPart& part = phase.parts[i];
-    part.w = from.w.data;
     part.form = from.w.dtype;
     part.y = from.y.data;
     part.rows = static_cast<int>(outputs_of(from));
     part.stride = static_cast<int>(from.y.shape[1]);
     part.y_is_bf16 = from.y.dtype == DType::kBF16;
     part.epilogue = from.epilogue;
+    const int blocks = ctx.stream().multiprocessors();
     if (is_packed(part.form)) {
       program->any = true;
+      part.w = from.w.data;
+      part.tile_rows = kTileRows;
       part.turn = program->turn;
       const int panels = (part.rows + kTileRows - 1) / kTileRows;
-      program->turn = (program->turn + panels) % ctx.stream().multiprocessors();
+      program->turn = (program->turn + panels) % blocks;
+    } else {
+      part.share = (part.rows + blocks - 1) / blocks;
+      const int tiles = (part.share + kTileRows - 1) / kTileRows;
+      part.tile_rows = static_cast<std::uint8_t>((part.share + tiles - 1) / tiles);
+      part.map = add_map(*program, from.w, part.tile_rows);
     }
     if (from.epilogue == StepEpilogue::kConvSilu) {
       part.conv = static_cast<const float4*>(from.conv.data);
@@ -1070,11 +1175,9 @@ bool begin_step_program(Context& ctx) {
 void run_step_program(Context& ctx) {
   StepProgram* program = ctx.stream().program();
   if (program != nullptr && !program->phases.empty()) {
-    const auto* phases = upload(ctx, std::span<const StepPhase>(program->phases));
-    auto* counters = static_cast<Counters*>(program->counters.view().data);
     const auto run = program->any ? (program->batch <= 8 ? launch<1, true> : launch<2, true>)
                                   : (program->batch <= 8 ? launch<1, false> : launch<2, false>);
-    run(ctx, *program, phases, counters);
+    run(ctx, *program);
     program->clear();
   }
 }

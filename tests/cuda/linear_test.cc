@@ -473,8 +473,9 @@ TEST(CudaStep, DeltaRuleEqualsPlain) {
 // A layer of a DeltaNet and a head, by steps.
 class Layer {
  public:
-  // With weights of a form, but for those of β.
-  Layer(Gpu& gpu, DType form) : gpu_(gpu), form_(form) {
+  // With weights of a form, but for those of β. The MLP is 1,280 wide, five blocks of 256 columns
+  // of w, or as said.
+  Layer(Gpu& gpu, DType form, std::int64_t inner = 1280) : gpu_(gpu), form_(form), inner_(inner) {
     for (Tensor& proj : projections_) proj = matrix(kWidth, kWidth);
     for (Tensor& conv : convolutions_) conv = vector({kWidth, kStepConvWidth});
   }
@@ -505,7 +506,6 @@ class Layer {
 
   static constexpr std::int64_t kHeads = 4;
   static constexpr std::int64_t kWidth = kHeads * kStepHeadDim;
-  static constexpr std::int64_t kInner = 1280;   // five blocks of 256: not a whole number of pieces
   static constexpr std::int64_t kVocab = 40001;  // several groups of tiles a thread block
 
  private:
@@ -528,7 +528,7 @@ class Layer {
     Tensor mixed[4] = {device(DType::kF32, {batch, kWidth}), device(DType::kF32, {batch, kWidth}),
                        device(DType::kF32, {batch, kWidth}), device(DType::kF32, {batch, kWidth})};
     Tensor beta = device(DType::kF32, {batch, kHeads});
-    Tensor product = device(DType::kBF16, {batch, kInner});
+    Tensor product = device(DType::kBF16, {batch, inner_});
     const auto& self = *this;
     std::vector<StepLinearPart> parts;
     for (std::size_t i = 0; i < 3; ++i) {
@@ -570,12 +570,13 @@ class Layer {
 
   Gpu& gpu_;
   DType form_;
+  std::int64_t inner_;
   Random random_{7};
   std::array<Tensor, 4> projections_;   // q, k, v, o [kWidth, kWidth]
   std::array<Tensor, 3> convolutions_;  // [kWidth, 4]
   Tensor beta_ = matrix(kHeads, kWidth, DType::kBF16);
-  Tensor gate_up_ = matrix(2 * kInner, kWidth);
-  Tensor down_ = matrix(kWidth, kInner);
+  Tensor gate_up_ = matrix(2 * inner_, kWidth);
+  Tensor down_ = matrix(kWidth, inner_);
   Tensor head_ = matrix(kVocab, kWidth);
   Tensor norm_ = vector({kWidth});
   Tensor head_norm_ = vector({kStepHeadDim});
@@ -591,6 +592,21 @@ TEST_P(CudaStepOfForm, AProgramEqualsItsSteps) {
     const Tensor inputs = random.normal_tensor({3, batch, Layer::kWidth});
     expect_close(layer.run(inputs, 0, batch, true), layer.run(inputs, 0, batch, false),
                  5 * test::epsilon(DType::kBF16));
+  }
+}
+
+// Two pieces of a tile, of which the second is one block or a whole one.
+TEST_P(CudaStepOfForm, AProgramOfManyColumnsEqualsItsSteps) {
+  Random random(10);
+  Gpu gpu(DType::kBF16);
+  for (const std::int64_t inner : {2304, 4096}) {
+    Layer layer(gpu, GetParam(), inner);
+    for (const std::int64_t batch : {2, 9}) {
+      SCOPED_TRACE(testing::Message() << inner << " columns, " << batch << " sequences");
+      const Tensor inputs = random.normal_tensor({3, batch, Layer::kWidth});
+      expect_close(layer.run(inputs, 0, batch, true), layer.run(inputs, 0, batch, false),
+                   5 * test::epsilon(DType::kBF16));
+    }
   }
 }
 
