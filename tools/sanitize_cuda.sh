@@ -61,7 +61,7 @@ one() {
       export DELTAFOX_PLAIN_PRODUCTS=1
       options=(--num-cuda-barriers 96 --racecheck-num-workers 2)
       case $4 in
-        Narrow/*) options+=(--kernel-name kernel_substring=step --launch-count 40) ;;
+        Narrow/*) options+=(--kernel-name kernel_substring=step) ;;
         *AProgram*) options+=(--kernel-name kernel_substring=step_program) ;;
         *CudaProduct* | *CudaLinear*) options+=(--kernel-name kernel_substring=deltafox) ;;
         *) options+=(--kernel-name kernel_substring=deltafox --kernel-name-exclude kernel_substring=product_plain) ;;
@@ -77,6 +77,8 @@ one() {
     "$sanitizer" --tool "$2" --error-exitcode 9 --show-backtrace no --launch-timeout 120 --max-connections 100 \
     "${options[@]}" "$tests" --gtest_brief=1 --gtest_filter="$4" >"$log" 2>&1
   status=$?
+  # Racecheck warns of what it is not sure of: of warps that read behind __syncwarp what they have written.
+  ((status != 9)) || ! grep -q '(0 errors,' "$log" || grep -q 'FAILED  ]' "$log" || status=0
   case $status in
     0) status=passed ;;
     124 | 137) status='out of time' ;;
