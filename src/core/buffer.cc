@@ -9,6 +9,7 @@
 #include <map>
 #include <mutex>
 #include <set>
+#include <vector>
 
 #include "core/device.h"
 #include "core/error.h"
@@ -47,7 +48,9 @@ constexpr bool mapped(std::size_t bytes) {
 
 // Blocks too small for huge pages of their own but large enough that the faults of small ones would
 // take longer than what is done with them: states, and pages of caches. They are cut from chunks of
-// huge pages, each for blocks of one size, which are given back when all of their blocks are.
+// huge pages, each for blocks of one size. Chunks whose blocks have all been given back are kept
+// for the next, as touching new memory may take as long as filling it; the system may take from
+// them what it needs.
 class Blocks {
  public:
   static constexpr bool takes(std::size_t bytes) {
@@ -66,10 +69,18 @@ class Blocks {
     const std::scoped_lock lock(mutex_);
     std::set<std::byte*>& with_room = with_room_[size];
     if (with_room.empty()) {
-      std::byte* const begin = map_pages(kChunk);
-      if (begin == nullptr) return nullptr;
       const std::uint64_t all = (std::uint64_t{1} << (kChunk / size)) - 1;
-      chunks_[begin] = {.block_bytes = size, .all = all, .free = all};
+      std::byte* begin = nullptr;
+      std::uint64_t touched = 0;
+      if (kept_.empty()) {
+        begin = map_pages(kChunk);
+        if (begin == nullptr) return nullptr;
+      } else {
+        begin = kept_.back();
+        kept_.pop_back();
+        touched = all;
+      }
+      chunks_[begin] = {.block_bytes = size, .all = all, .free = all, .touched = touched};
       with_room.insert(begin);
     }
     std::byte* const begin = *with_room.begin();
@@ -87,20 +98,26 @@ class Blocks {
   void release(std::byte* block) {
     const std::scoped_lock lock(mutex_);
     const auto found = std::prev(chunks_.upper_bound(block));
-    auto& [begin, chunk] = *found;
+    std::byte* const begin = found->first;
+    Chunk& chunk = found->second;
     std::set<std::byte*>& with_room = with_room_[chunk.block_bytes];
     chunk.free |= std::uint64_t{1} << (static_cast<std::size_t>(block - begin) / chunk.block_bytes);
     with_room.insert(begin);
     if (chunk.free != chunk.all) return;
     with_room.erase(begin);
-    munmap(begin, kChunk);
     chunks_.erase(found);
+    if (kept_.size() < kMostKept && madvise(begin, kChunk, MADV_FREE) == 0) {
+      kept_.push_back(begin);
+    } else {
+      munmap(begin, kChunk);
+    }
   }
 
  private:
   static constexpr std::size_t kLeast = std::size_t{256} << 10;
   static constexpr std::size_t kChunk = 4 * kHugePage;
   static_assert(kChunk / kLeast < 64);
+  static constexpr std::size_t kMostKept = (std::size_t{1} << 30) / kChunk;
 
   // Sets of blocks, one a bit.
   struct Chunk {
@@ -113,6 +130,7 @@ class Blocks {
   std::mutex mutex_;
   std::map<std::byte*, Chunk> chunks_;                     // by where they begin
   std::map<std::size_t, std::set<std::byte*>> with_room_;  // of them, by the size of their blocks
+  std::vector<std::byte*> kept_;
 };
 
 // Never destroyed: buffers of static storage may outlive what is.

@@ -32,6 +32,10 @@ TEST(Buffer, IsZeroedAndItsOwnWhereSeveralSharePages) {
   std::vector<Buffer> buffers;
   std::vector<std::byte> marks;
   for (int round = 0; round < 300; ++round) {
+    if (round % 100 == 99) {  // all at once, so that pieces are used for another size
+      buffers.clear();
+      marks.clear();
+    }
     if (buffers.size() == 40 || (!buffers.empty() && random() % 3 == 0)) {
       const std::size_t i = random() % buffers.size();
       std::swap(buffers[i], buffers.back());
