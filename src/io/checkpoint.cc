@@ -108,8 +108,4 @@ const std::string& Checkpoint::file_of(std::string_view name) const {
   return found->second->path();
 }
 
-void Checkpoint::advise(Access access) const {
-  for (const SafetensorsFile& file : files_) file.advise(access);
-}
-
 }  // namespace deltafox::io

@@ -90,12 +90,8 @@ MappedFile::~MappedFile() {
   if (data_ != nullptr) munmap(const_cast<std::byte*>(data_), size_);
 }
 
-void MappedFile::advise(Access access) const {
-  if (data_ == nullptr) return;
-  const int advice = access == Access::kWillNeed     ? MADV_WILLNEED
-                     : access == Access::kSequential ? MADV_SEQUENTIAL
-                                                     : MADV_HUGEPAGE;
-  madvise(const_cast<std::byte*>(data_), size_, advice);
+void MappedFile::prefer_huge_pages() const {
+  if (data_ != nullptr) madvise(const_cast<std::byte*>(data_), size_, MADV_HUGEPAGE);
 }
 
 // One read for what Linux maps around a fault. MADV_POPULATE_READ faults as often and then looks

@@ -194,6 +194,7 @@ SafetensorsFile SafetensorsFile::open(const std::string& path) {
   SafetensorsFile file;
   file.path_ = path;
   file.file_ = MappedFile(path);
+  file.file_.prefer_huge_pages();
   file.header_ = parse_safetensors(file.file_.bytes(), path);
   for (TensorEntry& tensor : file.header_.tensors) {
     if (!tensor.dtype || tensor.bytes == 0) continue;

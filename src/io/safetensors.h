@@ -55,7 +55,6 @@ class SafetensorsFile {
   bool contains(std::string_view name) const { return find(name) != nullptr; }
   // Throws Error if the tensor is missing, of an unsupported dtype or of more than four dimensions.
   ConstTensorView view(std::string_view name) const;
-  void advise(Access access) const { file_.advise(access); }
 
  private:
   std::string path_;
@@ -78,7 +77,6 @@ class Checkpoint {
   ConstTensorView view(std::string_view name) const;        // as SafetensorsFile::view
   const std::string& file_of(std::string_view name) const;  // the path of the file it is in
   const TensorEntry* find(std::string_view name) const;     // null if there is none
-  void advise(Access access) const;
 
  private:
   void add(SafetensorsFile file);

@@ -43,7 +43,6 @@ TEST(Checkpoint, OfOneFile) {
   write_shard(dir / "model.safetensors", {"b", "a"}, "1234");
   write_file(dir / kIndex, "not read");
   const Checkpoint checkpoint = Checkpoint::open(dir.path());
-  checkpoint.advise(Access::kWillNeed);
   EXPECT_EQ(checkpoint.path(), dir.path());
   EXPECT_THAT(checkpoint.names(), ElementsAre("a", "b"));
   EXPECT_EQ(text_of(checkpoint.view("a")), "1234");

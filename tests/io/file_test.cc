@@ -24,9 +24,7 @@ TEST(MappedFile, HoldsTheContentsAndSurvivesAMove) {
   const TempDir dir;
   write_file(dir / "a", "fox");
   MappedFile file(dir / "a");
-  for (const Access access : {Access::kWillNeed, Access::kSequential, Access::kHugePages}) {
-    file.advise(access);
-  }
+  file.prefer_huge_pages();
   const std::byte* const data = file.bytes().data();
   const MappedFile moved(std::move(file));
   EXPECT_EQ(moved.bytes().data(), data);
@@ -40,7 +38,7 @@ TEST(MappedFile, MayBeEmpty) {
   const TempDir dir;
   write_file(dir / "a", "");
   const MappedFile file(dir / "a");
-  file.advise(Access::kWillNeed);
+  file.prefer_huge_pages();
   EXPECT_TRUE(file.bytes().empty());
 }
 
