@@ -42,6 +42,17 @@ def run(command: list, with_errors: bool = False) -> str:
     return process.stdout + (process.stderr if with_errors else "")
 
 
+def make_checkpoints(deltafox: pathlib.Path, architecture: str, models: pathlib.Path) -> None:
+    """ARCHITECTURE-DTYPE in `models`, of each width, with random weights; those that are there stay."""
+    wide = models / f"{architecture}-bfloat16"
+    if not (wide / "config.json").exists():
+        run([deltafox, "init", architecture, "--dtype", "bfloat16", "--output", wide])
+    for dtype in ("int8", "int4"):
+        narrow = models / f"{architecture}-{dtype}"
+        if not (narrow / "config.json").exists():
+            run([deltafox, "quantize", "--model", wide, "--dtype", dtype, "--output", narrow])
+
+
 class Bench:
     def __init__(self, options):
         self.deltafox = options.binary
@@ -62,13 +73,7 @@ class Bench:
 
     def prepare(self):
         for architecture in ("transformer_llama-760m", "delta_net-760m"):
-            wide = self.models / f"{architecture}-bfloat16"
-            if not (wide / "config.json").exists():
-                run([self.deltafox, "init", architecture, "--dtype", "bfloat16", "--output", wide])
-            for dtype in ("int8", "int4"):
-                narrow = self.models / f"{architecture}-{dtype}"
-                if not (narrow / "config.json").exists():
-                    run([self.deltafox, "quantize", "--model", wide, "--dtype", dtype, "--output", narrow])
+            make_checkpoints(self.deltafox, architecture, self.models)
         if not self.theirs("int4").exists():
             run(
                 [sys.executable, ROOT / "bench/make_gguf.py", "--quantize", self.peer / "llama-quantize"]

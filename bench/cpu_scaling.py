@@ -12,33 +12,11 @@ several. Needs 4 GB on the disk.
 
 import argparse
 import json
-import os
 import pathlib
-import subprocess
-import sys
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
+from cpu import ROOT, WIDTHS, make_checkpoints, run
+
 MODEL = "delta_net-760m"
-WIDTHS = ("bfloat16", "int8", "int4")
-
-
-def run(command: list, **environment: str) -> str:
-    process = subprocess.run(
-        [str(part) for part in command], capture_output=True, text=True, env=os.environ | environment
-    )
-    if process.returncode != 0:
-        sys.exit(f"{' '.join(map(str, command))}: exit status {process.returncode}\n{process.stderr[-2000:]}")
-    return process.stdout
-
-
-def prepare(binary: pathlib.Path, models: pathlib.Path) -> None:
-    wide = models / f"{MODEL}-bfloat16"
-    if not (wide / "config.json").exists():
-        run([binary, "init", MODEL, "--dtype", "bfloat16", "--output", wide])
-    for dtype in WIDTHS[1:]:
-        narrow = models / f"{MODEL}-{dtype}"
-        if not (narrow / "config.json").exists():
-            run([binary, "quantize", "--model", wide, "--dtype", dtype, "--output", narrow])
 
 
 def main() -> None:
@@ -49,7 +27,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2, 4, 8, 16])
     options = parser.parse_args()
 
-    prepare(options.binary, options.directory)
+    make_checkpoints(options.binary, MODEL, options.directory)
     limits = json.loads(run([options.binary, "bench", "machine", "--threads", max(options.threads), "--json"]))
     has_amx = any("amx" in name.lower() for name in limits["instruction_sets"])
     path = ROOT / f"bench/results/cpu_scaling_{options.name}.json"
@@ -57,10 +35,10 @@ def main() -> None:
     cases = [case for case in results["cases"] if case["threads"] not in options.threads]
 
     def measure(dtype: str, threads: int, *flags, isa: str = "") -> dict:
-        command = ["taskset", "-c", f"0-{threads - 1}", options.binary, "bench", "model", "--threads", threads]
+        command = ["env", f"DELTAFOX_ISA={isa}"] if isa else []
+        command += ["taskset", "-c", f"0-{threads - 1}", options.binary, "bench", "model", "--threads", threads]
         command += ["--model", options.directory / f"{MODEL}-{dtype}", "--runs", 2, "--json", *flags]
-        result = json.loads(run(command, **({"DELTAFOX_ISA": isa} if isa else {})))
-        (case,) = result["cases"]
+        (case,) = json.loads(run(command))["cases"]
         case |= {"dtype": dtype, "threads": threads, "isa": isa or "all", "copied": "--copy-weights" in flags}
         cases.append(case)
         return case
@@ -80,7 +58,7 @@ def main() -> None:
                 plain = measure(dtype, threads, "--prompt", 512, "--gen", 0, "--copy-weights", isa="avx512")
                 line += f"{plain['prefill_tokens_per_second']:8.0f}"
             print(line, flush=True)
-    cases.sort(key=lambda case: (WIDTHS.index(case["dtype"]), case["threads"]))
+    cases.sort(key=lambda case: (list(WIDTHS).index(case["dtype"]), case["threads"]))
     command = f"bench/cpu_scaling.py --name {options.name}"
     path.write_text(json.dumps({"command": command, "machine": limits, "cases": cases}, indent=1) + "\n")
 

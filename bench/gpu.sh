@@ -21,6 +21,14 @@ for name in delta_net fox_pro transformer_llama mamba2 hgrn2; do
     --batch "$batches" --runs 3 --json >"$out/decode_$name.json"
   "$program" bench model --model "$model" --device cuda --threads 8 --prompt 512,2048,16384 --gen 0 \
     --runs 5 --json >"$out/prefill_$name.json"
+  if [[ $name == delta_net ]]; then
+    for dtype in int8 int4; do
+      "$program" quantize --model "$model" --dtype "$dtype" --output "$model-$dtype"
+      "$program" bench model --model "$model-$dtype" --device cuda --threads 8 --prompt 0 --gen 400 \
+        --batch 1,8 --runs 3 --json >"$out/decode_${name}_$dtype.json"
+      rm -r "$model-$dtype"
+    done
+  fi
   rm -r "$model"
 done
 for name in delta_net fox_pro transformer_llama mamba2 hgrn2 samba; do

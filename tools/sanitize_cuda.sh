@@ -55,8 +55,9 @@ one() {
   fi
   seconds=$((end - start < each ? end - start : each))
   case $2 in
-    # How kernels of libraries share memory is not ours to judge, and cuBLASLt's do not run under it. It is slow:
-    # of kernels in whose midst others wait, each is watched in the tests that are for it.
+    # How kernels of libraries share memory is not ours to judge, and cuBLASLt's do not run under it. It is slow, so
+    # some kernels are watched only in tests of their own: programs of steps, whose blocks wait for each other, and
+    # plain products, which stand in for a library's.
     racecheck)
       export DELTAFOX_PLAIN_PRODUCTS=1
       options=(--num-cuda-barriers 96 --racecheck-num-workers 2)

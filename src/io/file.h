@@ -25,7 +25,7 @@ class MappedFile {
   std::span<const std::byte> bytes() const { return {data_, size_}; }
   // A hint for a file that is read as a whole: what is not in memory yet is read in huge pages
   // where the file system has them (ext4 since Linux 6.16). So they stay in memory, and this
-  // process and those to come map them with a twentieth of the faults.
+  // process and those to come map them with an eighth of the faults.
   void prefer_huge_pages() const;
 
  private:
