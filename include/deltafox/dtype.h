@@ -1,5 +1,6 @@
-// Element types of tensors, named as in safetensors files; and two packed forms of weight matrices,
-// whose elements lie in blocks with scales of their own (core/quantized.h, docs/quantization.md).
+// Element types of tensors, named as in safetensors files; two packed forms of weight matrices,
+// whose elements lie in blocks with scales of their own (core/quantized.h, docs/quantization.md);
+// and, in memory only, bfloat16 matrices in the order of a processor's tiles (ops/tile_order.h).
 #pragma once
 
 #include <cstddef>
@@ -8,7 +9,7 @@
 
 namespace deltafox {
 
-enum class DType : std::uint8_t { kF32, kBF16, kF16, kI32, kI64, kU8, kQ8, kQ4 };
+enum class DType : std::uint8_t { kF32, kBF16, kF16, kI32, kI64, kU8, kQ8, kQ4, kBF16Tiles };
 
 constexpr bool is_packed(DType dtype) {
   return dtype == DType::kQ8 || dtype == DType::kQ4;
@@ -21,6 +22,7 @@ constexpr std::size_t size_of(DType dtype) {
     case DType::kI32:
       return 4;
     case DType::kBF16:
+    case DType::kBF16Tiles:
     case DType::kF16:
       return 2;
     case DType::kI64:
@@ -40,6 +42,7 @@ constexpr std::string_view name_of(DType dtype) {
     case DType::kF32:
       return "F32";
     case DType::kBF16:
+    case DType::kBF16Tiles:
       return "BF16";
     case DType::kF16:
       return "F16";

@@ -31,7 +31,8 @@ struct LoadOptions {
   int threads = 0;  // 0: one for each core this process may use
   // On a CPU, weights that are kept as stored are read where their files are mapped: loading takes
   // no time, and processes share them. Copied, they lie on huge pages where the system has them,
-  // which steps read faster: worth it for more than some fifty tokens. The same bits either way.
+  // and bfloat16 ones on a processor with AMX in the order of its tiles, which steps read faster:
+  // worth it for more than some fifty tokens. The same bits either way.
   bool copy_weights = false;
   // On a GPU matrices and activations are bfloat16 where they are stored so or `dtype` says so,
   // else float32; with kQ8 and kQ4 activations are bfloat16. The residual stream, gates, states and
@@ -90,7 +91,8 @@ struct AttentionStats {
 };
 
 // A weight as the model keeps it: row-major, or packed (is_packed(dtype), on a GPU in an order of
-// its own). The data live as long as a copy of the model does.
+// its own), or else, where `tiled`, bfloat16 in an order of its own. The data live as long as a
+// copy of the model does.
 struct Weight {
   std::string name;  // as in the checkpoint
   DType dtype = DType::kF32;
@@ -99,8 +101,9 @@ struct Weight {
   const void* data = nullptr;  // in the device's memory
   std::size_t bytes = 0;
   bool trainable = true;  // false for what the official code keeps as a buffer
+  bool tiled = false;     // on a processor with AMX, where the matrix is not read from its file
 
-  // Copies the data, from wherever they lie, to `bytes` of the host's memory.
+  // Copies the data, from wherever they lie, to `bytes` of the host's memory; row-major if tiled.
   void copy_to(void* host) const;
 };
 

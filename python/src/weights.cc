@@ -46,19 +46,19 @@ struct HeldWeight {
   }
 };
 
-// A read-only view, or a copy where the weight lies on a GPU; bfloat16, which NumPy does not know,
-// as its bits.
+// A read-only view, or a copy where the weight lies on a GPU or in tiles; bfloat16, which NumPy
+// does not know, as its bits.
 py::array view(const py::object& self) {
   const auto& held = self.cast<const HeldWeight&>();
   held.check_plain();
   const char* const format = held.weight.dtype == DType::kF32   ? "float32"
                              : held.weight.dtype == DType::kF16 ? "float16"
                                                                 : "uint16";
-  const bool on_gpu = held.weight.device == Device::kCuda;
-  py::array array = on_gpu
+  const bool copied = held.weight.device == Device::kCuda || held.weight.tiled;
+  py::array array = copied
                         ? py::array(py::dtype(format), held.weight.shape)
                         : py::array(py::dtype(format), held.weight.shape, held.weight.data, self);
-  if (on_gpu) {
+  if (copied) {
     const py::gil_scoped_release release;
     held.weight.copy_to(array.mutable_data());
   }

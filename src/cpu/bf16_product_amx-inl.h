@@ -10,6 +10,7 @@
 #include "core/context.h"
 #include "cpu/amx.h"
 #include "cpu/intrinsics.h"
+#include "cpu/shrinking_tasks.h"
 #include "cpu/transpose_avx512-inl.h"
 
 namespace deltafox::cpu {
@@ -43,8 +44,9 @@ DELTAFOX_TARGET inline void round_row(const float* x, std::int64_t n, std::uint1
 
 // y [+]= left · right, or its transpose.
 struct Bf16Product {
-  const std::uint16_t* left;  // [rows, depth], as it lies
-  std::int64_t left_stride;
+  const std::uint16_t* left;  // [rows, depth], as it lies, or in tiles (ops/tile_order.h)
+  std::int64_t left_stride;   // of tiles `depth`
+  bool left_tiled = false;
   const std::uint16_t* right;  // [tiles of columns][right_steps][16 pairs of depth][16 columns][2]
   std::int64_t right_steps;
   std::int64_t rows;
@@ -64,6 +66,8 @@ struct Square {
   std::int64_t rows;
   std::int64_t columns;
   float* y;
+  // Where there is a single tile of columns and `left` is row-major: what to fetch meanwhile.
+  const std::uint16_t* next = nullptr;
 
   std::int64_t rows_of(int i) const { return std::clamp<std::int64_t>(rows - i * kSide, 0, kSide); }
   std::int64_t columns_of(int j) const {
@@ -86,9 +90,19 @@ DELTAFOX_TARGET void configure(const Square& s) {
   load_tiles(config);
 }
 
+// A tile's elements in the order of memory.
+template <_mm_hint kHint>
+DELTAFOX_TARGET inline void fetch(const std::uint16_t* from) {
+#pragma GCC unroll 16
+  for (std::int64_t i = 0; i < kTileElements; i += kStep) {
+    _mm_prefetch(reinterpret_cast<const char*>(from + i), kHint);
+  }
+}
+
 template <bool kRows2, bool kColumns2>
-DELTAFOX_TARGET inline void step(const std::uint16_t* left, std::int64_t row_bytes,
-                                 const std::uint16_t* right, std::int64_t right_tile) {
+DELTAFOX_TARGET inline void step(const std::uint16_t* left, const std::uint16_t* left2,
+                                 std::int64_t row_bytes, const std::uint16_t* right,
+                                 std::int64_t right_tile) {
   _tile_loadd(4, left, row_bytes);
   _tile_loadd(6, right, 64);
   _tile_dpbf16ps(0, 4, 6);
@@ -97,7 +111,7 @@ DELTAFOX_TARGET inline void step(const std::uint16_t* left, std::int64_t row_byt
     _tile_dpbf16ps(1, 4, 7);
   }
   if constexpr (kRows2) {
-    _tile_loadd(5, reinterpret_cast<const std::byte*>(left) + kSide * row_bytes, row_bytes);
+    _tile_loadd(5, left2, row_bytes);
     _tile_dpbf16ps(2, 5, 6);
     if constexpr (kColumns2) _tile_dpbf16ps(3, 5, 7);
   }
@@ -113,17 +127,22 @@ DELTAFOX_TARGET void square(const Square& s) {
   const Bf16Product& of = s.of;
   const std::int64_t right_tile = of.right_steps * kTileElements;
   const std::int64_t whole = of.depth / kStep;
+  // Of the two tiles of rows.
+  const std::uint16_t* const tiles[2] = {s.left, s.left + kSide * of.left_stride};
+  const std::int64_t row_bytes = of.left_tiled ? kStep * 2 : of.left_stride * 2;
+  const std::int64_t advance[2] = {of.left_tiled ? s.rows_of(0) * kStep : kStep,
+                                   of.left_tiled ? s.rows_of(1) * kStep : kStep};
   for (std::int64_t k = 0; k < whole; ++k) {
-    step<kRows2, kColumns2>(s.left + k * kStep, of.left_stride * 2, s.right + k * kTileElements,
-                            right_tile);
+    const std::uint16_t* const at[2] = {tiles[0] + k * advance[0], tiles[1] + k * advance[1]};
+    step<kRows2, kColumns2>(at[0], at[1], row_bytes, s.right + k * kTileElements, right_tile);
     if constexpr (!kColumns2) {
-      // A single tile of columns waits for memory: the rows below are under way when these end.
-      constexpr std::int64_t kAhead = 8;
-      if (k + kAhead < whole) continue;
-      const std::uint16_t* below = s.left + s.rows * of.left_stride + (k + kAhead - whole) * kStep;
-#pragma GCC unroll 16
-      for (std::int64_t r = 0; r < (kRows2 ? 2 : 1) * kSide; ++r) {
-        _mm_prefetch(reinterpret_cast<const char*>(below + r * of.left_stride), _MM_HINT_T0);
+      // Memory has to keep up.
+      if (of.left_tiled) {
+        constexpr std::int64_t kAhead = 384;  // 768 bytes: more of two streams is slower
+        fetch<_MM_HINT_T0>(at[0] + kAhead);
+        if constexpr (kRows2) fetch<_MM_HINT_T0>(at[1] + kAhead);
+      } else if (s.next != nullptr) {
+        fetch<_MM_HINT_T1>(s.next + k * kTileElements);
       }
     }
   }
@@ -134,7 +153,8 @@ DELTAFOX_TARGET void square(const Square& s) {
       std::copy_n(s.left + r * of.left_stride + whole * kStep, left, ends + r * kStep);
     }
     finish_stores();
-    step<kRows2, kColumns2>(ends, kStep * 2, s.right + whole * kTileElements, right_tile);
+    step<kRows2, kColumns2>(ends, ends + kTileElements, kStep * 2, s.right + whole * kTileElements,
+                            right_tile);
   }
   alignas(64) float sums[4][kSide * kSide] = {};
   _tile_stored(0, sums[0], 64);
@@ -190,9 +210,48 @@ DELTAFOX_TARGET void multiply_block(const Bf16Product& of, std::int64_t row, std
   _tile_release();
 }
 
+// Rows [row, end) by a single tile of columns: the left operand is read once, as memory gives it.
+// Two rows of tiles are read side by side. Of a row-major operand one, which is fetched row after
+// row, into the second-level cache, while the one before it is multiplied.
+DELTAFOX_TARGET void multiply_streamed(const Bf16Product& of, std::int64_t row, std::int64_t end) {
+  const std::int64_t side = of.left_tiled ? 2 * kSide : kSide;
+  Square s{.of = of,
+           .left = of.left + row * of.left_stride,
+           .right = of.right,
+           .rows = 0,
+           .columns = of.columns,
+           .y = nullptr};
+  if (!of.left_tiled) {
+    for (std::int64_t k = 0; k < of.depth; k += kStep) {
+      fetch<_MM_HINT_T1>(s.left + k * kSide);
+    }
+  }
+  std::int64_t configured = 0;
+  for (; row < end; row += side) {
+    s.rows = std::min(side, end - row);
+    s.left = of.left + row * of.left_stride;
+    s.y = of.transposed ? of.y + row : of.y + row * of.y_stride;
+    s.next = of.left_tiled || row + kSide >= end ? nullptr : s.left + kSide * of.left_stride;
+    if (s.rows != configured) configure(s);
+    configured = s.rows;
+    multiply(s);
+  }
+  _tile_release();
+}
+
 // A block of the right operand stays in the second-level cache while the left one passes by.
 void multiply(Context& ctx, const Bf16Product& of) {
   constexpr std::int64_t kPair = 2 * kSide;
+  if (of.columns <= kSide) {
+    ScratchScope scratch(ctx);
+    const std::span<const std::int64_t> begins =
+        shrinking_tasks(scratch, (of.rows + kPair - 1) / kPair, ctx.threads().size());
+    ctx.threads().parallel_for(std::ssize(begins) - 1, [&](std::int64_t task) {
+      const auto i = static_cast<std::size_t>(task);
+      multiply_streamed(of, begins[i] * kPair, std::min(of.rows, begins[i + 1] * kPair));
+    });
+    return;
+  }
   constexpr std::int64_t kBlockBytes = std::int64_t{896} * 1024;
   const std::int64_t pair_bytes = (of.depth + kStep - 1) / kStep * kTileElements * 4;
   const std::int64_t block = std::max<std::int64_t>(1, kBlockBytes / pair_bytes) * kPair;

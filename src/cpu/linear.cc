@@ -225,6 +225,7 @@ void linear(Context& ctx, const LinearArgs& args) {
   }
   if (is_packed(args.w.dtype)) return linear_packed(ctx, products);
 #if defined(__x86_64__)
+  if (args.w.dtype == DType::kBF16Tiles) return linear_bf16_amx(ctx, products);
   if (args.w.dtype == DType::kF32 && isa().avx512) return linear_f32_avx512(ctx, products);
   if (args.w.dtype == DType::kBF16 && isa().amx_bf16) return linear_bf16_amx(ctx, products);
   if (args.w.dtype == DType::kBF16 && isa().avx512_bf16) return linear_bf16_avx512(ctx, products);

@@ -167,6 +167,7 @@ void linear_bf16_amx(Context& ctx, const LinearArgs& args) {
   });
   multiply(ctx, {.left = static_cast<const std::uint16_t*>(args.w.data),
                  .left_stride = depth,
+                 .left_tiled = args.w.dtype == DType::kBF16Tiles,
                  .right = x,
                  .right_steps = steps,
                  .rows = rows,

@@ -4,6 +4,7 @@
 #include "cpu/isa.h"
 #include "cpu/linear_kernels.h"
 #include "cpu/packed_kernels.h"
+#include "cpu/shrinking_tasks.h"
 
 #undef HWY_TARGET_INCLUDE
 #define HWY_TARGET_INCLUDE "cpu/linear_packed.cc"
@@ -170,21 +171,6 @@ void store_panels(const Job& job, const float* sums, const float* up, std::int64
   } else {
     HWY_DYNAMIC_DISPATCH(store_sums_target)(sums, tokens, columns, y, stride, job.accumulate);
   }
-}
-
-// Where tasks begin, and `panels`: each takes a part of what the ones before it left. Many panels
-// in a row are read faster than a few; with the small ones at the end threads finish together.
-std::span<const std::int64_t> shrinking_tasks(ScratchScope& scratch, std::int64_t panels,
-                                              std::int64_t threads) {
-  const auto size = [&](std::int64_t begin) {
-    return std::max<std::int64_t>(1, (panels - begin) / (2 * threads));
-  };
-  std::int64_t tasks = 0;
-  for (std::int64_t begin = 0; begin < panels; begin += size(begin)) ++tasks;
-  const std::span<std::int64_t> begins = scratch.array<std::int64_t>(tasks + 1);
-  begins[0] = 0;
-  for (std::size_t i = 1; i < begins.size(); ++i) begins[i] = begins[i - 1] + size(begins[i - 1]);
-  return begins;
 }
 
 // As much as kernels fetch ahead themselves.

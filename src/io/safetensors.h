@@ -98,7 +98,9 @@ struct TensorDeclaration {
 class SafetensorsWriter {
  public:
   // Reserves the room that all tensors need, so a disk too full is found out here. The data begin
-  // at a multiple of `alignment`, as much as that of the reference implementation or more.
+  // at a multiple of `alignment`, as much as that of the reference implementation or more: of
+  // kCacheLine for what is read where it is mapped.
+  static constexpr std::size_t kCacheLine = 64;
   SafetensorsWriter(const std::string& path, std::vector<TensorDeclaration> tensors,
                     const std::map<std::string, std::string>& metadata = {},
                     std::size_t alignment = 8);

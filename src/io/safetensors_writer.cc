@@ -29,7 +29,8 @@ int rank_of(DType dtype) {
       return 1;
     case DType::kQ8:
     case DType::kQ4:
-      break;  // written as U8
+    case DType::kBF16Tiles:
+      break;  // never written: packed ones as U8, tiles not at all
   }
   return 0;
 }

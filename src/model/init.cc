@@ -119,7 +119,8 @@ void write_initialised(const std::string& config_json, const std::string& direct
     tensors.push_back({name, options.dtype, param.shape});
     total += param.shape.size() * static_cast<std::int64_t>(size_of(options.dtype));
   });
-  io::SafetensorsWriter writer(weights_path.string(), tensors, {{"format", "pt"}});
+  io::SafetensorsWriter writer(weights_path.string(), tensors, {{"format", "pt"}},
+                               io::SafetensorsWriter::kCacheLine);
   ThreadPool threads(options.threads);
   constexpr std::int64_t kPiece = std::int64_t{1} << 16;  // elements a task
   constexpr std::int64_t kBatch = std::int64_t{1} << 22;  // elements in memory at a time

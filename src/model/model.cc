@@ -28,6 +28,7 @@
 #include "ops/delta_rule.h"
 #include "ops/gla.h"
 #include "ops/ssd.h"
+#include "ops/tile_order.h"
 
 namespace deltafox {
 namespace {
@@ -185,6 +186,7 @@ struct Model::Impl {
   void fill_info(const std::string& directory);
   void populate();
   void copy_weights();
+  void arrange_in_tiles();
   bool is_looked_up(const std::string& name) const;
 };
 
@@ -203,8 +205,9 @@ Model::Impl::Impl(const std::string& directory, const LoadOptions& options)
   buffers_ = bind_params(lm_, checkpoint_, dtype, threads_);
   if (device_ == Device::kCuda) {
     buffers_ = place_on_gpu(lm_, threads_);
-  } else if (options.copy_weights) {
-    copy_weights();
+  } else {
+    if (options.copy_weights) copy_weights();
+    arrange_in_tiles();
   }
   fill_info(directory);
 }
@@ -310,6 +313,27 @@ void Model::Impl::copy_weights() {
   threads_.parallel_for(static_cast<std::int64_t>(pieces.size()), [&](std::int64_t i) {
     const Piece& piece = pieces[static_cast<std::size_t>(i)];
     std::memcpy(piece.to, piece.from.data(), piece.from.size());
+  });
+}
+
+// Matrices in memory of our own, where the processor reads them faster by tiles.
+void Model::Impl::arrange_in_tiles() {
+  const auto is_ours = [&](const void* data) {
+    return std::any_of(buffers_.begin(), buffers_.end(), [&](const Tensor& buffer) {
+      const auto* const begin = static_cast<const std::byte*>(buffer.view().data);
+      return data >= begin && data < begin + buffer.bytes();
+    });
+  };
+  Context ctx(threads_);
+  lm_.visit_params([&](const std::string& name, Param& param) {
+    ConstTensorView& w = param.value;
+    if (!param.is_matrix || !param.packable || w.dtype != DType::kBF16 ||
+        name == lm_.config().names.embeddings || !ops::prefers_tiles(ctx, w.shape) ||
+        !is_ours(w.data)) {
+      return;
+    }
+    ops::arrange_in_tiles(ctx, {const_cast<void*>(w.data), w.dtype, w.shape});
+    w.dtype = DType::kBF16Tiles;
   });
 }
 
@@ -496,6 +520,10 @@ const ModelInfo& Model::info() const {
 
 void Weight::copy_to(void* host) const {
   if (device == Device::kCuda) return cuda::copy(host, data, bytes);
+  if (tiled) {
+    return ops::copy_from_tiles({data, DType::kBF16Tiles, {shape[0], shape[1]}},
+                                static_cast<std::uint16_t*>(host));
+  }
   std::memcpy(host, data, bytes);
 }
 
@@ -504,7 +532,8 @@ std::vector<Weight> Model::weights() const {
   impl_->lm_.visit_params([&](const std::string& name, const Param& param) {
     Weight& weight = weights.emplace_back();
     weight.name = name;
-    weight.dtype = param.value.dtype;
+    weight.tiled = param.value.dtype == DType::kBF16Tiles;
+    weight.dtype = weight.tiled ? DType::kBF16 : param.value.dtype;
     for (int i = 0; i < param.shape.rank(); ++i) weight.shape.push_back(param.shape[i]);
     weight.device = impl_->device_;
     weight.data = param.value.data;

@@ -125,9 +125,8 @@ void write_quantized(const std::string& from, const std::string& to,
 
   const io::NewDirectory made(to);
   refuse_existing(to);
-  constexpr std::size_t kAlignment = 64;  // of the vectors in blocks
   io::SafetensorsWriter writer((fs::path(to) / "model.safetensors").string(), declarations,
-                               {{"format", "pt"}}, kAlignment);
+                               {{"format", "pt"}}, io::SafetensorsWriter::kCacheLine);
   std::int64_t done = 0;
   for (std::size_t i = 0; i < plans.size(); ++i) {
     const Plan& plan = plans[i];

@@ -125,7 +125,8 @@ void export_checkpoint(const std::string& path, const std::string& directory, DT
     tensors.push_back({entry.name.substr(kWeights.size()), dtype, file.view(entry.name).shape});
   }
   const fs::path root(directory);
-  io::SafetensorsWriter writer((root / "model.safetensors").string(), tensors, {{"format", "pt"}});
+  io::SafetensorsWriter writer((root / "model.safetensors").string(), tensors, {{"format", "pt"}},
+                               io::SafetensorsWriter::kCacheLine);
   for (const io::TensorDeclaration& tensor : tensors) {
     const ConstTensorView from = file.view(std::string(kWeights) + tensor.name);
     Tensor to(dtype, from.shape);

@@ -6,6 +6,7 @@
 #include <filesystem>
 #include <numeric>
 
+#include "cpu/isa.h"
 #include "deltafox/model.h"
 #include "io/safetensors.h"
 #include "support/golden.h"
@@ -178,6 +179,34 @@ TEST_P(GoldenModel, CopiedWeightsGiveTheSameBits) {
   std::vector<State> copied_states(rows_.size(), copied.new_state());
   EXPECT_EQ(test::logits(model_, rows_, states), test::logits(copied, rows_, copied_states));
   EXPECT_EQ(copied.info().weight_bytes, model_.info().weight_bytes);
+}
+
+// What an AMX processor keeps in the order of its tiles, against the same in rows.
+TEST_P(GoldenModel, MatricesInTilesGiveTheSameBits) {
+  const auto load = [&](const cpu::Isa& isa) {
+    const cpu::IsaForTesting only(isa);
+    return Model::load(golden_.directory(), {.dtype = DType::kBF16});
+  };
+  cpu::Isa without = cpu::isa();
+  without.amx_bf16 = false;
+  const Model rows = load(without);
+  const Model tiles = load(cpu::isa());
+  std::vector<State> row_states(rows_.size(), rows.new_state());
+  std::vector<State> tile_states(rows_.size(), tiles.new_state());
+  EXPECT_EQ(test::logits(rows, rows_, row_states), test::logits(tiles, rows_, tile_states));
+  const std::vector<Weight> expected = rows.weights();
+  const std::vector<Weight> got = tiles.weights();
+  ASSERT_EQ(got.size(), expected.size());
+  for (std::size_t i = 0; i < got.size(); ++i) {
+    std::vector<std::byte> bytes(got[i].bytes);
+    std::vector<std::byte> expected_bytes(expected[i].bytes);
+    got[i].copy_to(bytes.data());
+    expected[i].copy_to(expected_bytes.data());
+    EXPECT_EQ(bytes, expected_bytes) << got[i].name;
+    EXPECT_EQ(got[i].dtype, expected[i].dtype) << got[i].name;
+  }
+  const bool any = std::any_of(got.begin(), got.end(), [](const Weight& w) { return w.tiled; });
+  EXPECT_EQ(any, cpu::isa().amx_bf16);
 }
 
 TEST_P(GoldenModel, ForkingAndSavingAStateChangesNothing) {

@@ -7,6 +7,7 @@
 #include "ops/activation.h"
 #include "ops/linear.h"
 #include "ops/short_conv.h"
+#include "ops/tile_order.h"
 
 namespace deltafox {
 
@@ -26,8 +27,12 @@ Param depthwise_convolution(std::int64_t channels, std::int64_t width) {
 ConstTensorView rows_of(const ConstTensorView& tensor, std::int64_t begin, std::int64_t count) {
   const bool vector = tensor.shape.rank() == 1;
   const std::int64_t columns = vector ? 1 : tensor.shape[1];
-  // The bytes of the rows before; panels of a packed matrix are cut at their ends only.
+  // The bytes of the rows before; panels of a packed matrix, and sets of tiles, are cut at their
+  // ends only.
   assert(!is_packed(tensor.dtype) || begin % kPanelRows == 0);
+  assert(tensor.dtype != DType::kBF16Tiles ||
+         (begin % kTileOrderRows == 0 &&
+          (count % kTileOrderRows == 0 || begin + count == tensor.shape[0])));
   const std::size_t offset =
       begin == 0 ? 0 : bytes_of(tensor.dtype, vector ? Shape{begin} : Shape{begin, columns});
   return {static_cast<const std::byte*>(tensor.data) + offset, tensor.dtype,
