@@ -14,6 +14,8 @@
 // of K, while the tokens of a block, packed by threes, pass from the second-level cache: neither
 // then competes for cache sets, however long rows are. A token's columns serve 8 rows once
 // they are there, or reading them would hold up the products.
+#include <unistd.h>
+
 #include <algorithm>
 #include <cstdint>
 
@@ -166,10 +168,18 @@ DELTAFOX_TARGET void many_tile(const typename Kind::Element* next, std::int64_t 
     for (int r = 0; r < kFetch; ++r) {
       _mm_prefetch(reinterpret_cast<const char*>(next + r * depth + k * Kind::kStep), _MM_HINT_T0);
     }
+    // The second-level cache is not fast enough by itself.
+    constexpr std::int64_t kStepsAhead = 4;
     typename Kind::Vector columns[kTileTokens];
+    for (int t = 0; t < kTileTokens; ++t) {
+      _mm_prefetch(reinterpret_cast<const char*>(x + (kStepsAhead * kTileTokens + t) * Kind::kStep),
+                   _MM_HINT_T0);
+    }
     for (int t = 0; t < kTileTokens; ++t) columns[t] = Kind::load(x + t * Kind::kStep);
     for (int r = 0; r < kTileRows; ++r) {
-      const typename Kind::Vector row = Kind::load(w + r * Kind::kStep);
+      typename Kind::Vector row = Kind::load(w + r * Kind::kStep);
+      // The compiler would load it for each product anew.
+      asm("" : "+v"(row));  // NOLINT(hicpp-no-assembler)
       for (int t = 0; t < kTileTokens; ++t) sums[t][r] = Kind::madd(columns[t], row, sums[t][r]);
     }
     x += kTileTokens * Kind::kStep;
@@ -216,9 +226,17 @@ DELTAFOX_TARGET inline void copy_panel(const typename Kind::Element* w, std::int
 
 // Sizes that are set by the caches.
 constexpr std::int64_t kStretchBytes = 3072;                     // of a row of w
-constexpr std::int64_t kBlockBytes = std::int64_t{384} * 1024;   // of the tokens of a block
 constexpr std::int64_t kFewTaskBytes = std::int64_t{96} * 1024;  // of w
 constexpr std::int64_t kManyTaskRows = 8 * kTileRows;
+
+// Of the tokens of a block: three eighths of the second-level cache, as far as its size is known.
+inline std::int64_t block_bytes() {
+  static const std::int64_t bytes = [] {
+    const std::int64_t cache = sysconf(_SC_LEVEL2_CACHE_SIZE);
+    return (cache > 0 ? cache : std::int64_t{1} << 20) / 8 * 3;
+  }();
+  return bytes;
+}
 
 // A block of tokens (packed by threes) against rows of w.
 template <typename Kind>
@@ -332,7 +350,7 @@ void for_many_blocks(Context& ctx, const ConstTensorView& x, std::int64_t rows,
   ScratchScope scratch(ctx);
   const Element* packed = packed_tokens<Kind>(ctx, scratch, x);
   const std::int64_t block_tokens =
-      std::max<std::int64_t>(1, kBlockBytes / (padded * kBytes) / kTileTokens) * kTileTokens;
+      std::max<std::int64_t>(1, block_bytes() / (padded * kBytes) / kTileTokens) * kTileTokens;
   const std::int64_t token_blocks = (tokens + block_tokens - 1) / block_tokens;
   const std::int64_t row_blocks = (rows + kManyTaskRows - 1) / kManyTaskRows;
   const std::int64_t tiles = (std::min(block_tokens, tokens) + kTileTokens - 1) / kTileTokens;
