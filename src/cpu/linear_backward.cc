@@ -108,6 +108,11 @@ HWY_INLINE void multiply_panels(const float* a, const float* b, std::int64_t dep
     for (VF32& sum : row) sum = hn::Zero(kF32);
   }
   for (std::int64_t k = 0; k < depth; ++k) {
+    // The second-level cache, where panels come from, is not fast enough by itself.
+    constexpr std::int64_t kStepsAhead = 8;
+    __builtin_prefetch(b + kStepsAhead * kTileVectors * lanes());
+    __builtin_prefetch(b + (kStepsAhead * kTileVectors + 1) * lanes());
+    __builtin_prefetch(a + kStepsAhead * kTileRows);
     const VF32 left = load(b);
     const VF32 right = load(b + lanes());
     for (std::int64_t r = 0; r < kTileRows; ++r) {
