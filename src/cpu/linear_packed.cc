@@ -231,9 +231,8 @@ void many_tokens(Context& ctx, const Job& job, const PackedLayout& layout, const
   const std::int64_t expanded_bytes = four_bits ? kTileColumns * kQuantBlock : 0;
   const std::int64_t slot_bytes = sum_bytes + expanded_bytes;
   std::byte* slots = scratch.array<std::byte>(ctx.threads().size() * slot_bytes).data();
-  ctx.threads().parallel_for(tiles * token_blocks, [&](std::int64_t task, int slot) {
-    const std::int64_t panel = task / token_blocks * tile_panels;
-    const std::int64_t token = task % token_blocks * kBlockTokens;
+  const auto multiply_tile = [&](std::int64_t tile, std::int64_t token, int slot) {
+    const std::int64_t panel = tile * tile_panels;
     auto* sums = reinterpret_cast<float*>(slots + slot * slot_bytes);
     std::byte* expanded = slots + slot * slot_bytes + sum_bytes;
     const auto* matrix = static_cast<const std::byte*>(job.w.data);
@@ -274,6 +273,19 @@ void many_tokens(Context& ctx, const Job& job, const PackedLayout& layout, const
       }
     }
     store_panels(job, sums, sums + part_sums, token, block.tokens, panel, block.panels);
+  };
+  if (token_blocks > 1) {
+    ctx.threads().parallel_for(tiles * token_blocks, [&](std::int64_t task, int slot) {
+      multiply_tile(task / token_blocks, task % token_blocks * kBlockTokens, slot);
+    });
+    return;
+  }
+  // Memory has to keep up: what a tile fetches at its end is for the thread that comes to it.
+  const std::span<const std::int64_t> begins =
+      shrinking_tasks(scratch, tiles, ctx.threads().size());
+  ctx.threads().parallel_for(std::ssize(begins) - 1, [&](std::int64_t task, int slot) {
+    const auto i = static_cast<std::size_t>(task);
+    for (std::int64_t tile = begins[i]; tile < begins[i + 1]; ++tile) multiply_tile(tile, 0, slot);
   });
 }
 

@@ -113,14 +113,48 @@ DELTAFOX_TARGET inline void step(const std::int8_t* x, std::int64_t x_stride, co
   }
 }
 
+// Fetches what is read from memory next for a square's panels, while the square is multiplied. Up
+// to eight squares of tokens share it: each takes some cache lines of a panel in each of its steps.
+class Fetch {
+ public:
+  Fetch(const PackedBlock& block, const Square& square) : panel_(block.head_stride) {
+    constexpr std::int64_t kSharers = 8;
+    const std::int64_t squares = (block.tokens + 2 * kSide - 1) / (2 * kSide);
+    const std::int64_t sharers = std::min(kSharers, squares);
+    const std::int64_t lines = kQuantStep / 4 * block.next_step / kLine;  // of one square's step
+    lines_ = (lines + sharers - 1) / sharers;
+    constexpr std::int64_t kSteps = kQuantBlock / kQuantStep;
+    next_ = block.next + square.panel * panel_ +
+            square.token / (2 * kSide) % kSharers * kSteps * lines_ * kLine;
+  }
+
+  template <bool kPanels2>
+  DELTAFOX_TARGET void step() {
+    for (std::int64_t line = 0; line < lines_; ++line, next_ += kLine) {
+      _mm_prefetch(reinterpret_cast<const char*>(next_), _MM_HINT_T1);
+      if constexpr (kPanels2) {
+        _mm_prefetch(reinterpret_cast<const char*>(next_ + panel_), _MM_HINT_T1);
+      }
+    }
+  }
+
+ private:
+  static constexpr std::int64_t kLine = 64;
+  const std::byte* next_;
+  std::int64_t panel_;
+  std::int64_t lines_;
+};
+
 template <bool kTokens2, bool kPanels2>
 DELTAFOX_TARGET void square_at_edge(const PackedBlock& block, const Square& square,
                                     Products& products) {
   const std::int8_t* x = token_at(block, square.token);
   const std::byte* w = block.values + square.panel * block.value_stride;
+  Fetch fetch(block, square);
   zero_tiles<kTokens2, kPanels2>();
   for (std::int64_t k = 0; k < block.columns; k += kQuantStep) {
     step<kTokens2, kPanels2>(x + k, block.x->stride, w + k * kPanelRows, block.value_stride);
+    fetch.step<kPanels2>();
   }
   store_tiles(square, products);
   const Sums sums(block, square);
@@ -128,8 +162,7 @@ DELTAFOX_TARGET void square_at_edge(const PackedBlock& block, const Square& squa
 }
 
 // A square of 32 tokens or 16, two panels and a whole block of columns. Between its steps the
-// products of the whole square before it are added: the processor does both at a time. Of the next
-// block of its panels, as kQ8 has them in memory, each of eight squares fetches a part.
+// products of the whole square before it are added: the processor does both at a time.
 template <bool kTokens2, bool kFirst>
 DELTAFOX_TARGET inline void whole_square(const PackedBlock& block, const Square& square,
                                          const Sums& before, Products& products) {
@@ -138,20 +171,15 @@ DELTAFOX_TARGET inline void whole_square(const PackedBlock& block, const Square&
   const std::int64_t x_stride = block.x->stride;
   const std::int64_t w_stride = block.value_stride;
   const Sums sums = before;
-  constexpr std::int64_t kPart = kQuantBlock * kPanelRows / 8;
-  const std::byte* next =
-      w + kScaleBytes + kQuantBlock * kPanelRows + square.token / (2 * kSide) % 8 * kPart;
+  constexpr std::int64_t kSteps = kQuantBlock / kQuantStep;
+  Fetch fetch(block, square);
   zero_tiles<kTokens2, true>();
 #pragma GCC unroll 4
   for (std::int64_t k = 0; k < kQuantBlock; k += kQuantStep) {
     step<kTokens2, true>(x + k, x_stride, w + k * kPanelRows, w_stride);
-#pragma GCC unroll 2
-    for (int line = 0; line < 2; ++line, next += 64) {
-      _mm_prefetch(reinterpret_cast<const char*>(next), _MM_HINT_T1);
-      _mm_prefetch(reinterpret_cast<const char*>(next + w_stride), _MM_HINT_T1);
-    }
+    fetch.step<true>();
     if constexpr (kFirst) continue;
-    constexpr std::int64_t kRows = (kTokens2 ? 2 : 1) * kSide / (kQuantBlock / kQuantStep);
+    constexpr std::int64_t kRows = (kTokens2 ? 2 : 1) * kSide / kSteps;
 #pragma GCC unroll 8
     for (std::int64_t t = 0; t < kRows; ++t) {
       sums.add_row<2>(products, k / kQuantStep * kRows + t);
