@@ -99,16 +99,6 @@ __device__ inline void wait_for(const std::int32_t* counter, int count) {
     __nanosleep(40);
   }
 }
-
-// Lets the next kernel's blocks start when all of this one's have come here.
-__device__ inline void let_next_start() {
-  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
-}
-
-// The kernel ahead, and so all before it, has ended.
-__device__ inline void wait_for_kernel_ahead() {
-  asm volatile("griddepcontrol.wait;" ::: "memory");
-}
 #endif
 
 struct PrepareLayout {
