@@ -96,7 +96,7 @@ void delta_rule(Context& ctx, const DeltaRuleArgs& args) {
         ScratchScope scratch(ctx);
         const auto bytes = static_cast<std::int64_t>(delta_rule_maps_bytes(problem, batch.maps));
         float* maps = batch.maps == 0 ? nullptr : scratch.tensor({bytes / 4}).f32();
-        launch_delta_rule_chunks(problem, batch, maps, stream_of(ctx));
+        launch_delta_rule_chunks(ctx, problem, batch, maps);
       });
   for (const bool single : {true, false}) {
     for_each_batch(
@@ -148,8 +148,7 @@ void delta_rule_backward(Context& ctx, const DeltaRuleBackwardArgs& args) {
         ScratchScope scratch(ctx);
         const auto bytes =
             static_cast<std::int64_t>(delta_rule_backward_chunks_bytes(problem, batch));
-        void* workspace = scratch.tensor({bytes / 4}).data;  // before the stream is taken
-        launch_delta_rule_backward_chunks(problem, batch, workspace, stream_of(ctx));
+        launch_delta_rule_backward_chunks(ctx, problem, batch, scratch.tensor({bytes / 4}).data);
       });
   for_each_batch(
       args.sequences, {}, [&](int length) { return chunked(length) ? 0 : chunks_of(length); },

@@ -59,8 +59,8 @@ std::size_t delta_rule_scan_bytes(const DeltaRuleProblem& problem, const Sequenc
 void launch_delta_rule_scan(Context& ctx, const DeltaRuleProblem& problem,
                             const SequenceBatch& batch, void* workspace);
 
-void launch_delta_rule_chunks(const DeltaRuleProblem& problem, const SequenceBatch& batch,
-                              float* maps, cudaStream_t stream);
+void launch_delta_rule_chunks(Context& ctx, const DeltaRuleProblem& problem,
+                              const SequenceBatch& batch, float* maps);
 
 // The joins of the backward, states in order and their gradients against it. K' is K rounded up to
 // 64 or 128.
@@ -68,8 +68,8 @@ void launch_delta_rule_chunks(const DeltaRuleProblem& problem, const SequenceBat
 //           last; Nᵀ becomes the transposed state behind the segment
 //   d_maps  [maps, H, 128, K']: N'ᵀ of dS ← Mᵀ dS + N' over each segment but a sequence's first; it
 //           becomes the transposed gradient of the state before the segment
-void launch_delta_rule_joins(const DeltaRuleProblem& problem, const SequenceBatch& batch,
-                             float* maps, float* d_maps, cudaStream_t stream);
+void launch_delta_rule_joins(Context& ctx, const DeltaRuleProblem& problem,
+                             const SequenceBatch& batch, float* maps, float* d_maps);
 
 struct DeltaRuleBackwardProblem {
   const void* q = nullptr;      // [T, H, K]
@@ -112,8 +112,7 @@ int delta_rule_backward_segments(const DeltaRuleBackwardProblem& problem, int le
 std::size_t delta_rule_backward_chunks_bytes(const DeltaRuleBackwardProblem& problem,
                                              const SequenceBatch& batch);
 
-void launch_delta_rule_backward_chunks(const DeltaRuleBackwardProblem& problem,
-                                       const SequenceBatch& batch, void* workspace,
-                                       cudaStream_t stream);
+void launch_delta_rule_backward_chunks(Context& ctx, const DeltaRuleBackwardProblem& problem,
+                                       const SequenceBatch& batch, void* workspace);
 
 }  // namespace deltafox::cuda
