@@ -7,6 +7,7 @@
 
 #include "core/context.h"
 #include "cuda/sequence_batch.h"
+#include "ops/delta_mixer.h"
 
 namespace deltafox::cuda {
 
@@ -56,8 +57,14 @@ std::size_t delta_rule_maps_bytes(const DeltaRuleProblem& problem, int maps);
 bool delta_rule_scans(const DeltaRuleProblem& problem, int length, int tokens_bucket,
                       int multiprocessors);
 std::size_t delta_rule_scan_bytes(const DeltaRuleProblem& problem, const SequenceBatch& batch);
+// Whether its first kernel may compute what these would give; all sequences being scanned, in one
+// batch.
+bool delta_rule_scan_takes(Context& ctx, const DeltaInputsArgs& inputs);
+// With `inputs` q, k, v and beta are not there yet: of them it writes q and beta only, and asks for
+// `next`, weights of the next product.
 void launch_delta_rule_scan(Context& ctx, const DeltaRuleProblem& problem,
-                            const SequenceBatch& batch, void* workspace);
+                            const SequenceBatch& batch, void* workspace,
+                            const DeltaInputsArgs* inputs, const ConstTensorView& next);
 
 void launch_delta_rule_chunks(Context& ctx, const DeltaRuleProblem& problem,
                               const SequenceBatch& batch, float* maps);
