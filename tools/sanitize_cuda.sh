@@ -59,7 +59,7 @@ one() {
     # some kernels are watched only in tests of their own: programs of steps, whose blocks wait for each other, and
     # plain products, which stand in for a library's.
     racecheck)
-      export DELTAFOX_PLAIN_PRODUCTS=1
+      export DELTAFOX_PLAIN_PRODUCTS=1 DELTAFOX_TEST_ROUNDS=20
       options=(--num-cuda-barriers 96 --racecheck-num-workers 2)
       case $4 in
         Narrow/*) options+=(--kernel-name kernel_substring=step) ;;
