@@ -11,35 +11,15 @@
 #include <algorithm>
 
 #include "cuda/conv_window.cuh"
+#include "cuda/delta_inputs.cuh"
 #include "cuda/launch.cuh"
 #include "cuda/rows.cuh"
-#include "cuda/tensor_core.cuh"
 #include "ops/delta_mixer.h"
 
 namespace deltafox::cuda {
 namespace {
 
-constexpr int kWidth = static_cast<int>(kDeltaConvWidth);
-constexpr float kNormEps = 1e-6F;
-
-// To about 20 bits where the result is rounded to bfloat16: __expf and __fdividef would look after
-// denormal numbers, which are zeros here.
-template <typename T>
-__device__ float silu(float x) {
-  if constexpr (sizeof(T) == 4) return x / (1 + expf(-x));
-  constexpr float kLog2E = 1.4426950408889634F;
-  float power;
-  float quotient;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(x * -kLog2E));
-  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(quotient) : "f"(1 + power));
-  return x * quotient;
-}
-
-// Two roundings off where the result is rounded to bfloat16.
-template <typename T>
-__device__ float inverse_root(float x) {
-  return sizeof(T) == 2 ? rsqrtf(x) : 1 / sqrtf(x);
-}
+constexpr int kWidth = kConvWidth;
 
 // ---- Prompts ----------------------------------------------------------------------------------
 
@@ -47,9 +27,8 @@ constexpr int kInputThreads = 128;
 constexpr int kInputWarps = kInputThreads / 32;
 template <typename T>
 constexpr int kInputBlocks = sizeof(T) == 2 ? 4 : 3;  // of a multiprocessor
-constexpr int kChannels = 8;                          // of a thread
+constexpr int kChannels = kConvChannels;              // of a thread
 constexpr int kWarpChannels = 32 * kChannels;
-constexpr int kBetaRows = 16;  // of a block at once
 
 struct InputSequence {
   float* states[3];  // of q, k, v
@@ -80,96 +59,22 @@ struct InputsParams {
   InputSequence sequences[kLimit];
 };
 
-constexpr int kMostHeads = static_cast<int>(kDeltaInputsHeads);
-
-// β of `count` rows from row `first` of x on: each warp has some of the columns. Which of a lane's
-// eight neighbouring columns counts as which of the tensor cores' makes no difference, as long as
-// it is the same in x and b_proj.
-__device__ void beta_rows(const InputsParams& p, std::int64_t first, int count) {
-  constexpr int kAhead = 6;     // steps whose loads are under way at once
-  constexpr int kColumns = 32;  // of a step
-  __shared__ float parts[kInputWarps][kBetaRows][kMostHeads];
-  const int warp = static_cast<int>(threadIdx.x) / 32;
-  const int lane = static_cast<int>(threadIdx.x) % 32;
-  const int row = lane / 4;
-  const int steps = (p.width + kColumns - 1) / kColumns;
-  const int steps_of_warp = (steps + kInputWarps - 1) / kInputWarps;
-  const int begin = warp * steps_of_warp;
-  const int end = min(begin + steps_of_warp, steps);
-  const auto* x = static_cast<const bf16*>(p.x) + first * p.width;
-  const auto* b_proj = static_cast<const bf16*>(p.b_proj);
-  const auto load = [&](const bf16* from, int r, int rows, int step) {
-    const int column = step * kColumns + lane % 4 * 8;
-    if (r >= rows || column >= p.width || step >= end) return make_uint4(0, 0, 0, 0);
-    return *reinterpret_cast<const uint4*>(from + static_cast<std::int64_t>(r) * p.width + column);
-  };
-  float sums[2][4] = {};  // of heads 0 to 7 and 8 to 15
-  for (int step = begin; step < end; step += kAhead) {
-    uint4 a[kAhead][2];
-    uint4 b[kAhead][2];
-#pragma unroll
-    for (int i = 0; i < kAhead; ++i) {
-#pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        a[i][h] = load(x, row + 8 * h, count, step + i);
-        b[i][h] = load(b_proj, row + 8 * h, p.heads, step + i);
-      }
-    }
-#pragma unroll
-    for (int i = 0; i < kAhead; ++i) {
-      const std::uint32_t low[4] = {a[i][0].x, a[i][1].x, a[i][0].y, a[i][1].y};
-      const std::uint32_t high[4] = {a[i][0].z, a[i][1].z, a[i][0].w, a[i][1].w};
-#pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        mma_bf16(sums[h], low, b[i][h].x, b[i][h].y);
-        mma_bf16(sums[h], high, b[i][h].z, b[i][h].w);
-      }
-    }
-  }
-  __syncthreads();  // what the rows before left has been read
-#pragma unroll
-  for (int h = 0; h < 2; ++h) {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      parts[warp][row + i / 2 * 8][8 * h + 2 * (lane % 4) + i % 2] = sums[h][i];
-    }
-  }
-  __syncthreads();
-  for (int i = static_cast<int>(threadIdx.x); i < count * p.heads; i += kInputThreads) {
-    const int r = i / p.heads;
-    const int head = i % p.heads;
-    float logit = 0;
-#pragma unroll
-    for (const auto& part : parts) logit += part[r][head];
-    p.beta[first * p.heads + i] = sigmoid(logit);
-  }
-}
-
-// SiLU of x from `scaled` = x / kSiluScale, over kSiluScale: so the taps can have the factor that
-// the exponential needs, and what follows undoes it for all elements of a row at once.
-template <typename T>
-constexpr float kSiluScale = sizeof(T) == 2 ? -0.693147180559945309F : 1.0F;
-
-template <typename T>
-__device__ float scaled_silu(float scaled) {
-  if constexpr (sizeof(T) == 4) return silu<T>(scaled);
-  float power;
-  float quotient;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(scaled));
-  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(quotient) : "f"(1 + power));
-  return scaled * quotient;
-}
-
 template <typename T>
 __global__ void __launch_bounds__(kInputThreads, kInputBlocks<T>)
     delta_inputs_kernel(const __grid_constant__ InputsParams p) {
   if (static_cast<int>(blockIdx.x) < p.beta_blocks) {
+    __shared__ BetaSums sums;
     wait_for_input();
     for (int row = p.first_row + static_cast<int>(blockIdx.x) * kBetaRows; row < p.end_row;
          row += p.beta_blocks * kBetaRows) {
       const int count = min(kBetaRows, p.end_row - row);
       if (p.b_proj != nullptr) {
-        beta_rows(p, row, count);
+        beta_rows<kInputWarps>({.x = static_cast<const bf16*>(p.x),
+                                .b_proj = static_cast<const bf16*>(p.b_proj),
+                                .width = p.width,
+                                .heads = p.heads,
+                                .beta = p.beta},
+                               row, count, sums);
         continue;
       }
       float* beta = p.beta + static_cast<std::int64_t>(row) * p.heads;
@@ -213,9 +118,7 @@ __global__ void __launch_bounds__(kInputThreads, kInputBlocks<T>)
     load_four(w[c], p.conv[part] + (channel + c) * kWidth, kVector);
   }
   wait_for_input();
-  constexpr float kFactor = kSiluScale<T>;
-  // Four rows are asked for before the four ahead of them are computed; two are normed at once.
-  constexpr int kAtOnce = 2;
+  // Four rows are asked for before the four ahead of them are computed.
   Eight<T> next[kWidth];
   const auto load = [&](int t) {
 #pragma unroll
@@ -232,11 +135,7 @@ __global__ void __launch_bounds__(kInputThreads, kInputBlocks<T>)
 #pragma unroll
     for (int i = 1; i < kWidth; ++i) before[i].get(window[i]);
   }
-#pragma unroll
-  for (auto& taps : w) {
-#pragma unroll
-    for (float& tap : taps) tap *= 1 / kFactor;
-  }
+  scale_taps<T>(w);
   for (int t = begin; t < end; t += kWidth) {
     Eight<T> now[kWidth];
 #pragma unroll
@@ -245,37 +144,9 @@ __global__ void __launch_bounds__(kInputThreads, kInputBlocks<T>)
 #pragma unroll
     for (int first = 0; first < kWidth; first += kAtOnce) {
       float out[kAtOnce][kChannels];
-      float squares[kAtOnce] = {};
+      convolve_rows<T>(out, now, first, window, w, part < 2 ? p.head_lanes : 0);
 #pragma unroll
       for (int a = 0; a < kAtOnce; ++a) {
-        const int r = first + a;  // behind the last row it is the last once more
-        now[r].get(window[r]);
-#pragma unroll
-        for (int c = 0; c < kChannels; ++c) {
-          float sum = 0;
-#pragma unroll
-          for (int i = 0; i < kWidth; ++i) sum += w[c][i] * window[(r + 1 + i) % kWidth][c];
-          out[a][c] = scaled_silu<T>(sum);
-          squares[a] = fmaf(out[a][c], out[a][c], squares[a]);
-        }
-      }
-      float scale[kAtOnce];
-#pragma unroll
-      for (float& factor : scale) factor = kFactor;
-      if (part < 2) {
-        for (int offset = p.head_lanes / 2; offset > 0; offset /= 2) {
-#pragma unroll
-          for (float& sum : squares) sum += __shfl_xor_sync(0xffffffff, sum, offset);
-        }
-#pragma unroll
-        for (int a = 0; a < kAtOnce; ++a) {
-          scale[a] *= inverse_root<T>(squares[a] * (kFactor * kFactor) + kNormEps);
-        }
-      }
-#pragma unroll
-      for (int a = 0; a < kAtOnce; ++a) {
-#pragma unroll
-        for (float& element : out[a]) element *= scale[a];
         const int row = t + first + a;
         if (real && row < end) {
           Eight<T>::store(y + static_cast<std::int64_t>(row) * p.channels, out[a]);

@@ -78,12 +78,25 @@ void delta_rule(Context& ctx, const DeltaRuleArgs& args) {
   const auto scanned = [&](int length) {
     return chunked(length) && delta_rule_scans(problem, length, bucket, multiprocessors);
   };
+  // Where all is scanned, the scan's kernels may compute its inputs too.
+  const DeltaInputsArgs* inputs = args.inputs;
+  if (inputs != nullptr) {
+    bool within = delta_rule_scan_takes(ctx, *inputs);
+    for (std::int64_t b = 0; b < args.sequences.count(); ++b) {
+      within = within && scanned(static_cast<int>(args.sequences.length(b)));
+    }
+    if (!within) {
+      delta_inputs(ctx, *inputs);
+      inputs = nullptr;
+    }
+  }
   for_each_batch(
       args.sequences, args.states, [&](int length) { return scanned(length) ? 1 : 0; },
       [&](const SequenceBatch& batch) {
         ScratchScope scratch(ctx);
         const auto bytes = static_cast<std::int64_t>(delta_rule_scan_bytes(problem, batch));
-        launch_delta_rule_scan(ctx, problem, batch, scratch.tensor({bytes}, DType::kU8).data);
+        launch_delta_rule_scan(ctx, problem, batch, scratch.tensor({bytes}, DType::kU8).data,
+                               inputs, args.next);
       });
   for_each_batch(
       args.sequences, args.states,
@@ -96,7 +109,7 @@ void delta_rule(Context& ctx, const DeltaRuleArgs& args) {
         ScratchScope scratch(ctx);
         const auto bytes = static_cast<std::int64_t>(delta_rule_maps_bytes(problem, batch.maps));
         float* maps = batch.maps == 0 ? nullptr : scratch.tensor({bytes / 4}).f32();
-        launch_delta_rule_chunks(problem, batch, maps, stream_of(ctx));
+        launch_delta_rule_chunks(ctx, problem, batch, maps);
       });
   for (const bool single : {true, false}) {
     for_each_batch(
@@ -148,8 +161,7 @@ void delta_rule_backward(Context& ctx, const DeltaRuleBackwardArgs& args) {
         ScratchScope scratch(ctx);
         const auto bytes =
             static_cast<std::int64_t>(delta_rule_backward_chunks_bytes(problem, batch));
-        void* workspace = scratch.tensor({bytes / 4}).data;  // before the stream is taken
-        launch_delta_rule_backward_chunks(problem, batch, workspace, stream_of(ctx));
+        launch_delta_rule_backward_chunks(ctx, problem, batch, scratch.tensor({bytes / 4}).data);
       });
   for_each_batch(
       args.sequences, {}, [&](int length) { return chunked(length) ? 0 : chunks_of(length); },

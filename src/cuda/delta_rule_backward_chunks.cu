@@ -23,6 +23,7 @@
 #include <cmath>
 
 #include "cuda/delta_rule_chunks.cuh"
+#include "cuda/stream.h"
 
 namespace deltafox::cuda {
 namespace {
@@ -766,12 +767,12 @@ DeltaRuleProblem forward_problem(const DeltaRuleBackwardProblem& problem) {
 }
 
 template <int kKeys>
-void launch(const BackwardParams& params, cudaStream_t stream) {
+void launch(Context& ctx, const BackwardParams& params) {
   const SequenceBatch& batch = params.batch;
   const auto launch_kernel = [&](auto kernel, dim3 grid, int threads, int bytes) {
     check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes),
           "delta_rule_backward");
-    kernel<<<grid, threads, bytes, stream>>>(params);
+    kernel<<<grid, threads, bytes, stream_of(ctx)>>>(params);
     check_launch("delta_rule_backward");
   };
   const int heads = params.problem.heads;
@@ -783,8 +784,8 @@ void launch(const BackwardParams& params, cudaStream_t stream) {
   if (batch.maps > 0) {
     launch_walk.template operator()<Walk::kMaps>(batch.maps);
     launch_walk.template operator()<Walk::kGradientMaps>(batch.maps);
-    launch_delta_rule_joins(forward_problem(params.problem), batch, params.workspace.maps,
-                            params.workspace.d_maps, stream);
+    launch_delta_rule_joins(ctx, forward_problem(params.problem), batch, params.workspace.maps,
+                            params.workspace.d_maps);
   }
   launch_walk.template operator()<Walk::kGradients>(batch.blocks);
   launch_kernel(finish<kKeys>, dim3(heads, batch.blocks), kFinishThreads,
@@ -808,18 +809,17 @@ std::size_t delta_rule_backward_chunks_bytes(const DeltaRuleBackwardProblem& pro
   return Workspace{}.plan(problem, batch, nullptr);
 }
 
-void launch_delta_rule_backward_chunks(const DeltaRuleBackwardProblem& problem,
-                                       const SequenceBatch& batch, void* workspace,
-                                       cudaStream_t stream) {
+void launch_delta_rule_backward_chunks(Context& ctx, const DeltaRuleBackwardProblem& problem,
+                                       const SequenceBatch& batch, void* workspace) {
   BackwardParams params{.problem = problem,
                         .workspace = {},
                         .scale = 1 / std::sqrt(static_cast<float>(problem.key_dim)),
                         .batch = batch};
   params.workspace.plan(problem, batch, workspace);
   if (padded_keys(problem.key_dim) == 64) {
-    launch<64>(params, stream);
+    launch<64>(ctx, params);
   } else {
-    launch<128>(params, stream);
+    launch<128>(ctx, params);
   }
 }
 

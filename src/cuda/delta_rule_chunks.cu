@@ -17,6 +17,7 @@
 
 #include "cuda/check.h"
 #include "cuda/delta_rule_chunks.cuh"
+#include "cuda/launch.cuh"
 
 namespace deltafox::cuda {
 namespace {
@@ -405,6 +406,7 @@ __global__ void __launch_bounds__((kThreads<Products, kMaps>), 1)
     }
     Products::publish();
     __syncthreads();
+    wait_for_input();
 
     if (threadIdx.x >= kStateThreads) {
       if constexpr (Products::kGroup) give_registers<kMaps ? 88 : 80>();
@@ -590,6 +592,7 @@ __device__ void join(const ChunkParams& p, int row_block) {
 template <int kKeys, int kMaps, bool kGradients>
 __global__ void __launch_bounds__(kJoinThreads)
     join_segments(const __grid_constant__ ChunkParams p) {
+  wait_for_input();
   const int blocks = kGradients ? gridDim.x / 2 : gridDim.x;
   const int block = blockIdx.x;
   if (kGradients && block >= blocks) {
@@ -600,7 +603,7 @@ __global__ void __launch_bounds__(kJoinThreads)
 }
 
 template <class Products, int kKeys, bool kMaps>
-void launch_walk(ChunkParams params, int most_stages, cudaStream_t stream) {
+void launch_walk(Context& ctx, ChunkParams params, int most_stages) {
   using L = Layout<Products, kKeys, kMaps>;
   static_assert(!L::kApart || L::bytes(2) <= 227 * 1024);
   params.stages = L::kApart ? 2 : most_stages;
@@ -611,39 +614,40 @@ void launch_walk(ChunkParams params, int most_stages, cudaStream_t stream) {
         "delta_rule");
   const int blocks = kMaps ? params.batch.maps : params.batch.blocks;
   const int value_blocks = (params.problem.value_dim + kValues - 1) / kValues;
-  kernel<<<dim3(params.problem.heads, blocks, kMaps ? 1 : value_blocks),
-           (kThreads<Products, kMaps>), bytes, stream>>>(params);
-  check_launch("delta_rule");
+  launch_dependent(ctx, "delta_rule", kernel,
+                   dim3(params.problem.heads, blocks, kMaps ? 1 : value_blocks),
+                   kThreads<Products, kMaps>, bytes, params);
 }
 
 template <int kKeys, int kMaps, bool kGradients>
-void launch_join_of(const ChunkParams& params, cudaStream_t stream) {
+void launch_join_of(Context& ctx, const ChunkParams& params) {
   constexpr int kBytes = JoinLayout<kKeys, kMaps>::kBytes;
   const auto kernel = join_segments<kKeys, kMaps, kGradients>;
   check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes),
         "cudaFuncSetAttribute");
   const int value_blocks = (params.problem.value_dim + kJoinRows - 1) / kJoinRows;
-  kernel<<<dim3((kGradients ? 2 : 1) * value_blocks, params.problem.heads, params.batch.count),
-           kJoinThreads, kBytes, stream>>>(params);
-  check_launch("join_segments");
+  launch_dependent(
+      ctx, "join_segments", kernel,
+      dim3((kGradients ? 2 : 1) * value_blocks, params.problem.heads, params.batch.count),
+      kJoinThreads, kBytes, params);
 }
 
 template <int kKeys, bool kGradients>
-void launch_join(const ChunkParams& params, cudaStream_t stream) {
+void launch_join(Context& ctx, const ChunkParams& params) {
   if (most_shared_bytes() >= JoinLayout<kKeys, 3>::kBytes) {
-    launch_join_of<kKeys, 3, kGradients>(params, stream);
+    launch_join_of<kKeys, 3, kGradients>(ctx, params);
   } else {
-    launch_join_of<kKeys, 2, kGradients>(params, stream);
+    launch_join_of<kKeys, 2, kGradients>(ctx, params);
   }
 }
 
 template <class Products, int kKeys>
-void launch(const ChunkParams& params, cudaStream_t stream) {
+void launch(Context& ctx, const ChunkParams& params) {
   if (params.batch.maps > 0) {
-    launch_walk<Products, kKeys, true>(params, 4, stream);
-    launch_join<kKeys, false>(params, stream);
+    launch_walk<Products, kKeys, true>(ctx, params, 4);
+    launch_join<kKeys, false>(ctx, params);
   }
-  launch_walk<Products, kKeys, false>(params, 3, stream);
+  launch_walk<Products, kKeys, false>(ctx, params, 3);
 }
 
 ChunkParams chunk_params(const DeltaRuleProblem& problem, const SequenceBatch& batch, float* maps) {
@@ -691,21 +695,21 @@ std::size_t delta_rule_maps_bytes(const DeltaRuleProblem& problem, int maps) {
          static_cast<std::size_t>(maps);
 }
 
-void launch_delta_rule_chunks(const DeltaRuleProblem& problem, const SequenceBatch& batch,
-                              float* maps, cudaStream_t stream) {
+void launch_delta_rule_chunks(Context& ctx, const DeltaRuleProblem& problem,
+                              const SequenceBatch& batch, float* maps) {
   for_products_and_keys(problem.key_dim, [&]<class Products, int kKeys>() {
-    launch<Products, kKeys>(chunk_params(problem, batch, maps), stream);
+    launch<Products, kKeys>(ctx, chunk_params(problem, batch, maps));
   });
 }
 
-void launch_delta_rule_joins(const DeltaRuleProblem& problem, const SequenceBatch& batch,
-                             float* maps, float* d_maps, cudaStream_t stream) {
+void launch_delta_rule_joins(Context& ctx, const DeltaRuleProblem& problem,
+                             const SequenceBatch& batch, float* maps, float* d_maps) {
   ChunkParams params = chunk_params(problem, batch, maps);
   params.d_maps = d_maps;
   if (padded_keys(problem.key_dim) == 64) {
-    launch_join<64, true>(params, stream);
+    launch_join<64, true>(ctx, params);
   } else {
-    launch_join<128, true>(params, stream);
+    launch_join<128, true>(ctx, params);
   }
 }
 

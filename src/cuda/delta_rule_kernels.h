@@ -7,6 +7,7 @@
 
 #include "core/context.h"
 #include "cuda/sequence_batch.h"
+#include "ops/delta_mixer.h"
 
 namespace deltafox::cuda {
 
@@ -56,11 +57,17 @@ std::size_t delta_rule_maps_bytes(const DeltaRuleProblem& problem, int maps);
 bool delta_rule_scans(const DeltaRuleProblem& problem, int length, int tokens_bucket,
                       int multiprocessors);
 std::size_t delta_rule_scan_bytes(const DeltaRuleProblem& problem, const SequenceBatch& batch);
+// Whether its first kernel may compute what these would give; all sequences being scanned, in one
+// batch.
+bool delta_rule_scan_takes(Context& ctx, const DeltaInputsArgs& inputs);
+// With `inputs` q, k, v and beta are not there yet: of them it writes q and beta only, and asks for
+// `next`, weights of the next product.
 void launch_delta_rule_scan(Context& ctx, const DeltaRuleProblem& problem,
-                            const SequenceBatch& batch, void* workspace);
+                            const SequenceBatch& batch, void* workspace,
+                            const DeltaInputsArgs* inputs, const ConstTensorView& next);
 
-void launch_delta_rule_chunks(const DeltaRuleProblem& problem, const SequenceBatch& batch,
-                              float* maps, cudaStream_t stream);
+void launch_delta_rule_chunks(Context& ctx, const DeltaRuleProblem& problem,
+                              const SequenceBatch& batch, float* maps);
 
 // The joins of the backward, states in order and their gradients against it. K' is K rounded up to
 // 64 or 128.
@@ -68,8 +75,8 @@ void launch_delta_rule_chunks(const DeltaRuleProblem& problem, const SequenceBat
 //           last; Nᵀ becomes the transposed state behind the segment
 //   d_maps  [maps, H, 128, K']: N'ᵀ of dS ← Mᵀ dS + N' over each segment but a sequence's first; it
 //           becomes the transposed gradient of the state before the segment
-void launch_delta_rule_joins(const DeltaRuleProblem& problem, const SequenceBatch& batch,
-                             float* maps, float* d_maps, cudaStream_t stream);
+void launch_delta_rule_joins(Context& ctx, const DeltaRuleProblem& problem,
+                             const SequenceBatch& batch, float* maps, float* d_maps);
 
 struct DeltaRuleBackwardProblem {
   const void* q = nullptr;      // [T, H, K]
@@ -112,8 +119,7 @@ int delta_rule_backward_segments(const DeltaRuleBackwardProblem& problem, int le
 std::size_t delta_rule_backward_chunks_bytes(const DeltaRuleBackwardProblem& problem,
                                              const SequenceBatch& batch);
 
-void launch_delta_rule_backward_chunks(const DeltaRuleBackwardProblem& problem,
-                                       const SequenceBatch& batch, void* workspace,
-                                       cudaStream_t stream);
+void launch_delta_rule_backward_chunks(Context& ctx, const DeltaRuleBackwardProblem& problem,
+                                       const SequenceBatch& batch, void* workspace);
 
 }  // namespace deltafox::cuda

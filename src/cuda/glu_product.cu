@@ -226,19 +226,8 @@ void launch(Context& ctx, const char* op, const GluProductParams& p) {
   const int pairs = (p.rows + kPair * kRows - 1) / (kPair * kRows);
   const int tiles = pairs * ((p.outputs + kOutputs - 1) / kOutputs);
   const int clusters = std::min(tiles, ctx.stream().multiprocessors() / kPair);
-  cudaLaunchAttribute attributes[2]{};
-  attributes[0].id = cudaLaunchAttributeClusterDimension;
-  attributes[0].val.clusterDim = {kPair, 1, 1};
-  attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attributes[1].val.programmaticStreamSerializationAllowed = 1;
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(static_cast<unsigned>(clusters * kPair));
-  config.blockDim = dim3(kThreads);
-  config.dynamicSmemBytes = kBytes;
-  config.stream = stream_of(ctx);
-  config.attrs = attributes;
-  config.numAttrs = 2;
-  check(cudaLaunchKernelEx(&config, kernel, p), op);
+  launch_dependent<kPair>(ctx, op, kernel, dim3(static_cast<unsigned>(clusters * kPair)), kThreads,
+                          kBytes, p);
 }
 
 }  // namespace

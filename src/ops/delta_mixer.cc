@@ -23,8 +23,7 @@ void check_convolutions(std::string_view op, const DeltaConvolutions& of, std::i
 
 }  // namespace
 
-void delta_inputs(Context& ctx, const DeltaInputsArgs& args) {
-  const OpTimer timer("delta_inputs");
+void check_delta_inputs(const Context& ctx, const DeltaInputsArgs& args) {
   if (ctx.device() == Device::kCpu) fail("delta_inputs: runs on a GPU only");
   const std::int64_t tokens = args.sequences.tokens();
   const std::int64_t heads = args.q.shape[1];
@@ -46,6 +45,11 @@ void delta_inputs(Context& ctx, const DeltaInputsArgs& args) {
   check_activation(ctx, "delta_inputs", "q", args.q, {tokens, heads, keys});
   check("delta_inputs", "k", args.k, args.q.shape, args.q.dtype);
   check("delta_inputs", "v", args.v, args.q.shape, args.q.dtype);
+}
+
+void delta_inputs(Context& ctx, const DeltaInputsArgs& args) {
+  const OpTimer timer("delta_inputs");
+  check_delta_inputs(ctx, args);
   cuda::delta_inputs(ctx, args);
 }
 

@@ -64,6 +64,7 @@ struct DeltaTokenArgs {
 };
 
 namespace ops {
+void check_delta_inputs(const Context& ctx, const DeltaInputsArgs& args);
 void delta_inputs(Context& ctx, const DeltaInputsArgs& args);
 void delta_inputs_backward(Context& ctx, const DeltaInputsBackwardArgs& args);
 void delta_token(Context& ctx, const DeltaTokenArgs& args);

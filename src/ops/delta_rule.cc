@@ -1,6 +1,7 @@
 #include "ops/delta_rule.h"
 
 #include "ops/check.h"
+#include "ops/delta_mixer.h"
 
 namespace deltafox::ops {
 
@@ -14,6 +15,14 @@ void delta_rule(Context& ctx, const DeltaRuleArgs& args) {
   check_activation(ctx, "delta_rule", "o", args.o, args.v.shape);
   if (args.beta.data != nullptr) check("delta_rule", "beta", args.beta, {tokens, heads});
   if (args.norm.data != nullptr) check("delta_rule", "norm", args.norm, {args.v.shape[2]});
+  if (args.inputs != nullptr) {
+    check_delta_inputs(ctx, *args.inputs);
+    if (args.inputs->q.data != args.q.data || args.inputs->k.data != args.k.data ||
+        args.inputs->v.data != args.v.data || args.inputs->beta.data != args.beta.data ||
+        args.inputs->sequences.count() != args.sequences.count()) {
+      fail("delta_rule: its inputs are not what delta_inputs gives");
+    }
+  }
   switch (ctx.device()) {
     case Device::kCpu:
       if (args.norm.data != nullptr) fail("delta_rule: norms outputs on a GPU only");

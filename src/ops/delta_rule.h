@@ -16,6 +16,8 @@
 
 namespace deltafox {
 
+struct DeltaInputsArgs;  // ops/delta_mixer.h
+
 constexpr std::int64_t kDeltaRuleChunk = 64;
 
 struct DeltaRuleArgs {
@@ -33,6 +35,10 @@ struct DeltaRuleArgs {
   // data.
   ConstTensorView norm = {};
   float norm_eps = 0;
+  // On a GPU: delta_inputs with these, whose sequences, q, k, v and beta are the above, belongs
+  // before; its kernels may do both, and need not write q, k, v and beta then.
+  const DeltaInputsArgs* inputs = nullptr;
+  ConstTensorView next = {};  // weights that a GPU may ask its caches for, as they come next
 };
 
 // Of whole sequences, which begin from a zero state. With dS the gradient of the state behind a

@@ -320,6 +320,66 @@ TEST_P(CudaDeltaMixer, InputsDependOnTheirSequenceAlone) {
   }
 }
 
+// Of a few chunks its first kernel does both; of sequences that are short or long, it does not.
+TEST(CudaDeltaMixerWithin, RuleOfInputsEqualsBothToTheBit) {
+  Gpu gpu(DType::kBF16);
+  constexpr std::int64_t kKeys = 128;
+  const auto run = [&](Side side, const std::vector<std::int64_t>& cu, std::int64_t heads,
+                       bool within) {
+    const Shape shape{cu.back(), heads, kKeys};
+    Tensor q(gpu.dtype(), shape, Device::kCuda);
+    Tensor k(gpu.dtype(), shape, Device::kCuda);
+    Tensor v(gpu.dtype(), shape, Device::kCuda);
+    Tensor o(gpu.dtype(), shape, Device::kCuda);
+    Side device = upload(gpu, side);
+    const std::vector<float*> states = pointers(device.recurrent);
+    const DeltaInputsArgs inputs{.projected = device.projected.view(),
+                                 .convolutions = device.convolutions(),
+                                 .sequences = Sequences(cu),
+                                 .x = device.x.view(),
+                                 .b_proj = device.b_proj.view(),
+                                 .beta = device.beta.view(),
+                                 .q = q.view(),
+                                 .k = k.view(),
+                                 .v = v.view()};
+    if (!within) ops::delta_inputs(gpu.ctx(), inputs);
+    ops::delta_rule(gpu.ctx(), {.q = q.view(),
+                                .k = k.view(),
+                                .v = v.view(),
+                                .beta = inputs.beta,
+                                .sequences = Sequences(cu),
+                                .states = states,
+                                .o = o.view(),
+                                .norm = device.norm.view(),
+                                .norm_eps = 1e-6F,
+                                .inputs = within ? &inputs : nullptr});
+    std::vector<Tensor> results;
+    results.push_back(gpu.download(o));
+    for (const Tensor& state : device.recurrent) results.push_back(gpu.download(state));
+    for (const auto& part : device.states) {
+      for (const Tensor& state : part) results.push_back(gpu.download(state));
+    }
+    return results;
+  };
+  for (const auto& [heads, cu] : {std::pair<std::int64_t, std::vector<std::int64_t>>{12, {0, 512}},
+                                  {2, {0, 130, 323, 515}},  // chunks of 2, 1 and 64 rows at last
+                                  {3, {0, 1, 300}},
+                                  {3, {0, 2048}}}) {
+    SCOPED_TRACE(testing::Message() << cu.back() << " tokens");
+    const auto count = std::ssize(cu) - 1;
+    const auto side = [&] {
+      Random same(7);
+      return random_side(same, cu.back(), count, heads, kKeys);
+    };
+    const std::vector<Tensor> expected = run(side(), cu, heads, false);
+    for (int repeat = 0; repeat < 2; ++repeat) {
+      const std::vector<Tensor> got = run(side(), cu, heads, true);
+      ASSERT_EQ(got.size(), expected.size());
+      for (std::size_t i = 0; i < got.size(); ++i) expect_equal(got[i], expected[i]);
+    }
+  }
+}
+
 TEST_P(CudaDeltaMixer, ATokenEqualsPlain) {
   Random random(3);
   Gpu gpu(GetParam());

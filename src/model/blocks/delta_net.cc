@@ -73,15 +73,20 @@ DeltaNetMixer::Inputs DeltaNetMixer::inputs(Context& ctx, ScratchScope& scratch,
     in.q = scratch.activation(keys(tokens));
     in.k = scratch.activation(keys(tokens));
     in.v = scratch.activation(values(tokens));
-    ops::delta_inputs(ctx, {.projected = saved.joined,
-                            .convolutions = convolutions(ctx, scratch, sequences, states),
-                            .sequences = sequences,
-                            .x = of_beta,
-                            .b_proj = weights_.b_proj->value,
-                            .beta = in.beta,
-                            .q = in.q,
-                            .k = in.k,
-                            .v = in.v});
+    const DeltaInputsArgs args{.projected = saved.joined,
+                               .convolutions = convolutions(ctx, scratch, sequences, states),
+                               .sequences = sequences,
+                               .x = of_beta,
+                               .b_proj = weights_.b_proj->value,
+                               .beta = in.beta,
+                               .q = in.q,
+                               .k = in.k,
+                               .v = in.v};
+    if (of_beta.data != nullptr) {
+      in.within = args;
+    } else {
+      ops::delta_inputs(ctx, args);
+    }
     return in;
   }
   const auto convolved = [&](const TensorView& projected, const std::optional<Param>& conv,
@@ -219,7 +224,9 @@ void DeltaNetMixer::forward(Context& ctx, const ConstTensorView& x, const Sequen
                           .bf16_products = weights_.q_proj.value.dtype != DType::kF32,
                           .o = o,
                           .norm = norm_within ? weights_.o_norm.value : ConstTensorView{},
-                          .norm_eps = config_.norm_eps});
+                          .norm_eps = config_.norm_eps,
+                          .inputs = in.within ? &*in.within : nullptr,
+                          .next = weights_.o_proj.value});
   }
   if (keeps_output) {
     kept.output_scales = kept_scratch.tensor({tokens * heads});

@@ -138,6 +138,7 @@ class DeltaNetMixer {
     TensorView q, k;  // [T, H, K], in place of those unless for backward
     TensorView v;     // [T, H, V]
     TensorView beta;  // [T, H], with b_proj
+    std::optional<DeltaInputsArgs> within;  // the rule computes all that from these
   };
   // What delta_inputs and delta_token convolve with.
   DeltaConvolutions convolutions(Context& ctx, ScratchScope& scratch, const Sequences& sequences,
@@ -149,7 +150,7 @@ class DeltaNetMixer {
   // x [T, C] through the norm, with norm_first.
   ConstTensorView normed(Context& ctx, ScratchScope& scratch, const ConstTensorView& x) const;
   // From the projections in `saved`, of which the logits of beta stay what they are with `keep`;
-  // with `of_beta` [T, C] they are not there, and beta is computed from that.
+  // with `of_beta` [T, C] they are not there, and the rule computes its inputs from that too.
   Inputs inputs(Context& ctx, ScratchScope& scratch, const ConstTensorView& of_beta,
                 const Sequences& sequences, std::span<State* const> states, const Saved& saved,
                 bool keep, bool backward) const;
