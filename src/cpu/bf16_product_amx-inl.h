@@ -239,7 +239,14 @@ DELTAFOX_TARGET void multiply_streamed(const Bf16Product& of, std::int64_t row, 
   _tile_release();
 }
 
-// A block of the right operand stays in the second-level cache while the left one passes by.
+// Columns of the right operand, a multiple of 32, that stay in the second-level cache while the
+// left one passes by.
+std::int64_t block_columns(const Bf16Product& of) {
+  constexpr std::int64_t kBlockBytes = std::int64_t{896} * 1024;
+  const std::int64_t pair_bytes = (of.depth + kStep - 1) / kStep * kTileElements * 4;
+  return std::max<std::int64_t>(1, kBlockBytes / pair_bytes) * 2 * kSide;
+}
+
 void multiply(Context& ctx, const Bf16Product& of) {
   constexpr std::int64_t kPair = 2 * kSide;
   if (of.columns <= kSide) {
@@ -252,9 +259,7 @@ void multiply(Context& ctx, const Bf16Product& of) {
     });
     return;
   }
-  constexpr std::int64_t kBlockBytes = std::int64_t{896} * 1024;
-  const std::int64_t pair_bytes = (of.depth + kStep - 1) / kStep * kTileElements * 4;
-  const std::int64_t block = std::max<std::int64_t>(1, kBlockBytes / pair_bytes) * kPair;
+  const std::int64_t block = block_columns(of);
   const std::int64_t blocks = (of.columns + block - 1) / block;
   const std::int64_t row_tasks = (of.rows + kPair - 1) / kPair;
   ctx.threads().parallel_for(blocks * row_tasks, [&](std::int64_t task) {

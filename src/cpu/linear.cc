@@ -238,9 +238,10 @@ bool linear_glu(Context& ctx, const LinearGluArgs& args) {
   if (is_packed(args.w.dtype)) return linear_glu_packed(ctx, args);
 #if defined(__x86_64__)
   if (args.w.dtype == DType::kF32 && isa().avx512) return linear_glu_f32_avx512(ctx, args);
-  if (args.w.dtype == DType::kBF16 && isa().avx512_bf16 && !isa().amx_bf16) {
-    return linear_glu_bf16_avx512(ctx, args);
+  if (args.w.dtype == DType::kBF16Tiles || (args.w.dtype == DType::kBF16 && isa().amx_bf16)) {
+    return linear_glu_bf16_amx(ctx, args);
   }
+  if (args.w.dtype == DType::kBF16 && isa().avx512_bf16) return linear_glu_bf16_avx512(ctx, args);
 #endif
   return false;
 }

@@ -152,31 +152,77 @@ void backward_w(Context& ctx, const LinearBackwardArgs& args) {
                  .accumulate = true});
 }
 
+// w xᵀ, with x packed; y is for the caller to set.
+Bf16Product product_of(Context& ctx, ScratchScope& scratch, const ConstTensorView& x,
+                       const ConstTensorView& w) {
+  const std::int64_t tokens = x.shape[0];
+  const std::int64_t depth = w.shape[1];
+  const std::int64_t steps = ceil_div(depth, kStep);
+  const std::int64_t tiles = ceil_div(tokens, kSide);
+  std::uint16_t* packed = scratch.array<std::uint16_t>(tiles * steps * kTileElements).data();
+  ctx.threads().parallel_for(tiles, [&](std::int64_t tile) {
+    pack_tokens(x, tile * kSide, packed + tile * steps * kTileElements);
+  });
+  return {.left = static_cast<const std::uint16_t*>(w.data),
+          .left_stride = depth,
+          .left_tiled = w.dtype == DType::kBF16Tiles,
+          .right = packed,
+          .right_steps = steps,
+          .rows = w.shape[0],
+          .columns = tokens,
+          .depth = depth,
+          .y = nullptr,
+          .y_stride = 0,
+          .transposed = true,
+          .accumulate = false};
+}
+
 }  // namespace
 
 void linear_bf16_amx(Context& ctx, const LinearArgs& args) {
-  const std::int64_t tokens = args.x.shape[0];
-  const std::int64_t rows = args.w.shape[0];
-  const std::int64_t depth = args.w.shape[1];
-  const std::int64_t steps = ceil_div(depth, kStep);
-  const std::int64_t tiles = ceil_div(tokens, kSide);
   ScratchScope scratch(ctx);
-  std::uint16_t* x = scratch.array<std::uint16_t>(tiles * steps * kTileElements).data();
-  ctx.threads().parallel_for(tiles, [&](std::int64_t tile) {
-    pack_tokens(args.x, tile * kSide, x + tile * steps * kTileElements);
+  Bf16Product product = product_of(ctx, scratch, args.x, args.w);
+  product.y = args.y.f32();
+  product.y_stride = args.w.shape[0];
+  product.accumulate = args.accumulate;
+  multiply(ctx, product);
+}
+
+// A task has rows of the gate and those of `up` that they belong to, for a block of tokens:
+// [gate | up] never leaves the caches.
+bool linear_glu_bf16_amx(Context& ctx, const LinearGluArgs& args) {
+  const std::int64_t tokens = args.x.shape[0];
+  const std::int64_t rows = args.y.shape[1];
+  if (tokens <= kSide || rows % kSide != 0) return false;
+  ScratchScope scratch(ctx);
+  const Bf16Product all = product_of(ctx, scratch, args.x, args.w);
+  const std::int64_t block = std::min(block_columns(all), tokens);
+  const std::int64_t blocks = ceil_div(tokens, block);
+  const std::int64_t row_tasks = ceil_div(rows, kGluColumns);
+  const std::int64_t slot_floats = 2 * block * kGluColumns;
+  float* const slots = scratch.array<float>(ctx.threads().size() * slot_floats).data();
+  ctx.threads().parallel_for(blocks * row_tasks, [&](std::int64_t task, int slot) {
+    const std::int64_t n = task % row_tasks * kGluColumns;
+    const std::int64_t t = task / row_tasks * block;
+    const std::int64_t count = std::min(kGluColumns, rows - n);
+    const std::int64_t columns = std::min(block, tokens - t);
+    float* const gate = slots + slot * slot_floats;
+    float* const up = gate + block * kGluColumns;
+    for (const auto& [first, y] : {std::pair(n, gate), std::pair(rows + n, up)}) {
+      Bf16Product part = all;
+      part.left += first * part.left_stride;
+      part.right += t * part.right_steps * kStep;
+      part.rows = count;
+      part.columns = columns;
+      part.y = y;
+      part.y_stride = kGluColumns;
+      for (std::int64_t row = 0; row < count; row += 2 * kSide) {
+        multiply_block(part, row, std::min(count, row + 2 * kSide), 0, columns);
+      }
+    }
+    store_glu(gate, up, columns, count, args.activation, args.y.f32() + t * rows + n, rows);
   });
-  multiply(ctx, {.left = static_cast<const std::uint16_t*>(args.w.data),
-                 .left_stride = depth,
-                 .left_tiled = args.w.dtype == DType::kBF16Tiles,
-                 .right = x,
-                 .right_steps = steps,
-                 .rows = rows,
-                 .columns = tokens,
-                 .depth = depth,
-                 .y = args.y.f32(),
-                 .y_stride = rows,
-                 .transposed = true,
-                 .accumulate = args.accumulate});
+  return true;
 }
 
 void linear_backward_bf16_amx(Context& ctx, const LinearBackwardArgs& args) {

@@ -19,7 +19,8 @@ void linear_bf16_avx512(Context& ctx, const LinearArgs& args);
 // False for a few tokens.
 bool linear_glu_f32_avx512(Context& ctx, const LinearGluArgs& args);
 bool linear_glu_bf16_avx512(Context& ctx, const LinearGluArgs& args);
-void linear_bf16_amx(Context& ctx, const LinearArgs& args);  // BF16 or kBF16Tiles
+bool linear_glu_bf16_amx(Context& ctx, const LinearGluArgs& args);  // BF16 or kBF16Tiles
+void linear_bf16_amx(Context& ctx, const LinearArgs& args);         // BF16 or kBF16Tiles
 // dx [+]= dy w and dw += dyᵀ x, dy and x rounded as x is there.
 void linear_backward_bf16_amx(Context& ctx, const LinearBackwardArgs& args);
 #endif
