@@ -208,16 +208,21 @@ bool linear_glu_bf16_amx(Context& ctx, const LinearGluArgs& args) {
     const std::int64_t columns = std::min(block, tokens - t);
     float* const gate = slots + slot * slot_floats;
     float* const up = gate + block * kGluColumns;
-    for (const auto& [first, y] : {std::pair(n, gate), std::pair(rows + n, up)}) {
+    const std::uint16_t* const of_gate = all.left + n * all.left_stride;
+    const std::uint16_t* const of_up = of_gate + rows * all.left_stride;
+    for (const auto& [left, y] : {std::pair(of_gate, gate), std::pair(of_up, up)}) {
       Bf16Product part = all;
-      part.left += first * part.left_stride;
+      part.left = left;
       part.right += t * part.right_steps * kStep;
       part.rows = count;
       part.columns = columns;
       part.y = y;
       part.y_stride = kGluColumns;
       for (std::int64_t row = 0; row < count; row += 2 * kSide) {
-        multiply_block(part, row, std::min(count, row + 2 * kSide), 0, columns);
+        const std::int64_t end = std::min(count, row + 2 * kSide);
+        const std::uint16_t* next = left + end * part.left_stride;  // of the gate's last rows: up's
+        if (end == count) next = y == gate ? of_up : nullptr;
+        multiply_block(part, row, end, 0, columns, next);
       }
     }
     store_glu(gate, up, columns, count, args.activation, args.y.f32() + t * rows + n, rows);
