@@ -94,12 +94,12 @@ DELTAFOX_TARGET void configure(const Square& s) {
   load_tiles(config);
 }
 
-// A tile's elements in the order of memory.
-template <_mm_hint kHint>
+// A tile's elements in the order of memory, into the caches from level 1 on (kLocality 3) or 2 (2).
+template <int kLocality>
 DELTAFOX_TARGET inline void fetch(const std::uint16_t* from) {
 #pragma GCC unroll 16
   for (std::int64_t i = 0; i < kTileElements; i += kStep) {
-    _mm_prefetch(reinterpret_cast<const char*>(from + i), kHint);
+    __builtin_prefetch(from + i, 0, kLocality);
   }
 }
 
@@ -154,8 +154,8 @@ DELTAFOX_TARGET void square(const Square& s) {
       fetch_next(s, k);
     } else if (!kColumns2 && of.left_tiled) {
       constexpr std::int64_t kAhead = 384;  // 768 bytes: more of two streams is slower
-      fetch<_MM_HINT_T0>(at[0] + kAhead);
-      if constexpr (kRows2) fetch<_MM_HINT_T0>(at[1] + kAhead);
+      fetch<3>(at[0] + kAhead);
+      if constexpr (kRows2) fetch<3>(at[1] + kAhead);
     }
   }
   if (const std::int64_t left = of.depth - whole * kStep; left > 0) {
@@ -245,7 +245,7 @@ DELTAFOX_TARGET void multiply_streamed(const Bf16Product& of, std::int64_t row, 
   s.next_stream = kSide * of.left_stride / kStreams;
   if (!of.left_tiled) {
     for (std::int64_t k = 0; k < of.depth; k += kStep) {
-      fetch<_MM_HINT_T1>(s.left + k * kSide);
+      fetch<2>(s.left + k * kSide);
     }
   }
   std::int64_t configured = 0;
