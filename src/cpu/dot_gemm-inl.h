@@ -408,7 +408,7 @@ bool linear_glu_by_dots(Context& ctx, const LinearGluArgs& args) {
                           };
                           multiply(gate, work.rest);
                           multiply(up, of_up);
-                          store_glu(work.rest, of_up, tokens, count, args.activation,
+                          store_glu(work.rest, of_up, kGluColumns, tokens, count, args.activation,
                                     args.y.f32() + t * rows + n, rows);
                         });
   return true;

@@ -225,7 +225,8 @@ bool linear_glu_bf16_amx(Context& ctx, const LinearGluArgs& args) {
         multiply_block(part, row, end, 0, columns, next);
       }
     }
-    store_glu(gate, up, columns, count, args.activation, args.y.f32() + t * rows + n, rows);
+    store_glu(gate, up, kGluColumns, columns, count, args.activation, args.y.f32() + t * rows + n,
+              rows);
   });
   return true;
 }

@@ -29,10 +29,11 @@ void linear_backward_bf16_amx(Context& ctx, const LinearBackwardArgs& args);
 void linear_packed(Context& ctx, const LinearArgs& args);
 bool linear_glu_packed(Context& ctx, const LinearGluArgs& args);
 
+// Of gate and up that are multiplied at a time.
 constexpr std::int64_t kGluColumns = 64;
-// y [tokens, columns of stride] = act(gate) · up, whose rows are kGluColumns apart; columns is a
+// y [tokens, columns of stride] = act(gate) · up, whose rows are row_floats apart; columns is a
 // multiple of 16.
-void store_glu(const float* gate, const float* up, std::int64_t tokens, std::int64_t columns,
-               Activation activation, float* y, std::int64_t stride);
+void store_glu(const float* gate, const float* up, std::int64_t row_floats, std::int64_t tokens,
+               std::int64_t columns, Activation activation, float* y, std::int64_t stride);
 
 }  // namespace deltafox::cpu

@@ -17,7 +17,8 @@ namespace deltafox::cpu::HWY_NAMESPACE {
 
 constexpr std::int64_t kGroupsOfBlock = kQuantBlock / kQuantGroup;
 
-// A block of x: q = x · (127 / max|x|), rounded to the nearest even.
+// A block of x: q = x · (127 / max|x|), rounded to the nearest even. offset and group_sums may be
+// null.
 HWY_INLINE void quantize_block(const float* x, std::int64_t size, std::int8_t* q, float* scale,
                                std::int32_t* offset, std::int16_t* group_sums) {
   VF32 largest = hn::Zero(kF32);
@@ -30,13 +31,13 @@ HWY_INLINE void quantize_block(const float* x, std::int64_t size, std::int8_t* q
   const VF32 inverse = hn::Set(kF32, max > 1e-30F ? 127 / max : 0.0F);
   const hn::Rebind<std::int32_t, F32> wide;
   const hn::Rebind<std::int8_t, F32> narrow;
-  int sum = 0;
+  auto sums = hn::Zero(wide);
+  int before = 0;
   for (std::int64_t g = 0; g < kGroupsOfBlock; ++g) {
     const std::int64_t begin = g * kQuantGroup;
-    auto sums = hn::Zero(wide);
     const auto rounded = [&](VF32 v) HWY_ATTR {
       const auto integers = hn::NearestInt(hn::Mul(v, inverse));
-      sums = hn::Add(sums, integers);
+      if (offset != nullptr) sums = hn::Add(sums, integers);
       return hn::DemoteTo(narrow, integers);
     };
     for_row(
@@ -48,27 +49,31 @@ HWY_INLINE void quantize_block(const float* x, std::int64_t size, std::int8_t* q
           hn::StoreU(rounded(load_first(x + begin + i, n)), narrow, last);
           std::copy_n(last, n, q + begin + i);
         });
-    const int group = hn::GetLane(hn::SumOfLanes(wide, sums));
-    group_sums[g] = static_cast<std::int16_t>(group);
-    sum += group;
+    if (group_sums != nullptr) {
+      const int sum = hn::GetLane(hn::SumOfLanes(wide, sums));
+      group_sums[g] = static_cast<std::int16_t>(sum - before);
+      before = sum;
+    }
   }
-  *offset = 128 * sum;
+  if (offset != nullptr) *offset = 128 * hn::GetLane(hn::SumOfLanes(wide, sums));
 }
 
+// Scales and offsets are `stride` apart from block to block.
 void quantize_row_target(const float* x, std::int64_t size, std::int8_t* q, float* scales,
-                         std::int32_t* offsets, std::int16_t* group_sums) {
+                         std::int32_t* offsets, std::int64_t stride, std::int16_t* group_sums) {
   for (std::int64_t b = 0; b * kQuantBlock < size; ++b) {
     const std::int64_t begin = b * kQuantBlock;
-    quantize_block(x + begin, std::min(kQuantBlock, size - begin), q + begin, scales + b,
-                   offsets + b, group_sums + b * kGroupsOfBlock);
+    quantize_block(x + begin, std::min(kQuantBlock, size - begin), q + begin, scales + b * stride,
+                   offsets == nullptr ? nullptr : offsets + b * stride,
+                   group_sums == nullptr ? nullptr : group_sums + b * kGroupsOfBlock);
   }
 }
 
-// y[token, column] = sums [+ y]
-void store_sums_target(const float* sums, std::int64_t tokens, std::int64_t columns, float* y,
-                       std::int64_t stride, bool accumulate) {
+// y[token, column] = sums [+ y], from rows of row_floats
+void store_sums_target(const float* sums, std::int64_t row_floats, std::int64_t tokens,
+                       std::int64_t columns, float* y, std::int64_t stride, bool accumulate) {
   for (std::int64_t t = 0; t < tokens; ++t) {
-    const float* from = sums + t * kTileColumns;
+    const float* from = sums + t * row_floats;
     float* to = y + t * stride;
     for_vectors(columns, [&](std::int64_t n, auto&& load_vector, auto&& store_vector) HWY_ATTR {
       const VF32 sum = load_vector(from + n);
@@ -77,10 +82,11 @@ void store_sums_target(const float* sums, std::int64_t tokens, std::int64_t colu
   }
 }
 
-void store_glu_target(const float* gate, const float* up, std::int64_t tokens, std::int64_t columns,
-                      Activation activation, float* y, std::int64_t stride) {
+void store_glu_target(const float* gate, const float* up, std::int64_t row_floats,
+                      std::int64_t tokens, std::int64_t columns, Activation activation, float* y,
+                      std::int64_t stride) {
   for (std::int64_t t = 0; t < tokens; ++t) {
-    const std::int64_t from = t * kGluColumns;
+    const std::int64_t from = t * row_floats;
     for (std::int64_t n = 0; n < columns; n += lanes()) {
       store(hn::Mul(activate(activation, load(gate + from + n)), load(up + from + n)),
             y + t * stride + n);
@@ -97,32 +103,38 @@ HWY_EXPORT(quantize_row_target);
 HWY_EXPORT(store_sums_target);
 HWY_EXPORT(store_glu_target);
 
-void store_glu(const float* gate, const float* up, std::int64_t tokens, std::int64_t columns,
-               Activation activation, float* y, std::int64_t stride) {
-  HWY_DYNAMIC_DISPATCH(store_glu_target)(gate, up, tokens, columns, activation, y, stride);
+void store_glu(const float* gate, const float* up, std::int64_t row_floats, std::int64_t tokens,
+               std::int64_t columns, Activation activation, float* y, std::int64_t stride) {
+  HWY_DYNAMIC_DISPATCH(store_glu_target)
+  (gate, up, row_floats, tokens, columns, activation, y, stride);
 }
 
 namespace {
 
-static_assert(kTileColumns == kGluColumns);
-
 PackedKernels kernels() {
 #if defined(__x86_64__)
   if (isa().amx_int8) {
-    return {amx::eight_bits, avx512::expand, avx512::few_eight_bits, avx512::few_four_bits};
+    return {.few_eight_bits = avx512::few_eight_bits,
+            .few_four_bits = avx512::few_four_bits,
+            .many_eight_bits = amx::many_eight_bits,
+            .many_four_bits = amx::many_four_bits};
   }
   if (isa().avx512_vnni) {
-    return {avx512::eight_bits, avx512::expand, avx512::few_eight_bits, avx512::few_four_bits};
+    return {.eight_bits = avx512::eight_bits,
+            .expand = avx512::expand,
+            .few_eight_bits = avx512::few_eight_bits,
+            .few_four_bits = avx512::few_four_bits};
   }
-  if (isa().avx2) return {avx2::eight_bits, avx2::expand, nullptr, nullptr};
+  if (isa().avx2) return {.eight_bits = avx2::eight_bits, .expand = avx2::expand};
 #endif
-  return {plain::eight_bits, plain::expand, nullptr, nullptr};
+  return {.eight_bits = plain::eight_bits, .expand = plain::expand};
 }
 
 constexpr std::int64_t kBlockTokens = 256;  // their sums and integers stay in the caches
 
+// With sums of the integers where kernels read them: offsets, and those of groups for a few tokens.
 QuantizedRows quantized(Context& ctx, ScratchScope& scratch, const ConstTensorView& x,
-                        const PackedLayout& layout) {
+                        const PackedLayout& layout, bool with_offsets) {
   const std::int64_t tokens = x.shape[0];
   const std::int64_t depth = x.shape[1];
   const std::int64_t blocks = layout.blocks();
@@ -131,19 +143,23 @@ QuantizedRows quantized(Context& ctx, ScratchScope& scratch, const ConstTensorVi
   const std::int64_t stride = layout.columns() + 64;
   std::int8_t* q = scratch.array<std::int8_t>(tokens * stride).data();
   float* scales = scratch.array<float>(tokens * blocks).data();
-  std::int32_t* offsets = scratch.array<std::int32_t>(tokens * blocks).data();
-  std::int16_t* group_sums = scratch.array<std::int16_t>(tokens * groups).data();
+  std::int32_t* offsets =
+      with_offsets ? scratch.array<std::int32_t>(tokens * blocks).data() : nullptr;
+  std::int16_t* group_sums =
+      tokens <= kFewTokens ? scratch.array<std::int16_t>(tokens * groups).data() : nullptr;
   const auto row = HWY_DYNAMIC_DISPATCH(quantize_row_target);
-  constexpr std::int64_t kRowsOfTask = 4;
-  ctx.threads().parallel_for((tokens + kRowsOfTask - 1) / kRowsOfTask, [&](std::int64_t task) {
-    const std::int64_t end = std::min(tokens, (task + 1) * kRowsOfTask);
-    for (std::int64_t t = task * kRowsOfTask; t < end; ++t) {
-      row(x.f32() + t * depth, depth, q + t * stride, scales + t * blocks, offsets + t * blocks,
-          group_sums + t * groups);
+  // Whole cache lines of scales, where there are many tokens.
+  const std::int64_t rows_of_task = tokens >= 16 * 2 * ctx.threads().size() ? 16 : 4;
+  ctx.threads().parallel_for((tokens + rows_of_task - 1) / rows_of_task, [&](std::int64_t task) {
+    const std::int64_t end = std::min(tokens, (task + 1) * rows_of_task);
+    for (std::int64_t t = task * rows_of_task; t < end; ++t) {
+      row(x.f32() + t * depth, depth, q + t * stride, scales + t,
+          offsets == nullptr ? nullptr : offsets + t, tokens,
+          group_sums == nullptr ? nullptr : group_sums + t * groups);
       std::fill(q + t * stride + depth, q + (t + 1) * stride, std::int8_t{0});
     }
   });
-  return {q, stride, scales, offsets, group_sums, blocks};
+  return {q, stride, scales, offsets, group_sums, tokens, blocks};
 }
 
 // Products with w, whose rows are one part or the two of a gated unit, and what becomes of them:
@@ -159,17 +175,19 @@ struct Job {
   std::int64_t parts() const { return gated ? 2 : 1; }
 };
 
-// For some panels of each part. Sums of the second part begin at `up`.
-void store_panels(const Job& job, const float* sums, const float* up, std::int64_t token,
-                  std::int64_t tokens, std::int64_t panel, std::int64_t panels) {
+// For some panels of each part, from rows of row_floats. Sums of the second part begin at `up`.
+void store_panels(const Job& job, const float* sums, const float* up, std::int64_t row_floats,
+                  std::int64_t token, std::int64_t tokens, std::int64_t panel,
+                  std::int64_t panels) {
   const std::int64_t stride = job.y.shape[1];
   const std::int64_t column = panel * kPanelRows;
   const std::int64_t columns = std::min(panels * kPanelRows, stride - column);
   float* y = job.y.f32() + token * stride + column;
   if (job.gated) {
-    store_glu(sums, up, tokens, columns, job.activation, y, stride);
+    store_glu(sums, up, row_floats, tokens, columns, job.activation, y, stride);
   } else {
-    HWY_DYNAMIC_DISPATCH(store_sums_target)(sums, tokens, columns, y, stride, job.accumulate);
+    HWY_DYNAMIC_DISPATCH(store_sums_target)
+    (sums, row_floats, tokens, columns, y, stride, job.accumulate);
   }
 }
 
@@ -201,38 +219,84 @@ void few_tokens(Context& ctx, const Job& job, const PackedLayout& layout, const 
         // A gated unit goes on elsewhere, at a place that is on its way when these panels end.
         if (job.gated) fetch_ahead(panel_at(1 - part, panel + part * kMaxPanels));
         kernel({.x = &x,
+                .token = 0,
                 .tokens = tokens,
                 .layout = &layout,
                 .first = panel_at(part, panel),
                 .panels = static_cast<int>(panels),
+                .next = nullptr,
                 .sums = sums[part]});
       }
-      store_panels(job, sums[0], sums[1], 0, tokens, panel, panels);
+      store_panels(job, sums[0], sums[1], kTileColumns, 0, tokens, panel, panels);
     }
   });
 }
 
+// By a kernel that takes panels as they lie in memory.
+void many_tokens(Context& ctx, const Job& job, const PackedLayout& layout, const QuantizedRows& x,
+                 ScratchScope& scratch, void (*kernel)(const PackedPanels&)) {
+  // Integers of a block of tokens stay in the second-level cache while weights pass by.
+  constexpr std::int64_t kIntegerBytes = std::int64_t{1} << 20;
+  constexpr std::int64_t kSumColumns = kTilePanels * kPanelRows;
+  const std::int64_t tokens = job.x.shape[0];
+  const std::int64_t block_tokens =
+      std::min(tokens, std::clamp<std::int64_t>(kIntegerBytes / layout.columns() / 32 * 32,
+                                                kBlockTokens, 2 * kBlockTokens));
+  const std::int64_t token_blocks = (tokens + block_tokens - 1) / block_tokens;
+  const std::int64_t part_panels = layout.panels() / job.parts();
+  const std::int64_t tiles = (part_panels + kTilePanels - 1) / kTilePanels;
+  const std::int64_t part_floats = block_tokens * kSumColumns;
+  float* slots = scratch.array<float>(ctx.threads().size() * job.parts() * part_floats).data();
+  const auto panel_at = [&](std::int64_t part, std::int64_t tile) {
+    return static_cast<const std::byte*>(job.w.data) +
+           (part * part_panels + tile * kTilePanels) * layout.panel_bytes();
+  };
+  const std::span<const std::int64_t> begins =
+      shrinking_tasks(scratch, tiles, ctx.threads().size());
+  const std::int64_t runs = std::ssize(begins) - 1;
+  ctx.threads().parallel_for(token_blocks * runs, [&](std::int64_t task, int slot) {
+    const std::int64_t token = task / runs * block_tokens;
+    const std::int64_t count = std::min(block_tokens, tokens - token);
+    float* sums = slots + slot * job.parts() * part_floats;
+    const auto run = static_cast<std::size_t>(task % runs);
+    for (std::int64_t tile = begins[run]; tile < begins[run + 1]; ++tile) {
+      const std::int64_t panel = tile * kTilePanels;
+      const std::int64_t panels = std::min<std::int64_t>(kTilePanels, part_panels - panel);
+      for (std::int64_t part = 0; part < job.parts(); ++part) {
+        const bool last_part = part + 1 == job.parts();
+        const bool last = last_part && tile + 1 == begins[run + 1];
+        kernel({.x = &x,
+                .token = token,
+                .tokens = count,
+                .layout = &layout,
+                .first = panel_at(part, tile),
+                .panels = static_cast<int>(panels),
+                .next = last        ? nullptr
+                        : last_part ? panel_at(0, tile + 1)
+                                    : panel_at(part + 1, tile),
+                .sums = sums + part * part_floats});
+      }
+      store_panels(job, sums, sums + part_floats, kSumColumns, token, count, panel, panels);
+    }
+  });
+}
+
+// By blocks of columns, of which int4 is expanded first.
 void many_tokens(Context& ctx, const Job& job, const PackedLayout& layout, const QuantizedRows& x,
                  ScratchScope& scratch, const PackedKernels& run) {
   const std::int64_t tokens = job.x.shape[0];
   const bool four_bits = job.w.dtype == DType::kQ4;
   const std::int64_t part_panels = layout.panels() / job.parts();
-  // Parts are side by side in rows of sums, or each has rows of its own: four panels at a time are
-  // faster than two but for the tiles of AMX, which take two in any case.
-  const bool side_by_side = isa().amx_int8;
-  const std::int64_t tile_panels = side_by_side ? kMaxPanels / job.parts() : kMaxPanels;
   const std::int64_t token_blocks = (tokens + kBlockTokens - 1) / kBlockTokens;
-  const std::int64_t tiles = (part_panels + tile_panels - 1) / tile_panels;
-  const std::int64_t part_sums =
-      side_by_side ? tile_panels * kPanelRows : std::min(tokens, kBlockTokens) * kTileColumns;
-  const std::int64_t sum_floats =
-      std::min(tokens, kBlockTokens) * kTileColumns * (side_by_side ? 1 : job.parts());
+  const std::int64_t tiles = (part_panels + kMaxPanels - 1) / kMaxPanels;
+  const std::int64_t part_sums = std::min(tokens, kBlockTokens) * kTileColumns;
+  const std::int64_t sum_floats = part_sums * job.parts();
   const std::int64_t sum_bytes = sum_floats * 4;
   const std::int64_t expanded_bytes = four_bits ? kTileColumns * kQuantBlock : 0;
   const std::int64_t slot_bytes = sum_bytes + expanded_bytes;
   std::byte* slots = scratch.array<std::byte>(ctx.threads().size() * slot_bytes).data();
   const auto multiply_tile = [&](std::int64_t tile, std::int64_t token, int slot) {
-    const std::int64_t panel = tile * tile_panels;
+    const std::int64_t panel = tile * kMaxPanels;
     auto* sums = reinterpret_cast<float*>(slots + slot * slot_bytes);
     std::byte* expanded = slots + slot * slot_bytes + sum_bytes;
     const auto* matrix = static_cast<const std::byte*>(job.w.data);
@@ -242,7 +306,7 @@ void many_tokens(Context& ctx, const Job& job, const PackedLayout& layout, const
         .tokens = std::min(kBlockTokens, tokens - token),
         .block = 0,
         .columns = 0,
-        .panels = static_cast<int>(std::min(tile_panels, part_panels - panel)),
+        .panels = static_cast<int>(std::min<std::int64_t>(kMaxPanels, part_panels - panel)),
         .head = nullptr,
         .head_stride = layout.panel_bytes(),
         .values = nullptr,
@@ -260,7 +324,7 @@ void many_tokens(Context& ctx, const Job& job, const PackedLayout& layout, const
         block.head = first + layout.block_offset(block.block);
         block.next = block.block + 1 < layout.blocks()
                          ? first + layout.block_offset(block.block + 1)
-                         : first + tile_panels * layout.panel_bytes();
+                         : first + kMaxPanels * layout.panel_bytes();
         block.values = block.head + layout.head_bytes();
         if (four_bits) {
           for (int p = 0; p < block.panels; ++p) {
@@ -272,7 +336,8 @@ void many_tokens(Context& ctx, const Job& job, const PackedLayout& layout, const
         run.eight_bits(block);
       }
     }
-    store_panels(job, sums, sums + part_sums, token, block.tokens, panel, block.panels);
+    store_panels(job, sums, sums + part_sums, kTileColumns, token, block.tokens, panel,
+                 block.panels);
   };
   if (token_blocks > 1) {
     ctx.threads().parallel_for(tiles * token_blocks, [&](std::int64_t task, int slot) {
@@ -293,10 +358,14 @@ void run_job(Context& ctx, const Job& job) {
   const PackedKernels run = kernels();
   const PackedLayout layout(job.w.dtype, job.w.shape[0], job.w.shape[1]);
   ScratchScope scratch(ctx);
-  const QuantizedRows x = quantized(ctx, scratch, job.x, layout);
   const auto few = job.w.dtype == DType::kQ4 ? run.few_four_bits : run.few_eight_bits;
-  if (job.x.shape[0] <= kFewTokens && few != nullptr) {
+  const auto many = job.w.dtype == DType::kQ4 ? run.many_four_bits : run.many_eight_bits;
+  const bool is_few = job.x.shape[0] <= kFewTokens && few != nullptr;
+  const QuantizedRows x = quantized(ctx, scratch, job.x, layout, is_few || many == nullptr);
+  if (is_few) {
     few_tokens(ctx, job, layout, x, few);
+  } else if (many != nullptr) {
+    many_tokens(ctx, job, layout, x, scratch, many);
   } else {
     many_tokens(ctx, job, layout, x, scratch, run);
   }

@@ -2,6 +2,7 @@
 // rows of the right tile; rows of x, as they lie, of the left one.
 #if defined(__x86_64__)
 #include <algorithm>
+#include <type_traits>
 
 #include "cpu/amx.h"
 #include "cpu/intrinsics.h"
@@ -30,61 +31,37 @@ DELTAFOX_TARGET void configure(std::int64_t tokens) {
   load_tiles(config);
 }
 
-// Up to 32 tokens by up to two panels of a block.
+constexpr std::int64_t kSumColumns = kTilePanels * kPanelRows;
+constexpr std::int64_t kPanelBytes = kPanelRows * kQuantBlock;  // of a block, a byte a value
+
+// Up to 32 tokens by the panels, of a block of columns:
+//   sums[t, 16·p + r] = fma(products[t, r], scales of x[t] · scales of w[r], sums[…])
 struct Square {
-  std::int64_t token;
-  std::int64_t tokens;
-  int panel;
-  int panels;
+  const std::int8_t* x;  // rows x_stride apart
+  const float* scales_of_x;
+  float* sums;              // [tokens, kSumColumns]
+  const std::byte* values;  // of the panels, as signed bytes
+  const float* scales[2];   // of w, for each panel
+  bool begins;              // the sums are still 0
 };
 
 // The tiles of a square, [token][panel] of [16, 16].
 using Products = std::int32_t[4][kSide * kSide];
 
-// Where products of a square are to be added:
-//   sums[t, 16·p + r] += (products[t, r] − offset of x) · (scale of x · scale of w)
-struct Sums {
-  const float* scales[2];      // of w, for each panel
-  const std::int32_t* offset;  // of x, `stride` apart from token to token
-  const float* scale;          // of x
-  std::int64_t stride;
-  float* to;  // kTileColumns apart
-
-  Sums(const PackedBlock& block, const Square& square) {
-    for (int p = 0; p < 2; ++p) {
-      const int panel = std::min(square.panel + p, block.panels - 1);
-      scales[p] = reinterpret_cast<const float*>(block.head + panel * block.head_stride);
-    }
-    stride = block.x->blocks;
-    const std::int64_t first = index_of(block, square.token);
-    offset = block.x->offsets + first;
-    scale = block.x->scales + first;
-    to = block.sums + square.token * kTileColumns + square.panel * kPanelRows;
-  }
-
-  template <int kPanels>
-  DELTAFOX_TARGET void add_row(const Products& products, std::int64_t t) const {
-    const __m512i offsets = _mm512_set1_epi32(offset[t * stride]);
-    const __m512 scale_of_x = _mm512_set1_ps(scale[t * stride]);
-    const std::int32_t* row = products[t / kSide * 2] + t % kSide * kSide;
+template <int kPanels>
+DELTAFOX_TARGET inline void add_row(const Square& square, const Products& products,
+                                    std::int64_t t) {
+  const __mmask16 adds = square.begins ? 0 : 0xffff;
+  const __m512 scale_of_x = _mm512_set1_ps(square.scales_of_x[t]);
+  const std::int32_t* row = products[t / kSide * 2] + t % kSide * kSide;
+  float* sums = square.sums + t * kSumColumns;
 #pragma GCC unroll 2
-    for (int p = 0; p < kPanels; ++p) {
-      const __m512i exact = _mm512_sub_epi32(_mm512_load_si512(row + p * kSide * kSide), offsets);
-      const __m512 scale_of_both = _mm512_mul_ps(scale_of_x, _mm512_loadu_ps(scales[p]));
-      const __m512 term = _mm512_mul_ps(_mm512_cvtepi32_ps(exact), scale_of_both);
-      float* sum = to + t * kTileColumns + p * kPanelRows;
-      _mm512_storeu_ps(sum, _mm512_add_ps(_mm512_loadu_ps(sum), term));
-    }
+  for (int p = 0; p < kPanels; ++p) {
+    const __m512 exact = _mm512_cvtepi32_ps(_mm512_load_si512(row + p * kSide * kSide));
+    const __m512 scale = _mm512_mul_ps(scale_of_x, _mm512_loadu_ps(square.scales[p]));
+    const __m512 before = _mm512_maskz_loadu_ps(adds, sums + p * kPanelRows);
+    _mm512_storeu_ps(sums + p * kPanelRows, _mm512_fmadd_ps(exact, scale, before));
   }
-};
-
-DELTAFOX_TARGET inline void store_tiles(const Square& square, Products& products) {
-  const bool tokens2 = square.tokens > kSide;
-  const bool panels2 = square.panels > 1;
-  _tile_stored(0, products[0], 64);
-  if (panels2) _tile_stored(1, products[1], 64);
-  if (tokens2) _tile_stored(2, products[2], 64);
-  if (tokens2 && panels2) _tile_stored(3, products[3], 64);
 }
 
 template <bool kTokens2, bool kPanels2>
@@ -95,41 +72,50 @@ DELTAFOX_TARGET inline void zero_tiles() {
   if constexpr (kTokens2 && kPanels2) _tile_zero(3);
 }
 
-// 64 columns.
 template <bool kTokens2, bool kPanels2>
-DELTAFOX_TARGET inline void step(const std::int8_t* x, std::int64_t x_stride, const std::byte* w,
-                                 std::int64_t w_stride) {
+DELTAFOX_TARGET inline void store_tiles(Products& products) {
+  _tile_stored(0, products[0], 64);
+  if constexpr (kPanels2) _tile_stored(1, products[1], 64);
+  if constexpr (kTokens2) _tile_stored(2, products[2], 64);
+  if constexpr (kTokens2 && kPanels2) _tile_stored(3, products[3], 64);
+}
+
+// 64 columns. Of two products in a row one operand is the same: that is faster by a twentieth.
+template <bool kTokens2, bool kPanels2>
+DELTAFOX_TARGET inline void step(const std::int8_t* x, std::int64_t x_stride, const std::byte* w) {
   _tile_loadd(4, x, x_stride);
   _tile_loadd(6, w, 64);
-  _tile_dpbsud(0, 4, 6);
-  if constexpr (kPanels2) {
-    _tile_loadd(7, w + w_stride, 64);
-    _tile_dpbsud(1, 4, 7);
-  }
+  _tile_dpbssd(0, 4, 6);
   if constexpr (kTokens2) {
     _tile_loadd(5, x + kSide * x_stride, x_stride);
-    _tile_dpbsud(2, 5, 6);
-    if constexpr (kPanels2) _tile_dpbsud(3, 5, 7);
+    _tile_dpbssd(2, 5, 6);
+  }
+  if constexpr (kPanels2) {
+    _tile_loadd(7, w + kPanelBytes, 64);
+    if constexpr (kTokens2) _tile_dpbssd(3, 5, 7);
+    _tile_dpbssd(1, 4, 7);
   }
 }
 
-// Fetches what is read from memory next for a square's panels, while the square is multiplied. Up
-// to eight squares of tokens share it: each takes some cache lines of a panel in each of its steps.
+// Fetches what is read from memory next, the following block of the panels, while squares are
+// multiplied. Up to eight squares share it: each takes some cache lines of a panel in each of its
+// steps.
 class Fetch {
  public:
-  Fetch(const PackedBlock& block, const Square& square) : panel_(block.head_stride) {
+  Fetch(const std::byte* next, std::int64_t panel_bytes, std::int64_t block_bytes,
+        std::int64_t tokens)
+      : next_(next), panel_(panel_bytes) {
+    if (next == nullptr) return;
     constexpr std::int64_t kSharers = 8;
-    const std::int64_t squares = (block.tokens + 2 * kSide - 1) / (2 * kSide);
-    const std::int64_t sharers = std::min(kSharers, squares);
-    const std::int64_t lines = kQuantStep / 4 * block.next_step / kLine;  // of one square's step
-    lines_ = (lines + sharers - 1) / sharers;
     constexpr std::int64_t kSteps = kQuantBlock / kQuantStep;
-    next_ = block.next + square.panel * panel_ +
-            square.token / (2 * kSide) % kSharers * kSteps * lines_ * kLine;
+    const std::int64_t squares = (tokens + 2 * kSide - 1) / (2 * kSide);
+    steps_ = std::min(kSharers, squares) * kSteps;
+    lines_ = (block_bytes / kLine + steps_ - 1) / steps_;
   }
 
   template <bool kPanels2>
   DELTAFOX_TARGET void step() {
+    if (steps_-- <= 0) return;
     for (std::int64_t line = 0; line < lines_; ++line, next_ += kLine) {
       _mm_prefetch(reinterpret_cast<const char*>(next_), _MM_HINT_T1);
       if constexpr (kPanels2) {
@@ -142,105 +128,176 @@ class Fetch {
   static constexpr std::int64_t kLine = 64;
   const std::byte* next_;
   std::int64_t panel_;
-  std::int64_t lines_;
+  std::int64_t steps_ = 0;
+  std::int64_t lines_ = 0;  // of a step
 };
 
-template <bool kTokens2, bool kPanels2>
-DELTAFOX_TARGET void square_at_edge(const PackedBlock& block, const Square& square,
-                                    Products& products) {
-  const std::int8_t* x = token_at(block, square.token);
-  const std::byte* w = block.values + square.panel * block.value_stride;
-  Fetch fetch(block, square);
-  zero_tiles<kTokens2, kPanels2>();
-  for (std::int64_t k = 0; k < block.columns; k += kQuantStep) {
-    step<kTokens2, kPanels2>(x + k, block.x->stride, w + k * kPanelRows, block.value_stride);
-    fetch.step<kPanels2>();
-  }
-  store_tiles(square, products);
-  const Sums sums(block, square);
-  for (std::int64_t t = 0; t < square.tokens; ++t) sums.add_row<kPanels2 ? 2 : 1>(products, t);
-}
-
 // A square of 32 tokens or 16, two panels and a whole block of columns. Between its steps the
-// products of the whole square before it are added: the processor does both at a time.
-template <bool kTokens2, bool kFirst>
-DELTAFOX_TARGET inline void whole_square(const PackedBlock& block, const Square& square,
-                                         const Sums& before, Products& products) {
-  const std::int8_t* x = token_at(block, square.token);
-  const std::byte* w = block.values + square.panel * block.value_stride;
-  const std::int64_t x_stride = block.x->stride;
-  const std::int64_t w_stride = block.value_stride;
-  const Sums sums = before;
+// products of the square before it are added, if such a one waits: the processor does both at a
+// time.
+template <bool kTokens2, bool kWaiting>
+DELTAFOX_TARGET inline void whole_square(const Square square, const Square waiting,
+                                         std::int64_t x_stride, Fetch& fetch, Products& products) {
   constexpr std::int64_t kSteps = kQuantBlock / kQuantStep;
-  Fetch fetch(block, square);
   zero_tiles<kTokens2, true>();
 #pragma GCC unroll 4
   for (std::int64_t k = 0; k < kQuantBlock; k += kQuantStep) {
-    step<kTokens2, true>(x + k, x_stride, w + k * kPanelRows, w_stride);
+    step<kTokens2, true>(square.x + k, x_stride, square.values + k * kPanelRows);
     fetch.step<true>();
-    if constexpr (kFirst) continue;
+    if constexpr (!kWaiting) continue;
     constexpr std::int64_t kRows = (kTokens2 ? 2 : 1) * kSide / kSteps;
 #pragma GCC unroll 8
     for (std::int64_t t = 0; t < kRows; ++t) {
-      sums.add_row<2>(products, k / kQuantStep * kRows + t);
+      add_row<2>(waiting, products, k / kQuantStep * kRows + t);
     }
   }
-  store_tiles(square, products);
+  store_tiles<kTokens2, true>(products);
 }
 
-// Those of tokens [begin, end) and panels [0, panels).
+// The square behind one of `tokens` tokens.
+DELTAFOX_TARGET inline void advance(Square& square, std::int64_t tokens, std::int64_t x_stride) {
+  square.x += tokens * x_stride;
+  square.scales_of_x += tokens;
+  square.sums += tokens * kSumColumns;
+}
+
+// `count` squares, one behind the other. The last one's products wait to be added; those of
+// `waiting` are, if it has any tokens.
 template <bool kTokens2>
-DELTAFOX_TARGET void whole_squares(const PackedBlock& block, std::int64_t begin, std::int64_t end,
-                                   int panels, Products& products) {
-  if (begin == end || panels == 0) return;
-  constexpr std::int64_t kTokens = (kTokens2 ? 2 : 1) * kSide;
-  Square square{begin, kTokens, 0, 2};
-  Sums before(block, square);
-  whole_square<kTokens2, true>(block, square, before, products);
-  for (;;) {
-    square.panel += 2;
-    if (square.panel == panels) {
-      square.panel = 0;
-      square.token += kTokens;
-    }
-    if (square.token == end) break;
-    whole_square<kTokens2, false>(block, square, before, products);
-    before = Sums(block, square);
+DELTAFOX_TARGET void whole_squares(Square& square, std::int64_t count, const Square* waiting,
+                                   std::int64_t x_stride, Fetch& fetch_of_block,
+                                   Products& products) {
+  Fetch fetch = fetch_of_block;
+  Square now = square;
+  if (waiting == nullptr) {
+    whole_square<kTokens2, false>(now, now, x_stride, fetch, products);
+  } else {
+    whole_square<kTokens2, true>(now, *waiting, x_stride, fetch, products);
   }
-  for (std::int64_t t = 0; t < kTokens; ++t) before.add_row<2>(products, t);
+  for (std::int64_t i = 1; i < count; ++i) {
+    const Square before = now;
+    advance(now, (kTokens2 ? 2 : 1) * kSide, x_stride);
+    whole_square<kTokens2, true>(now, before, x_stride, fetch, products);
+  }
+  square = now;
+  fetch_of_block = fetch;
+}
+
+template <bool kTokens2, bool kPanels2>
+DELTAFOX_TARGET void square_at_edge(const Square& square, std::int64_t tokens, std::int64_t columns,
+                                    std::int64_t x_stride, Fetch& fetch, Products& products) {
+  zero_tiles<kTokens2, kPanels2>();
+  for (std::int64_t k = 0; k < columns; k += kQuantStep) {
+    step<kTokens2, kPanels2>(square.x + k, x_stride, square.values + k * kPanelRows);
+    fetch.step<kPanels2>();
+  }
+  store_tiles<kTokens2, kPanels2>(products);
+  for (std::int64_t t = 0; t < tokens; ++t) add_row<kPanels2 ? 2 : 1>(square, products, t);
+}
+
+DELTAFOX_TARGET void square_at_edge(const Square& square, std::int64_t tokens, int panels,
+                                    std::int64_t columns, std::int64_t x_stride, Fetch& fetch,
+                                    Products& products) {
+  configure(tokens);
+  if (tokens > kSide) {
+    panels == 2 ? square_at_edge<true, true>(square, tokens, columns, x_stride, fetch, products)
+                : square_at_edge<true, false>(square, tokens, columns, x_stride, fetch, products);
+  } else {
+    panels == 2 ? square_at_edge<false, true>(square, tokens, columns, x_stride, fetch, products)
+                : square_at_edge<false, false>(square, tokens, columns, x_stride, fetch, products);
+  }
+  configure(2 * kSide);
+}
+
+// Values of kQ8 without the 128 that they are too large.
+DELTAFOX_TARGET inline void make_signed(const std::byte* values, std::int64_t columns,
+                                        std::byte* to) {
+  const __m512i sign = _mm512_set1_epi8(-128);
+  for (std::int64_t i = 0; i < columns * kPanelRows; i += 64) {
+    _mm512_store_si512(to + i, _mm512_xor_si512(_mm512_loadu_si512(values + i), sign));
+  }
+}
+
+template <bool kFourBits>
+DELTAFOX_TARGET void multiply(const PackedPanels& panels) {
+  alignas(64) Products products;
+  alignas(64) std::byte values[kTilePanels * kPanelBytes];
+  const QuantizedRows& x = *panels.x;
+  const PackedLayout& layout = *panels.layout;
+  const std::int64_t panel_bytes = layout.panel_bytes();
+  const std::int64_t x_stride = x.stride;
+  Square waiting{};
+  std::int64_t waiting_tokens = 0;
+  const auto finish = [&]() DELTAFOX_TARGET {
+    for (std::int64_t t = 0; t < waiting_tokens; ++t) add_row<2>(waiting, products, t);
+    waiting_tokens = 0;
+  };
+  finish_stores();
+  configure(2 * kSide);
+  for (std::int64_t block = 0; block < layout.blocks(); ++block) {
+    const std::int64_t columns = layout.block_columns(block);
+    const std::byte* head = panels.first + layout.block_offset(block);
+    for (int p = 0; p < panels.panels; ++p) {
+      const std::byte* at = head + p * panel_bytes;
+      const std::byte* packed = at + layout.head_bytes();
+      std::byte* to = values + p * kPanelBytes;
+      if constexpr (kFourBits) {
+        avx512::expand_signed(at, packed, columns, to);
+      } else {
+        make_signed(packed, columns, to);
+      }
+    }
+    finish_stores();
+    const bool last = block + 1 == layout.blocks();
+    Fetch fetch(last ? panels.next : panels.first + layout.block_offset(block + 1), panel_bytes,
+                layout.block_offset(1), panels.tokens);
+    Square square{
+        .x = x.q + panels.token * x.stride + block * kQuantBlock,
+        .scales_of_x = x.scales + x.index(panels.token, block),
+        .sums = panels.sums,
+        .values = values,
+        .scales = {reinterpret_cast<const float*>(head),
+                   reinterpret_cast<const float*>(head + panel_bytes)},
+        .begins = block == 0,
+    };
+    const auto whole_ones = [&](auto tokens2, std::int64_t tokens) DELTAFOX_TARGET {
+      constexpr bool kTokens2 = decltype(tokens2)::value;
+      constexpr std::int64_t kTokens = (kTokens2 ? 2 : 1) * kSide;
+      if (tokens < kTokens) return;
+      if (waiting_tokens != kTokens) finish();
+      whole_squares<kTokens2>(square, tokens / kTokens, waiting_tokens > 0 ? &waiting : nullptr,
+                              x_stride, fetch, products);
+      waiting = square;
+      waiting_tokens = kTokens;
+      advance(square, kTokens, x_stride);
+    };
+    const bool whole = columns == kQuantBlock && panels.panels == kTilePanels;
+    std::int64_t left = panels.tokens;
+    if (whole) {
+      whole_ones(std::true_type(), left);
+      left %= 2 * kSide;
+      whole_ones(std::false_type(), left);
+      left %= kSide;
+    }
+    for (; left > 0; left -= std::min(left, 2 * kSide)) {
+      finish();
+      square_at_edge(square, std::min(left, 2 * kSide), panels.panels, columns, x_stride, fetch,
+                     products);
+      advance(square, 2 * kSide, x_stride);
+    }
+  }
+  finish();
+  _tile_release();
 }
 
 }  // namespace
 
-DELTAFOX_TARGET void eight_bits(const PackedBlock& block) {
-  alignas(64) Products products;
-  finish_stores();
-  const std::int64_t tokens = block.columns == kQuantBlock ? block.tokens : 0;  // of whole squares
-  const std::int64_t large = tokens / (2 * kSide) * (2 * kSide);  // in squares of 32 tokens
-  const std::int64_t whole = tokens / kSide * kSide;
-  const int whole_panels = block.panels / 2 * 2;
-  if (whole > 0) configure(2 * kSide);
-  whole_squares<true>(block, 0, large, whole_panels, products);
-  whole_squares<false>(block, large, whole, whole_panels, products);
-  Square square{};
-  for (; square.token < block.tokens; square.token += square.tokens) {
-    const std::int64_t end = square.token < whole && square.token >= large ? whole : block.tokens;
-    square.tokens = std::min(2 * kSide, end - square.token);
-    const int first = square.token < whole ? whole_panels : 0;
-    if (first == block.panels) continue;
-    configure(square.tokens);
-    for (square.panel = first; square.panel < block.panels; square.panel += 2) {
-      square.panels = std::min(2, block.panels - square.panel);
-      if (square.tokens > kSide) {
-        square.panels == 2 ? square_at_edge<true, true>(block, square, products)
-                           : square_at_edge<true, false>(block, square, products);
-      } else {
-        square.panels == 2 ? square_at_edge<false, true>(block, square, products)
-                           : square_at_edge<false, false>(block, square, products);
-      }
-    }
-  }
-  _tile_release();
+void many_eight_bits(const PackedPanels& panels) {
+  multiply<false>(panels);
+}
+
+void many_four_bits(const PackedPanels& panels) {
+  multiply<true>(panels);
 }
 
 }  // namespace deltafox::cpu::amx

@@ -52,8 +52,8 @@ DELTAFOX_TARGET void tile(const PackedBlock& block, std::int64_t token, int pane
       const __m256 scale = _mm256_mul_ps(
           _mm256_set1_ps(block.x->scales[index_of(block, token + t)]), _mm256_loadu_ps(scales));
       float* sums = block.sums + (token + t) * kTileColumns + panel * kPanelRows + half * 8;
-      const __m256 term = _mm256_mul_ps(_mm256_cvtepi32_ps(products[t][half]), scale);
-      _mm256_storeu_ps(sums, _mm256_add_ps(_mm256_loadu_ps(sums), term));
+      const __m256 exact = _mm256_cvtepi32_ps(products[t][half]);
+      _mm256_storeu_ps(sums, _mm256_fmadd_ps(exact, scale, _mm256_loadu_ps(sums)));
     }
   }
 }

@@ -40,8 +40,8 @@ DELTAFOX_TARGET inline __m512i bytes_at(const std::byte* p) {
 DELTAFOX_TARGET inline void add_products(Integers products, float scale_of_x,
                                          const std::byte* scales_of_w, float* sums) {
   const __m512 scale = _mm512_mul_ps(_mm512_set1_ps(scale_of_x), _mm512_loadu_ps(scales_of_w));
-  const __m512 term = _mm512_mul_ps(_mm512_cvtepi32_ps(reinterpret_cast<__m512i>(products)), scale);
-  _mm512_storeu_ps(sums, _mm512_add_ps(_mm512_loadu_ps(sums), term));
+  const __m512 exact = _mm512_cvtepi32_ps(reinterpret_cast<__m512i>(products));
+  _mm512_storeu_ps(sums, _mm512_fmadd_ps(exact, scale, _mm512_loadu_ps(sums)));
 }
 
 constexpr int kTileTokens = 6;
@@ -140,7 +140,7 @@ struct FewTile {
 #pragma GCC unroll 4
     for (int t = 0; t < kTokens; ++t) {
 #pragma GCC unroll 4
-      for (int p = 0; p < kPanels; ++p) products[t][p] = all(-x.offsets[t * x.blocks + block]);
+      for (int p = 0; p < kPanels; ++p) products[t][p] = all(-x.offsets[x.index(t, block)]);
     }
     const std::int64_t end = layout.block_columns(block);
     for (std::int64_t k = 0; k < end; k += 4) {
@@ -229,7 +229,7 @@ DELTAFOX_TARGET void few_tokens(const PackedPanels& of, int first) {
     }
 #pragma GCC unroll 4
     for (int t = 0; t < kTokens; ++t) {
-      const float scale = x.scales[t * x.blocks + block];
+      const float scale = x.scales[x.index(t, block)];
 #pragma GCC unroll 4
       for (int p = 0; p < kPanels; ++p) {
         add_products(products[t][p], scale, head + p * layout.panel_bytes(),
@@ -285,6 +285,10 @@ DELTAFOX_TARGET void few_four_bits(const PackedPanels& panels) {
   few_tokens<true>(panels);
 }
 
+namespace {
+
+// factor · q + kZero
+template <int kZero>
 DELTAFOX_TARGET void expand(const std::byte* head, const std::byte* values, std::int64_t columns,
                             std::byte* expanded) {
   const __m512i low_half = _mm512_set1_epi8(15);
@@ -294,10 +298,11 @@ DELTAFOX_TARGET void expand(const std::byte* head, const std::byte* values, std:
     const __m512i factor = group % 2 == 0 ? _mm512_and_si512(pairs, _mm512_set1_epi32(15))
                                           : _mm512_srli_epi32(pairs, 4);
     const __m512i factors = _mm512_or_si512(factor, _mm512_slli_epi32(factor, 16));
-    // 128 − 8 · factor, as bytes
-    const __m512i zero =
-        _mm512_mullo_epi32(_mm512_sub_epi32(_mm512_set1_epi32(128), _mm512_slli_epi32(factor, 3)),
-                           _mm512_set1_epi32(0x01010101));
+    // kZero − 8 · factor, as bytes
+    const __m512i byte =
+        _mm512_and_si512(_mm512_sub_epi32(_mm512_set1_epi32(kZero), _mm512_slli_epi32(factor, 3)),
+                         _mm512_set1_epi32(255));
+    const __m512i zero = _mm512_mullo_epi32(byte, _mm512_set1_epi32(0x01010101));
     const auto scaled = [&](__m512i q) DELTAFOX_TARGET {
       // Two bytes at a time: 15 · 15 does not carry from one to the other.
       return _mm512_add_epi8(_mm512_mullo_epi16(q, factors), zero);
@@ -310,6 +315,18 @@ DELTAFOX_TARGET void expand(const std::byte* head, const std::byte* values, std:
       _mm512_storeu_si512(expanded + (k + 4) * kPanelRows, scaled(high));
     }
   }
+}
+
+}  // namespace
+
+void expand(const std::byte* head, const std::byte* values, std::int64_t columns,
+            std::byte* expanded) {
+  expand<128>(head, values, columns, expanded);
+}
+
+void expand_signed(const std::byte* head, const std::byte* values, std::int64_t columns,
+                   std::byte* expanded) {
+  expand<0>(head, values, columns, expanded);
 }
 
 }  // namespace deltafox::cpu::avx512

@@ -1,5 +1,6 @@
 // The packed kernels for any processor.
 #include <array>
+#include <cmath>
 #include <cstring>
 
 #include "cpu/packed_kernels.h"
@@ -9,10 +10,9 @@ namespace deltafox::cpu::plain {
 void eight_bits(const PackedBlock& block) {
   const QuantizedRows& x = *block.x;
   for (std::int64_t t = 0; t < block.tokens; ++t) {
-    const std::int64_t row = block.token + t;
-    const std::int8_t* q = x.q + row * x.stride + block.block * kQuantBlock;
-    const float x_scale = x.scales[row * x.blocks + block.block];
-    const std::int32_t offset = -x.offsets[row * x.blocks + block.block];
+    const std::int8_t* q = token_at(block, t);
+    const float x_scale = x.scales[index_of(block, t)];
+    const std::int32_t offset = -x.offsets[index_of(block, t)];
     for (int p = 0; p < block.panels; ++p) {
       std::array<float, kPanelRows> scales{};
       std::memcpy(scales.data(), block.head + p * block.head_stride, sizeof scales);
@@ -26,7 +26,7 @@ void eight_bits(const PackedBlock& block) {
       }
       float* sums = block.sums + t * kTileColumns + p * kPanelRows;
       for (std::size_t r = 0; r < kPanelRows; ++r) {
-        sums[r] += static_cast<float>(products[r]) * (x_scale * scales[r]);
+        sums[r] = std::fma(static_cast<float>(products[r]), x_scale * scales[r], sums[r]);
       }
     }
   }

@@ -184,7 +184,7 @@ TEST(Linear, PackedWeightsGiveTheSameBitsOnEveryInstructionSet) {
   ThreadPool threads(2);
   Context ctx(threads);
   for (const DType dtype : {DType::kQ8, DType::kQ4}) {
-    for (const std::int64_t rows : {1, 2, 3, 4, 7, 33, 70}) {
+    for (const std::int64_t rows : {1, 2, 3, 4, 7, 16, 33, 70, 530}) {
       const std::int64_t depth = random.integer(1, 700);
       const std::int64_t columns = random.integer(1, 150);
       const Tensor x = random.normal_tensor({rows, depth});
