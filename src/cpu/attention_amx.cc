@@ -1,7 +1,5 @@
-// While vectors make weights of a block of keys, the tile registers multiply those of the block
-// before it with its values, and the queries with the keys of the block behind it. The two are
-// written by turns, a step of the inner dimension and a row of weights, as the processor looks only
-// some hundred instructions ahead.
+// Products by tiles and the softmax by vectors take turns, a block of keys at a time, whose scores
+// stay near. Mixed instruction by instruction they took as long.
 #if defined(__x86_64__)
 #include "cpu/attention_amx.h"
 
@@ -22,6 +20,9 @@ constexpr std::int64_t kTileFloats = kTileSide * kTileSide;
 constexpr std::int64_t kTileBf16 = kTileSide * kTileDepth;
 constexpr std::int64_t kBlockTiles = kAttentionBlock / kTileSide;
 constexpr std::int64_t kHalf = kBlockTiles * kTileFloats;  // floats of 16 rows of scores
+// By how much scores · log2 e may exceed what weights are relative to, before that is raised and
+// what was summed so far rescaled.
+constexpr float kSlack = 8;
 constexpr float kLog2E = 1.44269504F;
 constexpr float kMinusInfinity = -std::numeric_limits<float>::infinity();
 
@@ -40,24 +41,23 @@ struct KeyBlock {
 // right.
 template <bool kColumns2>
 DELTAFOX_TARGET inline void step(const std::uint16_t* left, std::int64_t below,
-                                 std::int64_t row_bytes, const std::uint16_t* right,
-                                 std::int64_t beside) {
-  _tile_loadd(4, left, row_bytes);
+                                 const std::uint16_t* right, std::int64_t beside) {
+  _tile_loadd(4, left, 64);
   _tile_loadd(6, right, 64);
   _tile_dpbf16ps(0, 4, 6);
   if constexpr (kColumns2) {
     _tile_loadd(7, right + beside, 64);
     _tile_dpbf16ps(1, 4, 7);
   }
-  _tile_loadd(5, left + below, row_bytes);
+  _tile_loadd(5, left + below, 64);
   _tile_dpbf16ps(2, 5, 6);
   if constexpr (kColumns2) _tile_dpbf16ps(3, 5, 7);
 }
 
-// o [+]= weights · values for up to 32 columns; calls between() behind every step.
-template <bool kColumns2, typename Between>
+// o [+]= weights · values for up to 32 columns.
+template <bool kColumns2>
 DELTAFOX_TARGET inline void weigh_values(const AttentionRows& of, const KeyBlock& block, bool first,
-                                         std::int64_t column, float* o, Between& between) {
+                                         std::int64_t column, float* o) {
   float* const above = o + column * kTileSide;
   float* const below = above + kTileSide * of.columns;
   if (first) {
@@ -74,10 +74,9 @@ DELTAFOX_TARGET inline void weigh_values(const AttentionRows& of, const KeyBlock
   const auto* left = reinterpret_cast<const std::uint16_t*>(block.scores);
   const std::uint16_t* right = of.values + block.begin * of.columns + column * kTileDepth;
   for (std::int64_t t = 0; t < block.tiles(); t += 2) {
-    step<kColumns2>(left, 2 * kHalf, 64, right, kTileBf16);
+    step<kColumns2>(left, 2 * kHalf, right, kTileBf16);
     left += kTileBf16;
     right += kTileDepth * of.columns;
-    between();
   }
   _tile_stored(0, above, 64);
   if constexpr (kColumns2) _tile_stored(1, above + kTileFloats, 64);
@@ -85,21 +84,16 @@ DELTAFOX_TARGET inline void weigh_values(const AttentionRows& of, const KeyBlock
   if constexpr (kColumns2) _tile_stored(3, below + kTileFloats, 64);
 }
 
-template <typename Between>
-DELTAFOX_TARGET inline void weigh_values(const AttentionRows& of, const KeyBlock& block, bool first,
-                                         float* o, Between between) {
-  if (block.tiles() == 0) return;
+DELTAFOX_TARGET void weigh_values(const AttentionRows& of, const KeyBlock& block, bool first,
+                                  float* o) {
   std::int64_t c = 0;
   for (; c + 2 * kTileSide <= of.columns; c += 2 * kTileSide) {
-    weigh_values<true>(of, block, first, c, o, between);
+    weigh_values<true>(of, block, first, c, o);
   }
-  if (c < of.columns) weigh_values<false>(of, block, first, c, o, between);
+  if (c < of.columns) weigh_values<false>(of, block, first, c, o);
 }
 
-// The scores of a block; calls between() behind every step.
-template <typename Between>
-DELTAFOX_TARGET inline void score_keys(const AttentionRows& of, const KeyBlock& block,
-                                       Between between) {
+DELTAFOX_TARGET void score_keys(const AttentionRows& of, const KeyBlock& block) {
   for (std::int64_t t = 0; t < block.tiles(); t += 2) {
     _tile_zero(0);
     _tile_zero(1);
@@ -107,9 +101,8 @@ DELTAFOX_TARGET inline void score_keys(const AttentionRows& of, const KeyBlock& 
     _tile_zero(3);
     const std::uint16_t* right = of.keys + (block.begin + t * kTileSide) * of.depth;
     for (std::int64_t d = 0; d < of.depth; d += kTileDepth) {
-      step<true>(of.q + d, kTileSide * of.depth, of.depth * 2, right + d * kTileSide,
+      step<true>(of.q + d * kTileSide, kTileSide * of.depth, right + d * kTileSide,
                  kTileSide * of.depth);
-      between();
     }
     float* const to = block.scores + t * kTileFloats;
     _tile_stored(0, to, 64);
@@ -119,7 +112,7 @@ DELTAFOX_TARGET inline void score_keys(const AttentionRows& of, const KeyBlock& 
   }
 }
 
-// 2^x for x <= 0, to 3e-6 of it.
+// 2^x for x <= kSlack, to 3e-6 of it.
 DELTAFOX_TARGET inline __m512 exp2_of(__m512 x) {
   const __m512 f = _mm512_reduce_ps(x, 9);  // x - floor(x)
   __m512 p = _mm512_set1_ps(1.353416791e-2F);
@@ -209,7 +202,7 @@ DELTAFOX_TARGET __m512 maxima(const float* scores, std::int64_t tiles) {
   return across<true>(max);
 }
 
-// What rows of a block are multiplied with, and what they are relative to.
+// What rows of a block are relative to.
 struct Scales {
   alignas(64) float max[kAttentionRows];     // · log2 e
   alignas(64) float factor[kAttentionRows];  // from those before to these
@@ -231,10 +224,13 @@ DELTAFOX_TARGET void find_scales(const AttentionRows& of, const KeyBlock& block,
     }
     if (!whole) mask(of, block, row, rows, scores);
     const __m512 before = _mm512_load_ps(sums.max + row);
-    const __m512 max =
-        _mm512_max_ps(before, _mm512_mul_ps(maxima(scores, block.tiles()), _mm512_set1_ps(kLog2E)));
-    scales.changed |= _mm512_cmp_ps_mask(max, before, _CMP_NEQ_UQ) != 0;
-    _mm512_store_ps(scales.factor + row, exp2_of(_mm512_sub_ps(before, max)));
+    const __m512 greatest = _mm512_mul_ps(maxima(scores, block.tiles()), _mm512_set1_ps(kLog2E));
+    const __mmask16 raised =
+        _mm512_cmp_ps_mask(greatest, _mm512_add_ps(before, _mm512_set1_ps(kSlack)), _CMP_GT_OQ);
+    const __m512 max = _mm512_mask_mov_ps(before, raised, greatest);
+    _mm512_store_ps(scales.factor + row, _mm512_mask_mov_ps(_mm512_set1_ps(1), raised,
+                                                            exp2_of(_mm512_sub_ps(before, max))));
+    scales.changed |= raised != 0;
     _mm512_store_ps(scales.max + row, max);
     _mm512_store_ps(sums.max + row, max);
   }
@@ -298,44 +294,24 @@ DELTAFOX_TARGET void attend_amx(const AttentionRows& of, const AttentionSums& su
   std::fill(sums.max, sums.max + kAttentionRows, kNoMax);
   std::fill(sums.sum, sums.sum + kAttentionRows, 0.0);
   const auto block_at = [&](std::int64_t begin) -> KeyBlock {
-    const std::int64_t index = begin / kAttentionBlock;
-    return {.begin = std::min(begin, of.end),
-            .end = std::min((index + 1) * kAttentionBlock, of.end),
-            .scores = of.scores + index % 2 * 2 * kHalf};
+    const std::int64_t end = (begin / kAttentionBlock + 1) * kAttentionBlock;
+    return {.begin = begin, .end = std::min(end, of.end), .scores = of.scores};
   };
-  const std::int64_t column_pairs = (of.columns + 2 * kTileSide - 1) / (2 * kTileSide);
-  alignas(64) float by_lanes[kAttentionRows * kTileSide] = {};
+  alignas(64) float by_lanes[kAttentionRows * kTileSide] = {};  // sums of weights
   Scales scales;
-  KeyBlock before;
-  KeyBlock block = block_at(of.first);
-  score_keys(of, block, [] {});
-  while (block.begin < of.end) {
+  for (KeyBlock block = block_at(of.first); block.begin < of.end; block = block_at(block.end)) {
+    const bool first = block.begin == of.first;
+    score_keys(of, block);
     find_scales(of, block, sums, scales);
-    const KeyBlock behind = block_at(block.end);
-    const std::int64_t steps =
-        column_pairs * before.tiles() / 2 + behind.tiles() / 2 * (of.depth / kTileDepth);
-    std::int64_t step = 0;
-    std::int64_t r = 0;
-    const auto weigh_rows = [&]() DELTAFOX_TARGET {
-      ++step;
-      for (; r < of.rows && r * steps < step * of.rows; ++r) {
-        const __m512 sum =
-            weigh_row(block.scores + r / kTileSide * kHalf + r % kTileSide * kTileSide,
-                      block.tiles(), scales.max[r]);
-        _mm512_store_ps(by_lanes + r * kTileSide, sum);
-      }
-      finish_stores();
-    };
-    weigh_values(of, before, before.begin == of.first, sums.o, weigh_rows);
-    score_keys(of, behind, weigh_rows);
-    for (step = steps; r < of.rows;) weigh_rows();
+    for (std::int64_t r = 0; r < of.rows; ++r) {
+      float* const scores = block.scores + r / kTileSide * kHalf + r % kTileSide * kTileSide;
+      _mm512_store_ps(by_lanes + r * kTileSide, weigh_row(scores, block.tiles(), scales.max[r]));
+    }
     add_sums(by_lanes, scales, sums.sum);
-    if (scales.changed && before.tiles() > 0) rescale(scales, of.columns, sums.o);
+    if (scales.changed && !first) rescale(scales, of.columns, sums.o);
     finish_stores();
-    before = block;
-    block = behind;
+    weigh_values(of, block, first, sums.o);
   }
-  weigh_values(of, before, before.begin == of.first, sums.o, [] {});
   _tile_release();
 }
 

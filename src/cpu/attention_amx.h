@@ -8,12 +8,12 @@ namespace deltafox::cpu::bf16 {
 
 constexpr std::int64_t kAttentionRows = 32;
 // Keys whose greatest score is found before they get weights.
-constexpr std::int64_t kAttentionBlock = 128;
+constexpr std::int64_t kAttentionBlock = 256;
 
 // Of some keys, which are counted from 0. D' is the head's size rounded up to whole tiles, V that
 // of a value rounded up to 16.
 struct AttentionRows {
-  const std::uint16_t* q;       // [32, D'], scaled
+  const std::uint16_t* q;       // [2][D' / 32][16 rows][32], scaled
   std::int64_t rows;            // of them that are there
   std::int64_t depth;           // D'
   std::int64_t columns;         // V
@@ -28,13 +28,13 @@ struct AttentionRows {
   // Sums of log gates up to a key or query, in two parts; null without gates.
   const float* key_gates[2];    // [keys]
   const float* query_gates[2];  // [rows]
-  float* scores;                // of work, [2 · 32 · kAttentionBlock] from a cache line on
+  float* scores;                // of work, [32 · kAttentionBlock] from a cache line on
 };
 
 // Weights and their sums are relative to 2^max.
 struct AttentionSums {
   float* o;     // [2][V / 16][16 rows][16] weighted values, from a cache line on
-  float* max;   // [32] the greatest score · log2 e
+  float* max;   // [32] about the greatest score · log2 e
   double* sum;  // [32] of weights
 };
 

@@ -4,7 +4,7 @@
 //
 // Products are float32, or by tiles of rows rounded to bfloat16: then a page is rounded and packed
 // once for all queries of the block, which a few queries would not pay for. With AMX a stretch is,
-// and queries visit blocks of 128 keys.
+// and queries visit blocks of 256 keys.
 //
 // Weights are summed by stretches of 16 pages, and stretches are added one after the other. Where
 // there are fewer blocks and heads than threads, stretches are tasks too: the same sums.
@@ -102,7 +102,7 @@ struct Work {
   float* scores = nullptr;        // [kRows, P], then the weights; for kAmx as there
   float* q = nullptr;             // of_block [rows, D], scaled by 1 / √D; not for kAmx
   // But for kF32:
-  std::uint16_t* q_bf16 = nullptr;   // of_block [rows, D']
+  std::uint16_t* q_bf16 = nullptr;   // of_block [rows, D']; for kAmx as there
   std::uint16_t* keys = nullptr;     // [D', P] packed; for kAmx [S / P, D', P]
   std::uint16_t* values = nullptr;   // [P, V] packed; for kAmx [S / 32, 32, V]
   std::uint16_t* weights = nullptr;  // [kRows, P] for kBf16
@@ -139,7 +139,7 @@ struct Work {
     };
     total = take_sums(rows);
     stretch = take_sums(amx ? kRows : rows);
-    scores = take(kRows * (amx ? 2 * bf16::kAttentionBlock : kKvPage));
+    scores = take(kRows * (amx ? bf16::kAttentionBlock : kKvPage));
     if (!amx) q = take(rows * dim);
     if (kind != Kind::kF32) {
       q_bf16 = take_bf16(rows * padded_depth(dim));
@@ -197,6 +197,13 @@ HWY_INLINE std::int64_t first_kept_page(const KvCache& cache, std::int64_t head,
   return low;
 }
 
+// Rows of queries and outputs lie far apart: the processor does not see them coming.
+constexpr std::int64_t kFetchedAhead = 8;
+template <bool kToWrite>
+HWY_INLINE void fetch(const float* row, std::int64_t dim) {
+  for (std::int64_t i = 0; i < dim; i += 16) __builtin_prefetch(row + i, kToWrite ? 1 : 0);
+}
+
 // Fills what Work has of the block's queries.
 HWY_INLINE void begin_rows(const ForgettingAttentionArgs& args, const Block& block,
                            std::int64_t head, const Work& work) {
@@ -238,10 +245,19 @@ HWY_INLINE void begin_rows(const ForgettingAttentionArgs& args, const Block& blo
   if (block.kind == Kind::kBf16) {
     bf16::round_left(work.q, dim, block.count, dim, 1, work.q_bf16);
   } else if (block.kind == Kind::kAmx) {
-    bf16::round_left(q, heads * dim, block.count, dim, scale, work.q_bf16);
-    // Rows that are not there.
-    std::fill(work.q_bf16 + block.count * padded_depth(dim),
-              work.q_bf16 + (block.count + kRows - 1) / kRows * kRows * padded_depth(dim), 0);
+    const std::int64_t depth = padded_depth(dim);
+    // Of rows that are not there as well.
+    std::fill(work.q_bf16 + block.count / kRows * kRows * depth,
+              work.q_bf16 + (block.count + kRows - 1) / kRows * kRows * depth, 0);
+    for (std::int64_t r = 0; r < block.count; ++r) {
+      const float* from = q + r * heads * dim;
+      if (r + kFetchedAhead < block.count) fetch<false>(from + kFetchedAhead * heads * dim, dim);
+      std::uint16_t* to =
+          work.q_bf16 + r / kTileSide * kTileSide * depth + r % kTileSide * kTileDepth;
+      for (std::int64_t i = 0; i < depth; i += kTileDepth, to += kTileSide * kTileDepth) {
+        bf16::round_left(from + i, 0, 1, std::min(kTileDepth, dim - i), scale, to);
+      }
+    }
     if (layout.gate_heads == 0) return;
     for (std::int64_t r = 0; r < block.count; ++r) {
       const std::int64_t position = block.position + r;
@@ -456,6 +472,27 @@ HWY_INLINE void add_stretch(const Sums& stretch, std::int64_t count, const Sums&
   }
 }
 
+// Writes `count` rows of a block from `row` on, of which `total` are the sums.
+void finish(const ForgettingAttentionArgs& args, const Block& block, std::int64_t head,
+            std::int64_t row, std::int64_t count, const Sums& total) {
+  const std::int64_t heads = args.q.shape[1];
+  const std::int64_t dim = args.q.shape[2];
+  for (std::int64_t r = 0; r < count; ++r) {
+    const auto scale = static_cast<float>(1 / total.sum[r]);
+    float* to = args.o.f32() + ((block.row + row + r) * heads + head) * dim;
+    if (row + r + kFetchedAhead < block.count) fetch<true>(to + kFetchedAhead * heads * dim, dim);
+    for (std::int64_t c = 0; c < dim; c += kTileSide) {
+      const float* from = total.at(r, c);
+      for (std::int64_t i = c; i < std::min(dim, c + kTileSide); ++i) to[i] = from[i - c] * scale;
+    }
+    if (args.lse.data != nullptr) {
+      const double max = total.amx ? total.max[r] * std::numbers::ln2 : total.max[r];
+      args.lse.f32()[(block.row + r) * heads + head] =
+          static_cast<float>(max + std::log(total.sum[r]));
+    }
+  }
+}
+
 #if defined(__x86_64__)
 // Pages [first, end) of a stretch, which begins with page `begin`, as operands.
 HWY_INLINE void pack_stretch(const ForgettingAttentionArgs& args, const Block& block,
@@ -485,9 +522,16 @@ HWY_INLINE void pack_stretch(const ForgettingAttentionArgs& args, const Block& b
   }
 }
 
-// A stretch by AMX: added to work.total, or to work.stretch where that has all rows of the block.
+// What becomes of the sums of a stretch.
+enum class Then {
+  kKeep,    // in work.stretch, which has all rows of the block
+  kAdd,     // to work.total
+  kFinish,  // there are no others
+};
+
+// A stretch by AMX.
 HWY_INLINE void attend_stretch_amx(const ForgettingAttentionArgs& args, const Block& block,
-                                   std::int64_t head, std::int64_t stretch, bool add,
+                                   std::int64_t head, std::int64_t stretch, Then then,
                                    const Work& work) {
   constexpr std::int64_t kStep = kTileDepth;
   constexpr std::int64_t kKeys = kStretchPages * kKvPage;
@@ -506,11 +550,11 @@ HWY_INLINE void attend_stretch_amx(const ForgettingAttentionArgs& args, const Bl
       begins[r] = std::max<std::int64_t>(0, work.begin[row + r] - begin * kKvPage);
       ends[r] = std::min(kKeys, block.position + row + r + 1 - begin * kKvPage);
     }
-    const Sums sums = add ? work.stretch : work.stretch.from(row);
+    const Sums sums = then == Then::kKeep ? work.stretch.from(row) : work.stretch;
     const std::int64_t first_key = *std::min_element(begins, begins + rows) / kStep * kStep;
     const std::int64_t end_key = (ends[rows - 1] + kStep - 1) / kStep * kStep;
     if (first_key >= end_key) {
-      if (!add) clear(sums, rows);
+      if (then == Then::kKeep) clear(sums, rows);
       continue;
     }
     bf16::attend_amx({.q = work.q_bf16 + row * depth,
@@ -528,7 +572,8 @@ HWY_INLINE void attend_stretch_amx(const ForgettingAttentionArgs& args, const Bl
                                       gated ? work.query_low + row : nullptr},
                       .scores = work.scores},
                      {.o = sums.o, .max = sums.max, .sum = sums.sum});
-    if (add) add_stretch(sums, rows, work.total.from(row));
+    if (then == Then::kAdd) add_stretch(sums, rows, work.total.from(row));
+    if (then == Then::kFinish) finish(args, block, head, row, rows, sums);
   }
 }
 #endif
@@ -538,7 +583,7 @@ HWY_INLINE void attend_stretch(const ForgettingAttentionArgs& args, const Block&
                                std::int64_t head, std::int64_t stretch, const Work& work) {
 #if defined(__x86_64__)
   if (block.kind == Kind::kAmx) {
-    attend_stretch_amx(args, block, head, stretch, false, work);
+    attend_stretch_amx(args, block, head, stretch, Then::kKeep, work);
     return;
   }
 #endif
@@ -549,42 +594,30 @@ HWY_INLINE void attend_stretch(const ForgettingAttentionArgs& args, const Block&
   for (std::int64_t p = first; p < end; ++p) visit_page(args, block, head, p, work);
 }
 
-void finish(const ForgettingAttentionArgs& args, const Block& block, std::int64_t head,
-            const Sums& total) {
-  const std::int64_t heads = args.q.shape[1];
-  const std::int64_t dim = args.q.shape[2];
-  for (std::int64_t r = 0; r < block.count; ++r) {
-    const auto scale = static_cast<float>(1 / total.sum[r]);
-    float* to = args.o.f32() + ((block.row + r) * heads + head) * dim;
-    for (std::int64_t c = 0; c < dim; c += kTileSide) {
-      const float* from = total.at(r, c);
-      for (std::int64_t i = c; i < std::min(dim, c + kTileSide); ++i) to[i] = from[i - c] * scale;
-    }
-    if (args.lse.data != nullptr) {
-      const double max = total.amx ? total.max[r] * std::numbers::ln2 : total.max[r];
-      args.lse.f32()[(block.row + r) * heads + head] =
-          static_cast<float>(max + std::log(total.sum[r]));
-    }
-  }
-}
-
 HWY_INLINE PageCounts attend(const ForgettingAttentionArgs& args, const Block& block,
                              std::int64_t head, const Work& work) {
   const KvCache& cache = *args.caches[static_cast<std::size_t>(block.sequence)];
   begin_rows(args, block, head, work);
-  clear(work.total, block.count);
   const std::int64_t first = first_read(work, 0, block.count) / kKvPage / kStretchPages;
-  for (std::int64_t s = first; s <= block.last_page() / kStretchPages; ++s) {
+  const std::int64_t last = block.last_page() / kStretchPages;
+#if defined(__x86_64__)
+  if (block.kind == Kind::kAmx && first == last) {
+    attend_stretch_amx(args, block, head, first, Then::kFinish, work);
+    return count_pages(cache, block, work);
+  }
+#endif
+  clear(work.total, block.count);
+  for (std::int64_t s = first; s <= last; ++s) {
 #if defined(__x86_64__)
     if (block.kind == Kind::kAmx) {
-      attend_stretch_amx(args, block, head, s, true, work);
+      attend_stretch_amx(args, block, head, s, Then::kAdd, work);
       continue;
     }
 #endif
     attend_stretch(args, block, head, s, work);
     add_stretch(work.stretch, block.count, work.total);
   }
-  finish(args, block, head, work.total);
+  finish(args, block, head, 0, block.count, work.total);
   return count_pages(cache, block, work);
 }
 
@@ -708,7 +741,7 @@ void run_stretches(Context& ctx, ScratchScope& scratch, Run& run) {
         for (std::int64_t s = 0; s < part.count; ++s) {
           add_stretch(sums_of_stretch(part.index + s, *part.block), part.block->count, sum);
         }
-        finish(run.args, *part.block, part.head, sum);
+        finish(run.args, *part.block, part.head, 0, part.block->count, sum);
       });
 }
 
