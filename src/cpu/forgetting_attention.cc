@@ -13,6 +13,7 @@
 #include "cpu/attention_amx.h"
 #include "cpu/bf16_tiles.h"
 #include "cpu/isa.h"
+#include "cpu/streamed.h"
 
 #undef HWY_TARGET_INCLUDE
 #define HWY_TARGET_INCLUDE "cpu/forgetting_attention.cc"
@@ -22,6 +23,8 @@
 #include <cmath>
 #include <limits>
 #include <numbers>
+
+#include <hwy/cache_control.h>
 
 #include "cpu/small_gemm-inl.h"
 
@@ -477,12 +480,22 @@ void finish(const ForgettingAttentionArgs& args, const Block& block, std::int64_
             std::int64_t row, std::int64_t count, const Sums& total) {
   const std::int64_t heads = args.q.shape[1];
   const std::int64_t dim = args.q.shape[2];
+  const bool streams = total.amx && dim % kTileSide == 0 &&
+                       reinterpret_cast<std::uintptr_t>(args.o.data) % 64 == 0 &&
+                       args.o.shape.size() * 4 > kStreamedBytes;
   for (std::int64_t r = 0; r < count; ++r) {
     const auto scale = static_cast<float>(1 / total.sum[r]);
     float* to = args.o.f32() + ((block.row + row + r) * heads + head) * dim;
-    if (row + r + kFetchedAhead < block.count) fetch<true>(to + kFetchedAhead * heads * dim, dim);
+    if (!streams && row + r + kFetchedAhead < block.count)
+      fetch<true>(to + kFetchedAhead * heads * dim, dim);
     for (std::int64_t c = 0; c < dim; c += kTileSide) {
       const float* from = total.at(r, c);
+      if (streams) {
+        for (std::int64_t i = 0; i < kTileSide; i += lanes()) {
+          hn::Stream(hn::Mul(load(from + i), hn::Set(kF32, scale)), kF32, to + c + i);
+        }
+        continue;
+      }
       for (std::int64_t i = c; i < std::min(dim, c + kTileSide); ++i) to[i] = from[i - c] * scale;
     }
     if (args.lse.data != nullptr) {
@@ -491,6 +504,7 @@ void finish(const ForgettingAttentionArgs& args, const Block& block, std::int64_
           static_cast<float>(max + std::log(total.sum[r]));
     }
   }
+  if (streams) hwy::FlushStream();
 }
 
 #if defined(__x86_64__)
