@@ -163,6 +163,13 @@ Buffer::Buffer(std::size_t bytes, Device device) : size_(bytes), device_(device)
                                   : allocate(bytes, true);
 }
 
+Buffer Buffer::uninitialised(std::size_t bytes) {
+  Buffer result;
+  result.size_ = bytes;
+  if (bytes > 0) result.data_ = allocate(bytes, false);
+  return result;
+}
+
 Buffer::Buffer(const Buffer& other) : size_(other.size_), device_(other.device_) {
   if (size_ == 0) return;
   if (device_ == Device::kCuda) {

@@ -8,14 +8,16 @@
 
 namespace deltafox {
 
-// Zeroed memory, aligned to a cache line, or to a huge page where it is large enough to profit (the
-// kernel is then asked for huge pages: first touch is fifty times cheaper, and streaming reads miss
-// the TLB less); on a GPU see core/device.h. Copying copies the contents. Throws Error if memory
-// cannot be had.
+// Memory, zeroed unless said otherwise, aligned to a cache line, or to a huge page where it is
+// large enough to profit (the kernel is then asked for huge pages: first touch is fifty times
+// cheaper, and streaming reads miss the TLB less); on a GPU see core/device.h. Copying copies the
+// contents. Throws Error if memory cannot be had.
 class Buffer {
  public:
   Buffer() = default;
   explicit Buffer(std::size_t bytes, Device device = Device::kCpu);
+  // Of the host, with anything in it.
+  static Buffer uninitialised(std::size_t bytes);
   Buffer(const Buffer& other);
   Buffer(Buffer&& other) noexcept
       : data_(std::exchange(other.data_, nullptr)),

@@ -49,6 +49,15 @@ struct Statistics {
   std::int64_t attention_blocks_skipped = 0;  // of them, by adaptive computation pruning
 };
 
+// What the CPU's rope has found last. All layers of a model turn the same positions.
+struct RopeTables {
+  float base = 0;
+  float direction = 0;
+  std::int64_t dim = 0;
+  std::vector<float> positions;  // [T]
+  std::vector<float> values;     // [T, 2, dim / 2] cosines and sines
+};
+
 // Not thread safe: one Context a calling thread.
 class Context {
  public:
@@ -72,6 +81,7 @@ class Context {
   // Where tensors lie that outlive the scope they were made in; see KeptScope.
   Scratch& kept_scratch() { return kept_scratch_; }
   Statistics& statistics() { return statistics_; }
+  RopeTables& rope_tables() { return rope_tables_; }
 
   // What blocks keep activations in: F32 on the CPU, F32 or BF16 on a GPU. The residual stream,
   // gates, states and statistics are F32 in any case.
@@ -100,6 +110,7 @@ class Context {
   Scratch tensor_scratch_;
   Scratch kept_scratch_;
   Statistics statistics_;
+  RopeTables rope_tables_;
   const std::int32_t* recorded_runs_ = nullptr;
 };
 

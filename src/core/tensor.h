@@ -86,12 +86,20 @@ struct ConstTensorView {
   }
 };
 
-// Owns zeroed memory of the host or a GPU; copying it copies the contents.
+// Owns memory of the host or a GPU, zeroed unless said otherwise; copying it copies the contents.
 class Tensor {
  public:
   Tensor() = default;
   Tensor(DType dtype, const Shape& shape, Device device = Device::kCpu)
       : buffer_(bytes_of(dtype, shape), device), dtype_(dtype), shape_(shape) {}
+  // Of the host, with anything in it.
+  static Tensor uninitialised(DType dtype, const Shape& shape) {
+    Tensor result;
+    result.buffer_ = Buffer::uninitialised(bytes_of(dtype, shape));
+    result.dtype_ = dtype;
+    result.shape_ = shape;
+    return result;
+  }
 
   TensorView view() { return {buffer_.data(), dtype_, shape_}; }
   ConstTensorView view() const { return {buffer_.data(), dtype_, shape_}; }

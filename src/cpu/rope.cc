@@ -4,6 +4,7 @@
 #define HWY_TARGET_INCLUDE "cpu/rope.cc"
 #include <hwy/foreach_target.h>
 
+#include <algorithm>
 #include <cmath>
 
 #include "cpu/simd-inl.h"
@@ -35,36 +36,58 @@ HWY_INLINE void turn(float* x, std::int64_t half, const float* cosines, const fl
 }
 
 // `direction` is 1, or -1 to turn back.
-void rope_target(Context& ctx, const RopeArgs& args, float direction) {
+void find_tables(Context& ctx, const RopeArgs& args, float direction) {
   const std::int64_t tokens = args.sequences.tokens();
   const std::int64_t dim = args.q.shape[2];
   const std::int64_t half = dim / 2;
   ScratchScope scratch(ctx);
-  float* positions = scratch.tensor({tokens}).f32();
+  const std::span<float> positions = scratch.array<float>(tokens);
   for (std::int64_t b = 0; b < args.sequences.count(); ++b) {
     for (std::int64_t t = args.sequences.begin(b); t < args.sequences.end(b); ++t) {
-      positions[t] = static_cast<float>(args.positions[static_cast<std::size_t>(b)] + t -
-                                        args.sequences.begin(b));
+      positions[static_cast<std::size_t>(t)] = static_cast<float>(
+          args.positions[static_cast<std::size_t>(b)] + t - args.sequences.begin(b));
     }
   }
-  float* frequencies = scratch.tensor({half}).f32();
+  RopeTables& tables = ctx.rope_tables();
+  if (tables.base == args.base && tables.direction == direction && tables.dim == dim &&
+      std::equal(positions.begin(), positions.end(), tables.positions.begin(),
+                 tables.positions.end())) {
+    return;
+  }
+  tables.base = args.base;
+  tables.direction = direction;
+  tables.dim = dim;
+  tables.positions.assign(positions.begin(), positions.end());
+  tables.values.resize(static_cast<std::size_t>(tokens * 2 * half));
+  const std::span<float> frequencies = scratch.array<float>(half);
   for (std::int64_t i = 0; i < half; ++i) {
     const float exponent = static_cast<float>(2 * i) / static_cast<float>(dim);
-    frequencies[i] = 1 / static_cast<float>(std::pow(static_cast<double>(args.base), exponent));
+    frequencies[static_cast<std::size_t>(i)] =
+        1 / static_cast<float>(std::pow(static_cast<double>(args.base), exponent));
   }
-  float* tables = scratch.tensor({ctx.threads().size(), 2, half}).f32();
-  ctx.threads().parallel_for(tokens, [&](std::int64_t t, int slot) {
-    float* cosines = tables + slot * 2 * half;
+  ctx.threads().parallel_for(tokens, [&](std::int64_t t) {
+    float* cosines = tables.values.data() + t * 2 * half;
     float* sines = cosines + half;
     for (std::int64_t i = 0; i < half; ++i) {
-      const float angle = positions[t] * frequencies[i];
+      const float angle =
+          positions[static_cast<std::size_t>(t)] * frequencies[static_cast<std::size_t>(i)];
       cosines[i] = std::cos(angle);
       sines[i] = direction * std::sin(angle);
     }
+  });
+}
+
+void rope_target(Context& ctx, const RopeArgs& args, float direction) {
+  find_tables(ctx, args, direction);
+  const std::int64_t dim = args.q.shape[2];
+  const std::int64_t half = dim / 2;
+  const float* const tables = ctx.rope_tables().values.data();
+  ctx.threads().parallel_for(args.sequences.tokens(), [&](std::int64_t t) {
+    const float* cosines = tables + t * 2 * half;
     for (const TensorView& x : {args.q, args.k}) {
       const std::int64_t heads = x.shape[1];
       for (std::int64_t h = 0; h < heads; ++h) {
-        turn(x.f32() + (t * heads + h) * dim, half, cosines, sines);
+        turn(x.f32() + (t * heads + h) * dim, half, cosines, cosines + half);
       }
     }
   });

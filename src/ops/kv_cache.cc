@@ -8,13 +8,16 @@ std::int64_t KvLayout::gpu_page_bytes() const {
   return kKvPage * (2 * kv_heads * padded * static_cast<std::int64_t>(size_of(dtype)) + 4 * floats);
 }
 
-KvPage::KvPage(const KvLayout& layout) {
+KvPage::KvPage(const KvLayout& layout, bool zeroed) {
   if (layout.device != Device::kCpu) {
     block = Tensor(DType::kU8, {layout.gpu_page_bytes()}, layout.device);
     return;
   }
-  keys = Tensor(DType::kF32, {layout.kv_heads, layout.head_dim, kKvPage});
-  values = Tensor(DType::kF32, {layout.kv_heads, kKvPage, layout.value_stride()});
+  const auto tensor = [&](const Shape& shape) {
+    return zeroed ? Tensor(DType::kF32, shape) : Tensor::uninitialised(DType::kF32, shape);
+  };
+  keys = tensor({layout.kv_heads, layout.head_dim, kKvPage});
+  values = tensor({layout.kv_heads, kKvPage, layout.value_stride()});
   gates = Tensor(DType::kF32, {2, layout.gate_heads, kKvPage});
   key_norms = Tensor(DType::kF32, {layout.key_norms ? layout.kv_heads : 0, kKvPage});
 }
@@ -37,15 +40,21 @@ KvCache& KvCache::operator=(KvCache other) noexcept {
   return *this;
 }
 
+void KvCache::make_room(std::int64_t tokens, bool zeroed) {
+  const std::int64_t end = length_ + tokens;
+  while (room_page() < pages_for(end)) {
+    const bool full = (room_page() + 1) * kKvPage <= end;
+    pages_.push_back(std::make_shared<KvPage>(layout_, zeroed || !full));
+  }
+}
+
 void KvCache::extend(std::int64_t tokens) {
-  reserve(tokens);
+  make_room(tokens, false);
   length_ += tokens;
 }
 
 void KvCache::reserve(std::int64_t tokens) {
-  while (room_page() < pages_for(length_ + tokens)) {
-    pages_.push_back(std::make_shared<KvPage>(layout_));
-  }
+  make_room(tokens, true);
 }
 
 void KvCache::drop_unseen() {
@@ -56,7 +65,8 @@ void KvCache::drop_unseen() {
 
 void KvCache::grow_to(std::int64_t length) {
   first_page_ = first_page_at(length);
-  extend(length);
+  make_room(length, true);
+  length_ = length;
 }
 
 std::int64_t KvCache::bytes_at(std::int64_t length) const {

@@ -36,7 +36,8 @@ struct KvLayout {
 };
 
 struct KvPage {
-  explicit KvPage(const KvLayout& layout);
+  // Zeroed; keys and values of the CPU's not if all of them are about to be written.
+  explicit KvPage(const KvLayout& layout, bool zeroed = true);
 
   Tensor keys;    // [G, D, kKvPage]: for a dimension the keys of all tokens side by side
   Tensor values;  // [G, kKvPage, value_stride]
@@ -95,6 +96,9 @@ class KvCache {
   std::int64_t first_page_at(std::int64_t length) const {
     return std::max<std::int64_t>(0, std::min(first_visible(length), length - 1)) / kKvPage;
   }
+
+  // Pages for `tokens` more, of which those that are full then are zeroed or about to be written.
+  void make_room(std::int64_t tokens, bool zeroed);
 
   KvLayout layout_;
   std::int64_t length_ = 0;

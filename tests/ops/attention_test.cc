@@ -247,6 +247,24 @@ TEST_F(AttentionOps, AttentionByProductsOfBf16EqualsPlain) {
   }
 }
 
+// Stretches of 1,024 keys, blocks that begin within one, windows; an odd number of tiles of values.
+TEST_F(AttentionOps, LongAttentionByProductsOfBf16EqualsPlain) {
+  for (const std::int64_t dim : {16, 64, 256}) {
+    KvLayout layout{.kv_heads = 2, .head_dim = dim};
+    if (dim != 64) layout.gate_heads = 2;
+    if (dim != 16) layout.window = random_.integer(100, 1300);
+    AttentionCase c(random_, {0, random_.integer(1100, 1500)}, 2, layout, 0.01F);
+    const float greatest = round_to_bf16(c);
+    AttentionCase plain = c;
+    c.bf16_products = true;
+    c.run_all(ctx_,
+              [&](const ForgettingAttentionArgs& args) { ops::forgetting_attention(ctx_, args); });
+    plain.run_all(
+        ctx_, [](const ForgettingAttentionArgs& args) { reference::forgetting_attention(args); });
+    expect_near(c.o, plain.o, greatest / 512 + kPlainTolerance);
+  }
+}
+
 // With products of bfloat16, splits at multiples of 64; elsewhere what is left at an end may be too
 // short for them.
 TEST_F(AttentionOps, AnySplitGivesTheSameBits) {
