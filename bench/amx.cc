@@ -27,6 +27,7 @@
 #include <vector>
 
 #include "core/buffer.h"
+#include "core/read_bandwidth.h"
 #include "core/thread_pool.h"
 #include "cpu/amx.h"
 #include "cpu/intrinsics.h"
@@ -185,18 +186,6 @@ DELTAFOX_TARGET void stream(const std::byte* w, std::int64_t bands, const std::b
   _tile_release();
 }
 
-// Reads memory as four streams.
-DELTAFOX_TARGET void read(const std::byte* w, std::int64_t bytes) {
-  __m512i sum = _mm512_setzero_si512();
-  for (std::int64_t i = 0; i < bytes / 4; i += 64) {
-#pragma GCC unroll 4
-    for (std::int64_t stream = 0; stream < 4; ++stream) {
-      sum = _mm512_xor_si512(sum, _mm512_load_si512(w + stream * (bytes / 4) + i));
-    }
-  }
-  asm volatile("" : : "v"(sum));  // NOLINT(hicpp-no-assembler): it is used
-}
-
 class Bench {
  public:
   explicit Bench(int runs) : runs_(runs) {}
@@ -239,11 +228,12 @@ class Bench {
     add_squares("added, tokens and sums in the second-level cache", std::true_type(), kLarge,
                 kLarge, 16);
     Json streams;
-    constexpr std::int64_t kBands = kMatrix / kBand / 16 * 16;
+    constexpr std::int64_t kBands = kMatrix / kBand;
     const auto add_stream = [&](const char* name, const std::function<void(std::byte*)>& task) {
       streams[name] = static_cast<double>(threads_.size() * kBands * kBand) / seconds(task) / 1e9;
     };
-    add_stream("read", [&](std::byte* memory) { read(memory + kCaches, kBands * kBand); });
+    std::vector<double> reading = ReadBandwidth().measure(threads_, runs_);
+    streams["read"] = median(reading) / 1e9;
     for (const auto& [name, order] : {std::pair{"rows", Order::kRows},
                                       std::pair{"rows, the next ones fetched", Order::kRowsFetched},
                                       std::pair{"tiles", Order::kTiles}}) {
@@ -272,8 +262,12 @@ class Bench {
       const std::chrono::duration<double> time = std::chrono::steady_clock::now() - begin;
       if (run >= 0) times.push_back(time.count());
     }
-    std::sort(times.begin(), times.end());
-    return times[times.size() / 2];
+    return median(times);
+  }
+
+  static double median(std::vector<double>& values) {
+    std::sort(values.begin(), values.end());
+    return values[values.size() / 2];
   }
 
   int runs_;
