@@ -12,6 +12,7 @@
 #include <hwy/contrib/math/math-inl.h>
 #include <hwy/highway.h>
 
+#include <cmath>
 #include <cstdint>
 #include <type_traits>
 
@@ -161,6 +162,16 @@ HWY_INLINE VF32 activate(Activation activation, VF32 x) {
   return x;
 }
 
+// Of several vectors, which need not wait for one another.
+template <std::size_t kVectors>
+HWY_INLINE void activate_all(Activation activation, VF32 (&x)[kVectors]) {
+  if (activation == Activation::kSilu) {
+    for (VF32& v : x) v = activate(Activation::kSilu, v);
+  } else {
+    for (VF32& v : x) v = activate(activation, v);
+  }
+}
+
 // The derivative of activate.
 HWY_INLINE VF32 activation_slope(Activation activation, VF32 x) {
   const VF32 one = hn::Set(kF32, 1.0f);
@@ -195,6 +206,11 @@ HWY_INLINE float sum_of_squares(const float* x, std::int64_t size) {
         sum = hn::MulAdd(v, v, sum);
       });
   return sum_of(sum);
+}
+
+// What an L2 norm (ops/activation.h) multiplies by, of Σ x².
+inline float l2_scale(float squares) {
+  return 1 / std::sqrt(squares + 1e-6f);
 }
 
 }  // namespace deltafox::cpu::HWY_NAMESPACE

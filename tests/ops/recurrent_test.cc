@@ -4,6 +4,7 @@
 #include <cmath>
 
 #include "cpu/isa.h"
+#include "ops/activation.h"
 #include "ops/delta_rule.h"
 #include "ops/short_conv.h"
 #include "support/random.h"
@@ -17,8 +18,8 @@ using test::pointers;
 using test::Random;
 
 struct ConvCase {
-  explicit ConvCase(Random& random, std::int64_t channels, std::int64_t width)
-      : cu(random.lengths(3, 20)),
+  ConvCase(Random& random, std::int64_t longest, std::int64_t channels, std::int64_t width)
+      : cu(random.lengths(3, longest)),
         x(random.normal_tensor({cu.back(), channels})),
         w(random.normal_tensor({channels, width})),
         bias(random.normal_tensor({channels})) {
@@ -34,7 +35,10 @@ TEST(ShortConv, FastEqualsPlain) {
   ThreadPool threads(3);
   Context ctx(threads);
   for (int round = 0; round < 30; ++round) {
-    ConvCase c(random, random.integer(1, 600), random.integer(1, 6));
+    const std::int64_t head = random.integer(1, 70);
+    const std::int64_t channels = head * random.integer(1, 600 / head);
+    // A few tokens, or enough for tasks with whole rows.
+    ConvCase c(random, round % 5 == 4 ? 300 : 20, channels, random.integer(1, 6));
     std::vector<Tensor> plain_states = c.states;
     Tensor y(DType::kF32, c.x.view().shape);
     Tensor expected = y;
@@ -46,6 +50,7 @@ TEST(ShortConv, FastEqualsPlain) {
                        .sequences = Sequences(c.cu),
                        .states = pointer,
                        .activation = round % 3 == 0 ? Activation::kSilu : Activation::kIdentity,
+                       .norm_width = round % 4 == 0 ? head : 0,
                        .y = out.view()});
     };
     run([&](const ShortConvArgs& args) { ops::short_conv(ctx, args); }, c.states, y);
@@ -53,6 +58,57 @@ TEST(ShortConv, FastEqualsPlain) {
     expect_near(y, expected, 1e-5F);
     // The state is a copy of inputs: equal to the bit.
     for (std::size_t b = 0; b < 3; ++b) expect_near(c.states[b], plain_states[b], 0);
+  }
+}
+
+// What a model computes is the same whether heads are normed with the convolution or behind it, and
+// however its tokens fall into tasks.
+TEST(ShortConv, NormAndTasksChangeNothing) {
+  Random random(5);
+  ThreadPool threads(3);
+  Context ctx(threads);
+  ThreadPool one_thread(1);
+  Context alone(one_thread);
+  for (const std::int64_t head : {1, 13, 64, 128, 300}) {
+    ConvCase c(random, 250, 3 * head, 4);
+    std::vector<Tensor> states = c.states;
+    std::vector<Tensor> states_token = c.states;
+    Tensor y(DType::kF32, c.x.view().shape);
+    Tensor expected = y;
+    Tensor by_token = y;
+    const auto args = [&](std::span<float* const> of, std::int64_t norm_width, Tensor& out) {
+      return ShortConvArgs{.x = std::as_const(c.x).view(),
+                           .w = std::as_const(c.w).view(),
+                           .sequences = Sequences(c.cu),
+                           .states = of,
+                           .activation = Activation::kSilu,
+                           .norm_width = norm_width,
+                           .y = out.view()};
+    };
+    ops::short_conv(ctx, args(pointers(c.states), head, y));
+    ops::short_conv(alone, args(pointers(states), 0, expected));
+    ops::feature_map(
+        ctx, {.norm = FeatureNorm::kL2, .x = expected.view().reshaped({c.cu.back(), 3, head})});
+    expect_near(y, expected, 0);
+    // One token of the first sequence at a time.
+    const std::vector<float*> first{states_token[0].f32()};
+    const std::vector<std::int64_t> cu{0, 1};
+    for (std::int64_t t = 0; t < c.cu[1]; ++t) {
+      const auto row = [&](Tensor& tensor) {
+        return TensorView{tensor.f32() + t * 3 * head, DType::kF32, {1, 3 * head}};
+      };
+      ops::short_conv(ctx, {.x = row(c.x),
+                            .w = std::as_const(c.w).view(),
+                            .sequences = Sequences(cu),
+                            .states = first,
+                            .activation = Activation::kSilu,
+                            .norm_width = head,
+                            .y = row(by_token)});
+    }
+    for (std::int64_t i = 0; i < c.cu[1] * 3 * head; ++i) {
+      ASSERT_EQ(by_token.f32()[i], expected.f32()[i]);
+    }
+    expect_near(states_token[0], states[0], 0);
   }
 }
 
