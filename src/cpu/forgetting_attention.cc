@@ -178,7 +178,8 @@ HWY_INLINE void begin_rows(const ForgettingAttentionArgs& args, const Block& blo
     work.begin[r] = std::max(work.begin[r], page * kKvPage);
   }
 #if defined(__x86_64__)
-  if (block.tiles) bf16::round_left(work.q, dim, block.count, dim, 1, work.q_bf16);
+  if (block.tiles)
+    bf16::round_left(work.q, dim, block.count, dim, 1, work.q_bf16, padded_depth(dim));
 #endif
 }
 
@@ -290,7 +291,7 @@ HWY_INLINE void page_output(const Page& page, const KvLayout& layout, std::int64
   float* o = work.stretch.o + row * stride;
 #if defined(__x86_64__)
   if (page.packed) {
-    bf16::round_left(work.scores, kKvPage, rows, kKvPage, 1, work.weights);
+    bf16::round_left(work.scores, kKvPage, rows, kKvPage, 1, work.weights, kKvPage);
     bf16::multiply({.left = work.weights,
                     .left_stride = kKvPage,
                     .right = work.values,
@@ -321,8 +322,9 @@ HWY_INLINE void visit_page(const ForgettingAttentionArgs& args, const Block& blo
 #if defined(__x86_64__)
   if (page.packed) {
     const std::int64_t dim = layout.head_dim;
-    bf16::pack_right(page.keys, kKvPage, dim, padded_depth(dim), kKvPage, work.keys);
-    bf16::pack_right(page.values, stride, page.seen, kKvPage, stride, work.values);
+    bf16::pack_right(page.keys, kKvPage, dim, padded_depth(dim), kKvPage, work.keys,
+                     padded_depth(dim));
+    bf16::pack_right(page.values, stride, page.seen, kKvPage, stride, work.values, kKvPage);
   }
 #endif
   // Rows before the page see nothing of it.

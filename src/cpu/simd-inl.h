@@ -208,6 +208,15 @@ HWY_INLINE float sum_of_squares(const float* x, std::int64_t size) {
   return sum_of(sum);
 }
 
+// y = x · scale [· w], x's mean square being one behind that but for eps; y may be x.
+HWY_INLINE void normalize(const float* x, const float* w, float eps, float* y, std::int64_t size) {
+  const float mean = sum_of_squares(x, size) / static_cast<float>(size);
+  const VF32 scale = hn::Set(kF32, 1 / std::sqrt(mean + eps));
+  for_vectors(size, [&](std::int64_t i, auto&& load_vector, auto&& store_vector) HWY_ATTR {
+    store_vector(hn::Mul(hn::Mul(load_vector(x + i), scale), load_vector(w + i)), y + i);
+  });
+}
+
 // What an L2 norm (ops/activation.h) multiplies by, of Σ x².
 inline float l2_scale(float squares) {
   return 1 / std::sqrt(squares + 1e-6f);

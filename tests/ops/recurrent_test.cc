@@ -6,6 +6,7 @@
 #include "cpu/isa.h"
 #include "ops/activation.h"
 #include "ops/delta_rule.h"
+#include "ops/rms_norm.h"
 #include "ops/short_conv.h"
 #include "support/random.h"
 #include "support/tensors.h"
@@ -165,6 +166,41 @@ double relative_error(const Tensor& got, const Tensor& expected) {
     norm += std::pow(static_cast<double>(expected.f32()[i]), 2);
   }
   return std::sqrt(error / norm);
+}
+
+// Normed by the rule or behind it, outputs are the same to the bit: chunks, whole and short, and
+// what is left to the recurrence, with tiles and without.
+TEST(DeltaRule, NormChangesNothingElse) {
+  Random random(9);
+  ThreadPool threads(3);
+  Context ctx(threads);
+  for (const bool bf16_products : {false, true}) {
+    for (const std::int64_t dim : {5, 32, 128}) {
+      DeltaCase c(random, {0, 1, 70, 231}, 3, dim, dim);
+      c.bf16_products = bf16_products;
+      const Tensor w = random.normal_tensor({dim});
+      std::vector<Tensor> states = c.states;
+      std::vector<Tensor> plain_states = c.states;
+      Tensor o(DType::kF32, {c.cu.back(), 3, dim});
+      Tensor expected = o;
+      Tensor plain = o;
+      const auto with_norm = [&](DeltaRuleArgs args) {
+        args.norm = w.view();
+        args.norm_eps = 1e-5F;
+        return args;
+      };
+      c.run([&](const DeltaRuleArgs& args) { ops::delta_rule(ctx, with_norm(args)); }, c.states, o);
+      c.run([&](const DeltaRuleArgs& args) { ops::delta_rule(ctx, args); }, states, expected);
+      const TensorView rows = expected.view().reshaped({c.cu.back() * 3, dim});
+      ops::rms_norm(ctx, {.x = rows, .w = w.view(), .y = rows, .eps = 1e-5F});
+      expect_near(o, expected, 0);
+      for (std::size_t b = 0; b < 3; ++b) expect_near(c.states[b], states[b], 0);
+      if (bf16_products) continue;
+      c.run([&](const DeltaRuleArgs& args) { reference::delta_rule(with_norm(args)); },
+            plain_states, plain);
+      EXPECT_LT(relative_error(o, plain), 1e-4);
+    }
+  }
 }
 
 TEST(DeltaRule, ChunkedEqualsRecurrent) {

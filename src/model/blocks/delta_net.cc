@@ -215,8 +215,8 @@ void DeltaNetMixer::forward(Context& ctx, const ConstTensorView& x, const Sequen
   if (weights_.g_proj) kept.gate = projected(*weights_.g_proj);
   const bool keeps_output = saved != nullptr && !weights_.g_proj;
   const TensorView o = (keeps_output ? scratch : kept_scratch).activation(values(tokens));
-  // Where nothing else reads o, a GPU writes it normed.
-  const bool norm_within = ctx.device() == Device::kCuda && saved == nullptr && !weights_.g_proj;
+  // Where nothing else reads o, the rule writes it normed.
+  const bool norm_within = saved == nullptr && !weights_.g_proj;
   {
     ScratchScope input_scratch(ctx);
     const Inputs in = inputs(ctx, input_scratch, beta_within ? input : ConstTensorView{}, sequences,
