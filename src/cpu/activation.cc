@@ -85,8 +85,7 @@ HWY_INLINE void feature_row(const FeatureMapArgs& args, float* x, std::int64_t w
         store_first(v, x + i, n);
       });
   if (args.norm == FeatureNorm::kNone) return;
-  const float scale =
-      args.norm == FeatureNorm::kL2 ? 1 / std::sqrt(sum_of(squares) + 1e-6f) : 1 / sum_of(sums);
+  const float scale = args.norm == FeatureNorm::kL2 ? l2_scale(sum_of(squares)) : 1 / sum_of(sums);
   const VF32 scales = hn::Set(kF32, scale);
   for_row(
       width, [&](std::int64_t i) HWY_ATTR { store(hn::Mul(load(x + i), scales), x + i); },
@@ -190,7 +189,7 @@ HWY_INLINE void feature_row_backward(const FeatureMapBackwardArgs& args, std::in
   float factor = 0;
   float shift = 0;
   if (args.norm == FeatureNorm::kL2) {
-    scale = 1 / std::sqrt(sum_of(squares) + 1e-6f);
+    scale = l2_scale(sum_of(squares));
     factor = scale * scale * scale * sum_of(dots);
   } else if (args.norm == FeatureNorm::kSum) {
     scale = 1 / sum_of(sums);

@@ -30,6 +30,7 @@ DELTAFOX_TARGET inline void rectangle(const SmallProduct& of, std::int64_t row,
                                  : _mm512_setzero_ps();
     }
   }
+  if (of.meanwhile != nullptr) of.meanwhile->fetch(2);
   for (std::int64_t k = 0; k < of.depth; k += 2) {
     __m512bh columns[kVectors];
 #pragma GCC unroll 4
@@ -76,35 +77,36 @@ DELTAFOX_TARGET void multiply_avx512(const SmallProduct& of) {
 
 }  // namespace
 
-DELTAFOX_TARGET void transpose(const float* from, std::int64_t stride, std::int64_t rows,
-                               std::int64_t columns, float* to, std::int64_t to_stride) {
-  for (std::int64_t r = 0; r < rows; r += kTileSide) {
-    for (std::int64_t c = 0; c < columns; c += kTileSide) {
-      cpu::transpose(from + r * stride + c, stride, to + c * to_stride + r, to_stride);
-    }
-  }
-}
-
 DELTAFOX_TARGET void round_left(const float* from, std::int64_t stride, std::int64_t rows,
-                                std::int64_t columns, float scale, std::uint16_t* to) {
+                                std::int64_t columns, float scale, std::uint16_t* to,
+                                std::int64_t to_stride) {
   const __m512 factor = _mm512_set1_ps(scale);
-  const auto columns_at = [&](std::int64_t k) DELTAFOX_TARGET {
-    const std::int64_t count = std::clamp<std::int64_t>(columns - k, 0, kTileSide);
-    const auto inside = static_cast<__mmask16>((1U << count) - 1U);
-    return _mm512_mul_ps(_mm512_maskz_loadu_ps(inside, from + k), factor);
+  const std::int64_t whole = columns / kTileDepth * kTileDepth;
+  const auto inside = [](std::int64_t count) {
+    return static_cast<__mmask16>((1U << std::clamp<std::int64_t>(count, 0, kTileSide)) - 1U);
   };
-  for (std::int64_t r = 0; r < rows; ++r, from += stride) {
-    // Whole lines: tiles cannot be loaded from halves that are still on their way to the cache.
-    for (std::int64_t k = 0; k < columns; k += kTileDepth, to += kTileDepth) {
-      const __m512 first = columns_at(k);
-      const auto both = _mm512_cvtne2ps_pbh(columns_at(k + kTileSide), first);
-      _mm512_storeu_si512(to, reinterpret_cast<__m512i>(both));
+  const __mmask16 first_rest = inside(columns - whole);
+  const __mmask16 second_rest = inside(columns - whole - kTileSide);
+  // Whole lines: tiles cannot be loaded from halves that are still on their way to the cache.
+  const auto store_line = [&](std::uint16_t* line, __m512 first, __m512 second) DELTAFOX_TARGET {
+    const auto both =
+        _mm512_cvtne2ps_pbh(_mm512_mul_ps(second, factor), _mm512_mul_ps(first, factor));
+    _mm512_storeu_si512(line, reinterpret_cast<__m512i>(both));
+  };
+  for (std::int64_t r = 0; r < rows; ++r, from += stride, to += to_stride) {
+    for (std::int64_t k = 0; k < whole; k += kTileDepth) {
+      store_line(to + k, _mm512_loadu_ps(from + k), _mm512_loadu_ps(from + k + kTileSide));
+    }
+    if (whole < columns) {
+      store_line(to + whole, _mm512_maskz_loadu_ps(first_rest, from + whole),
+                 _mm512_maskz_loadu_ps(second_rest, from + whole + kTileSide));
     }
   }
 }
 
 DELTAFOX_TARGET void pack_right(const float* from, std::int64_t stride, std::int64_t depth,
-                                std::int64_t padded, std::int64_t columns, std::uint16_t* to) {
+                                std::int64_t padded, std::int64_t columns, std::uint16_t* to,
+                                std::int64_t right_depth) {
   const __m512i side_by_side = _mm512_set_epi32(
       0x1f000f, 0x1e000e, 0x1d000d, 0x1c000c, 0x1b000b, 0x1a000a, 0x190009, 0x180008, 0x170007,
       0x160006, 0x150005, 0x140004, 0x130003, 0x120002, 0x110001, 0x100000);
@@ -115,10 +117,44 @@ DELTAFOX_TARGET void pack_right(const float* from, std::int64_t stride, std::int
       const float* at = from + d * stride + c;
       const auto rows = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(
           _mm512_maskz_loadu_ps(second, at + stride), _mm512_maskz_loadu_ps(first, at)));
-      _mm512_storeu_si512(to + c * padded + d * kTileSide,
+      _mm512_storeu_si512(to + c * right_depth + d * kTileSide,
                           _mm512_permutexvar_epi16(side_by_side, rows));
     }
   }
+}
+
+DELTAFOX_TARGET void transpose_left(const std::uint16_t* left, std::int64_t stride,
+                                    std::int64_t columns, std::int64_t depth, std::uint16_t* to) {
+  for (std::int64_t c = 0; c < columns; c += kTileSide) {
+    for (std::int64_t d = 0; d < depth; d += kTileDepth) {
+      cpu::transpose(left + c * stride + d, stride / 2, to + c * depth + d * kTileSide);
+    }
+  }
+}
+
+DELTAFOX_TARGET void right_to_left(const std::uint16_t* right, std::int64_t right_depth,
+                                   std::int64_t rows, std::int64_t columns, std::uint16_t* to) {
+  const __m512i evens =
+      _mm512_set_epi16(62, 60, 58, 56, 54, 52, 50, 48, 46, 44, 42, 40, 38, 36, 34, 32, 30, 28, 26,
+                       24, 22, 20, 18, 16, 14, 12, 10, 8, 6, 4, 2, 0);
+  const __m512i odds = _mm512_add_epi16(evens, _mm512_set1_epi16(1));
+  for (std::int64_t r = 0; r < rows; r += 2) {
+    for (std::int64_t c = 0; c < columns; c += kTileDepth) {
+      const std::uint16_t* at = right + c * right_depth + r * kTileSide;
+      const __m512i first = _mm512_loadu_si512(at);
+      const __m512i second = _mm512_loadu_si512(at + kTileSide * right_depth);
+      std::uint16_t* out = to + r * columns + c;
+      _mm512_storeu_si512(out, _mm512_permutex2var_epi16(first, evens, second));
+      _mm512_storeu_si512(out + columns, _mm512_permutex2var_epi16(first, odds, second));
+    }
+  }
+}
+
+WholeTiles::WholeTiles() {
+  if (isa().amx_bf16) configure_amx();
+}
+WholeTiles::~WholeTiles() {
+  if (isa().amx_bf16) release_amx();
 }
 
 void multiply(const SmallProduct& product) {

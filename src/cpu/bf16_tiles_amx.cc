@@ -33,6 +33,7 @@ DELTAFOX_TARGET void square(const SmallProduct& of, std::int64_t row, std::int64
     if constexpr (kRows2 && kColumns2) _tile_zero(3);
   }
   for (std::int64_t k = 0; k < of.depth; k += kTileDepth) {
+    if (of.meanwhile != nullptr) of.meanwhile->fetch(1);
     _tile_loadd(4, left + k, left_bytes);
     _tile_loadd(6, right + k * kTileSide, 64);
     _tile_dpbf16ps(0, 4, 6);
@@ -40,6 +41,7 @@ DELTAFOX_TARGET void square(const SmallProduct& of, std::int64_t row, std::int64
       _tile_loadd(7, right + (of.right_depth + k) * kTileSide, 64);
       _tile_dpbf16ps(1, 4, 7);
     }
+    if (of.meanwhile != nullptr) of.meanwhile->fetch(1);
     if constexpr (kRows2) {
       _tile_loadd(5, left + kTileSide * of.left_stride + k, left_bytes);
       _tile_dpbf16ps(2, 5, 6);
@@ -65,22 +67,39 @@ DELTAFOX_TARGET void configure(std::int64_t rows) {
 
 }  // namespace
 
+DELTAFOX_TARGET void configure_amx() {
+  configure(2 * kTileSide);
+}
+DELTAFOX_TARGET void release_amx() {
+  _tile_release();
+}
+
 DELTAFOX_TARGET void multiply_amx(const SmallProduct& of) {
   finish_stores();
-  std::int64_t configured = 0;
-  for (std::int64_t r = 0; r < of.rows; r += 2 * kTileSide) {
-    const std::int64_t rows = std::min(2 * kTileSide, of.rows - r);
-    if (rows != configured) configure(rows);
-    configured = rows;
+  const std::int64_t whole = of.rows / (2 * kTileSide) * 2 * kTileSide;
+  const std::int64_t rest = of.rows - whole;
+  // Columns outside: what is read again, and fits into the first-level cache, is the left operand.
+  if (whole > 0) {
+    if (!of.configured) configure(2 * kTileSide);
     std::int64_t c = 0;
     for (; c + 2 * kTileSide <= of.columns; c += 2 * kTileSide) {
-      rows > kTileSide ? square<true, true>(of, r, c) : square<false, true>(of, r, c);
+      for (std::int64_t r = 0; r < whole; r += 2 * kTileSide) square<true, true>(of, r, c);
     }
-    if (c < of.columns) {
-      rows > kTileSide ? square<true, false>(of, r, c) : square<false, false>(of, r, c);
+    for (std::int64_t r = 0; c < of.columns && r < whole; r += 2 * kTileSide) {
+      square<true, false>(of, r, c);
     }
   }
-  _tile_release();
+  if (rest > 0) {
+    if (!of.configured) configure(rest);
+    std::int64_t c = 0;
+    for (; c + 2 * kTileSide <= of.columns; c += 2 * kTileSide) {
+      rest > kTileSide ? square<true, true>(of, whole, c) : square<false, true>(of, whole, c);
+    }
+    if (c < of.columns) {
+      rest > kTileSide ? square<true, false>(of, whole, c) : square<false, false>(of, whole, c);
+    }
+  }
+  if (!of.configured) _tile_release();
 }
 
 }  // namespace deltafox::cpu::bf16

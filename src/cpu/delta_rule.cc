@@ -9,8 +9,6 @@
 #define HWY_TARGET_INCLUDE "cpu/delta_rule.cc"
 #include <hwy/foreach_target.h>
 
-#include <hwy/cache_control.h>
-
 #include "cpu/chunk-inl.h"
 #include "cpu/small_gemm-inl.h"
 
@@ -30,8 +28,10 @@ struct Head {
   std::int64_t beta_stride;
   float* o;
   std::int64_t o_stride;
-  float* state;  // [K, V]
-  float scale;   // 1 / √K
+  float* state;       // [K, V]
+  float scale;        // 1 / √K
+  const float* norm;  // [V], or null
+  float norm_eps;
 
   float beta_at(std::int64_t t) const { return beta != nullptr ? beta[t * beta_stride] : 1.0f; }
 };
@@ -47,18 +47,16 @@ struct Chunk {
   float* scores;  // [64, 64]
   float* state;   // [K, V]
   // Operands of products by tiles, K' being K rounded up to 32; else null:
-  std::uint16_t* left;     // [64, K'], k or q, or [64, 64], scores
-  std::uint16_t* k_left;   // [K, 64], kᵀ
-  std::uint16_t* k_right;  // [K', 64], kᵀ packed
-  std::uint16_t* s_right;  // [K', V], the state packed
-  std::uint16_t* u_right;  // [64, V] packed
+  std::uint16_t* left;      // [64, K' + 64], k, or q and beside it the scores
+  std::uint16_t* k_left;    // [K, 64], kᵀ
+  std::uint16_t* k_right;   // [K', 64], kᵀ packed
+  std::uint16_t* su_right;  // [K' + 64, V], the state and below it U packed
 
   static std::int64_t floats(std::int64_t key_dim, std::int64_t value_dim, bool tiles) {
     const std::int64_t keys = round_up(key_dim);
     const std::int64_t values = round_up(value_dim);
     const std::int64_t depth = padded_depth(key_dim);
-    const std::int64_t bf16 =
-        kChunk * (std::max(depth, kChunk) + keys + depth + values) + depth * values;
+    const std::int64_t bf16 = kChunk * (depth + kChunk + keys + depth) + (depth + kChunk) * values;
     return 3 * kChunk * keys + 2 * kChunk * values + kChunk * kChunk + keys * values +
            (tiles ? bf16 / 2 : 0);
   }
@@ -76,11 +74,10 @@ struct Chunk {
     const auto take_bf16 = [&](std::int64_t n) {
       return tiles ? reinterpret_cast<std::uint16_t*>(take(n / 2)) : nullptr;
     };
-    left = take_bf16(kChunk * std::max(depth, kChunk));
+    left = take_bf16(kChunk * (depth + kChunk));
     k_left = take_bf16(key_stride * kChunk);
     k_right = take_bf16(depth * kChunk);
-    s_right = take_bf16(depth * value_stride);
-    u_right = take_bf16(kChunk * value_stride);
+    su_right = take_bf16((depth + kChunk) * value_stride);
   }
   bool tiles() const { return left != nullptr; }
 };
@@ -191,11 +188,20 @@ HWY_INLINE void forward_substitution(const Chunk& chunk, std::int64_t first, std
   }
 }
 
-HWY_INLINE void store_output(const Head& head, const Chunk& chunk, std::int64_t begin,
-                             std::int64_t length) {
+// Of a head's token, with its norm if there is one.
+HWY_INLINE void store_output(const Head& head, const float* from, std::int64_t t) {
+  float* o = head.o + t * head.o_stride;
+  if (head.norm != nullptr) {
+    normalize(from, head.norm, head.norm_eps, o, head.value_dim);
+  } else if (o != from) {
+    std::copy_n(from, head.value_dim, o);
+  }
+}
+
+HWY_INLINE void store_outputs(const Head& head, const Chunk& chunk, std::int64_t begin,
+                              std::int64_t length) {
   for (std::int64_t t = 0; t < length; ++t) {
-    std::copy_n(chunk.o + t * chunk.value_stride, head.value_dim,
-                head.o + (begin + t) * head.o_stride);
+    store_output(head, chunk.o + t * chunk.value_stride, begin + t);
   }
 }
 
@@ -230,30 +236,33 @@ HWY_INLINE void chunk_forward(const Head& head, const Chunk& chunk, float* state
     small_gemm(kBlock, values, r + kBlock, {chunk.scores + r * kChunk, kChunk, 1}, chunk.u, values,
                chunk.o + r * values, values);
   }
-  store_output(head, chunk, begin, length);
+  store_outputs(head, chunk, begin, length);
 
   // S += Kᵀ U
   small_gemm(keys, values, length, {chunk.k_t, kChunk, 1}, chunk.u, values, state, values);
 }
 
 #if defined(__x86_64__)
-// Fetches rows for what is read or written later.
-HWY_INLINE void fetch_rows(HeadRows rows, std::int64_t begin, std::int64_t end,
-                           std::int64_t width) {
-  constexpr std::int64_t kLine = 64 / sizeof(float);
-  for (std::int64_t t = begin; t < end; ++t) {
-    for (std::int64_t i = 0; i < width; i += kLine) hwy::Prefetch(rows.row(t) + i);
-  }
+// Columns [begin, end) of the state, for the products of the next chunk.
+HWY_INLINE void pack_state(const Chunk& chunk, const float* state, std::int64_t begin,
+                           std::int64_t end, std::int64_t depth) {
+  bf16::pack_right(state + begin, chunk.value_stride, chunk.key_stride, depth, end - begin,
+                   chunk.su_right + begin * (depth + kChunk), depth + kChunk);
 }
 
-// The same with the products of bfloat16 matrices by tiles. Shorter chunks have zeros for the rows
-// that they lack, and like odd sizes pass through padded copies. What the next chunk reads, up to
-// row `end`, is fetched in between.
+// The same with the products of bfloat16 matrices by tiles, and a state that has been packed.
+// Shorter chunks have zeros for the rows that they lack, and like odd sizes pass through padded
+// copies. What the next chunk reads, up to row `end`, is fetched in between.
 HWY_INLINE void chunk_forward_by_tiles(const Head& head, const Chunk& chunk, float* state,
                                        std::int64_t begin, std::int64_t length, std::int64_t end) {
   const std::int64_t keys = chunk.key_stride;
   const std::int64_t values = chunk.value_stride;
   const std::int64_t depth = padded_depth(head.key_dim);
+  const std::int64_t next = std::min(end, begin + kChunk);
+  const std::int64_t next_end = std::min(end, next + kChunk);
+  const std::int64_t left_stride = depth + kChunk;
+  const std::int64_t right_depth = depth + kChunk;
+  std::uint16_t* const u_right = chunk.su_right + depth * kTileSide;
   const bool whole = length == kChunk && keys == head.key_dim && values == head.value_dim;
   const auto padded = [&](HeadRows rows, std::int64_t width, float* copy,
                           std::int64_t stride) HWY_ATTR {
@@ -262,36 +271,40 @@ HWY_INLINE void chunk_forward_by_tiles(const Head& head, const Chunk& chunk, flo
     std::fill(copy + round_up(length) * stride, copy + kChunk * stride, 0.0f);
     return HeadRows{copy, stride};
   };
-  // y [kChunk, columns] = left [kChunk, K'] · right
-  const auto multiply = [&](const std::uint16_t* right, std::int64_t columns, float* y,
-                            std::int64_t y_stride) {
+  // y [kChunk, columns] = left [kChunk, inner] · right
+  const auto multiply = [&](const std::uint16_t* right, std::int64_t depth_of_right,
+                            std::int64_t inner, std::int64_t columns, float* y,
+                            bf16::RowsToFetch* meanwhile) {
     bf16::multiply({.left = chunk.left,
-                    .left_stride = depth,
+                    .left_stride = left_stride,
                     .right = right,
-                    .right_depth = depth,
+                    .right_depth = depth_of_right,
                     .rows = kChunk,
                     .columns = columns,
-                    .depth = depth,
+                    .depth = inner,
                     .y = y,
-                    .y_stride = y_stride,
-                    .accumulate = false});
+                    .y_stride = columns,
+                    .accumulate = false,
+                    .meanwhile = meanwhile,
+                    .configured = true});
   };
-  fetch_rows({head.o, head.o_stride}, begin, begin + length, head.value_dim);
+  const auto rows_of_next = [&](HeadRows rows, std::int64_t width) {
+    return bf16::RowsToFetch(rows.row(next), rows.stride, next_end - next, width);
+  };
+  bf16::RowsToFetch next_k = rows_of_next(head.k, head.key_dim);
+  bf16::RowsToFetch next_q = rows_of_next(head.q, head.key_dim);
+  bf16::RowsToFetch next_v = rows_of_next(head.v, head.value_dim);
+  bf16::RowsToFetch outputs(head.o + begin * head.o_stride, head.o_stride, length, head.value_dim);
   const HeadRows k = padded(head.k, head.key_dim, chunk.k, keys);
   const HeadRows v = padded(head.v, head.value_dim, chunk.o, values);
-  bf16::pack_right(state, values, keys, depth, values, chunk.s_right);
-  bf16::transpose(k.data, k.stride, kChunk, keys, chunk.k_t, kChunk);
-  bf16::round_left(chunk.k_t, kChunk, keys, kChunk, 1, chunk.k_left);
-  bf16::pack_right(chunk.k_t, kChunk, keys, depth, kChunk, chunk.k_right);
-  bf16::round_left(k.data, k.stride, kChunk, keys, 1, chunk.left);
+  bf16::round_left(k.data, k.stride, kChunk, keys, 1, chunk.left, left_stride);
+  bf16::transpose_left(chunk.left, left_stride, kChunk, depth, chunk.k_right);
+  bf16::right_to_left(chunk.k_right, depth, keys, kChunk, chunk.k_left);
 
   // U: R = diag(β) (V − K S), then the triangular solve: what comes of the first 32 rows is
   // subtracted from the others by tiles.
-  multiply(chunk.s_right, values, chunk.u, values);
-  multiply(chunk.k_right, kChunk, chunk.scores, kChunk);
-  const std::int64_t next = begin + kChunk;
-  const std::int64_t next_end = std::min(end, next + kChunk);
-  fetch_rows(head.k, next, next_end, head.key_dim);
+  multiply(chunk.su_right, right_depth, depth, values, chunk.u, &outputs);
+  multiply(chunk.k_right, depth, depth, kChunk, chunk.scores, &next_q);
   for (std::int64_t t = 0; t < kChunk; ++t) {
     const VF32 beta = hn::Set(kF32, t < length ? head.beta_at(begin + t) : 0.0f);
     float* u = chunk.u + t * values;
@@ -303,55 +316,61 @@ HWY_INLINE void chunk_forward_by_tiles(const Head& head, const Chunk& chunk, flo
   constexpr std::int64_t kHalf = kChunk / 2;
   static_assert(kHalf == kTileDepth);
   forward_substitution(chunk, 0, kHalf);
-  bf16::pack_right(chunk.u, values, kHalf, kHalf, values, chunk.u_right);
-  bf16::round_left(chunk.scores + kHalf * kChunk, kChunk, kHalf, kHalf, -1, chunk.left);
+  bf16::pack_right(chunk.u, values, kHalf, kHalf, values, u_right, right_depth);
+  bf16::round_left(chunk.scores + kHalf * kChunk, kChunk, kHalf, kHalf, -1, chunk.left,
+                   left_stride);
   bf16::multiply({.left = chunk.left,
-                  .left_stride = kHalf,
-                  .right = chunk.u_right,
-                  .right_depth = kHalf,
+                  .left_stride = left_stride,
+                  .right = u_right,
+                  .right_depth = right_depth,
                   .rows = kHalf,
                   .columns = values,
                   .depth = kHalf,
                   .y = chunk.u + kHalf * values,
                   .y_stride = values,
-                  .accumulate = true});
-  fetch_rows(head.v, next, next_end, head.value_dim);
+                  .accumulate = true,
+                  .configured = true});
   forward_substitution(chunk, kHalf, kChunk);
-  bf16::pack_right(chunk.u, values, kChunk, kChunk, values, chunk.u_right);
+  bf16::pack_right(chunk.u + kHalf * values, values, kHalf, kHalf, values,
+                   u_right + kHalf * kTileSide, right_depth);
 
-  // O = Q S + tril(Q Kᵀ) U
+  // O = [Q | tril(Q Kᵀ)] [S; U]
   const HeadRows q = padded(head.q, head.key_dim, chunk.q, keys);
-  float* o = whole ? head.o + begin * head.o_stride : chunk.o;
-  const std::int64_t o_stride = whole ? head.o_stride : values;
-  bf16::round_left(q.data, q.stride, kChunk, keys, head.scale, chunk.left);
-  multiply(chunk.s_right, values, o, o_stride);
-  multiply(chunk.k_right, kChunk, chunk.scores, kChunk);
-  fetch_rows(head.q, next, next_end, head.key_dim);
+  bf16::round_left(q.data, q.stride, kChunk, keys, head.scale, chunk.left, left_stride);
+  multiply(chunk.k_right, depth, depth, kChunk, chunk.scores, &next_q);
   zero_above_diagonal(chunk, kChunk, kChunk);
-  bf16::round_left(chunk.scores, kChunk, kChunk, kChunk, 1, chunk.left);
-  bf16::multiply({.left = chunk.left,
-                  .left_stride = kChunk,
-                  .right = chunk.u_right,
-                  .right_depth = kChunk,
-                  .rows = kChunk,
-                  .columns = values,
-                  .depth = kChunk,
-                  .y = o,
-                  .y_stride = o_stride,
-                  .accumulate = true});
-  if (!whole) store_output(head, chunk, begin, length);
+  bf16::round_left(chunk.scores, kChunk, kChunk, kChunk, 1, chunk.left + depth, left_stride);
+  multiply(chunk.su_right, right_depth, depth + kChunk, values, chunk.o, &next_k);
+  store_outputs(head, chunk, begin, length);
 
-  // S += Kᵀ U
-  bf16::multiply({.left = chunk.k_left,
-                  .left_stride = kChunk,
-                  .right = chunk.u_right,
-                  .right_depth = kChunk,
-                  .rows = keys,
-                  .columns = values,
-                  .depth = kChunk,
-                  .y = state,
-                  .y_stride = values,
-                  .accumulate = true});
+  // S += Kᵀ U, and while its columns are near, they are packed.
+  constexpr std::int64_t kColumns = 2 * kTileSide;
+  for (std::int64_t c = 0; c < values; c += kColumns) {
+    const std::int64_t columns = std::min(kColumns, values - c);
+    bf16::multiply({.left = chunk.k_left,
+                    .left_stride = kChunk,
+                    .right = u_right + c * right_depth,
+                    .right_depth = right_depth,
+                    .rows = keys,
+                    .columns = columns,
+                    .depth = kChunk,
+                    .y = state + c,
+                    .y_stride = values,
+                    .accumulate = true,
+                    .meanwhile = &next_v,
+                    .configured = true});
+    if (next < end) pack_state(chunk, state, c, c + columns, depth);
+  }
+}
+
+// Chunks up to row `chunked`, of `length`.
+HWY_INLINE void chunks_by_tiles(const Head& head, const Chunk& chunk, float* state,
+                                std::int64_t chunked, std::int64_t length) {
+  const bf16::WholeTiles tiles;
+  pack_state(chunk, state, 0, chunk.value_stride, padded_depth(head.key_dim));
+  for (std::int64_t t = 0; t < chunked; t += kChunk) {
+    chunk_forward_by_tiles(head, chunk, state, t, std::min(kChunk, chunked - t), length);
+  }
 }
 #endif
 
@@ -361,19 +380,19 @@ HWY_INLINE void head_forward(const Head& head, std::int64_t length, const Chunk&
   if (chunked > 0) {
     with_padded_state(head.state, head.key_dim, head.value_dim, chunk.state,
                       [&](float* state) HWY_ATTR {
-                        for (std::int64_t t = 0; t < chunked; t += kChunk) {
-                          const std::int64_t rows = std::min(kChunk, chunked - t);
 #if defined(__x86_64__)
-                          if (chunk.tiles()) {
-                            chunk_forward_by_tiles(head, chunk, state, t, rows, length);
-                            continue;
-                          }
+                        if (chunk.tiles())
+                          return chunks_by_tiles(head, chunk, state, chunked, length);
 #endif
-                          chunk_forward(head, chunk, state, t, rows);
+                        for (std::int64_t t = 0; t < chunked; t += kChunk) {
+                          chunk_forward(head, chunk, state, t, std::min(kChunk, chunked - t));
                         }
                       });
   }
-  for (std::int64_t t = chunked; t < length; ++t) recurrent_step(head, t, chunk.u);
+  for (std::int64_t t = chunked; t < length; ++t) {
+    recurrent_step(head, t, chunk.u);
+    store_output(head, head.o + t * head.o_stride, t);
+  }
 }
 
 }  // namespace
@@ -402,6 +421,8 @@ void delta_rule_target(Context& ctx, const DeltaRuleArgs& args) {
         .o_stride = heads * value_dim,
         .state = args.states[static_cast<std::size_t>(b)] + h * key_dim * value_dim,
         .scale = 1 / std::sqrt(static_cast<float>(key_dim)),
+        .norm = args.norm.data != nullptr ? args.norm.f32() : nullptr,
+        .norm_eps = args.norm_eps,
     };
     const Chunk chunk(slots + slot * slot_floats, key_dim, value_dim, tiles);
     head_forward(head, args.sequences.length(b), chunk);

@@ -246,7 +246,7 @@ HWY_INLINE void begin_rows(const ForgettingAttentionArgs& args, const Block& blo
   }
 #if defined(__x86_64__)
   if (block.kind == Kind::kBf16) {
-    bf16::round_left(work.q, dim, block.count, dim, 1, work.q_bf16);
+    bf16::round_left(work.q, dim, block.count, dim, 1, work.q_bf16, padded_depth(dim));
   } else if (block.kind == Kind::kAmx) {
     const std::int64_t depth = padded_depth(dim);
     // Of rows that are not there as well.
@@ -258,7 +258,7 @@ HWY_INLINE void begin_rows(const ForgettingAttentionArgs& args, const Block& blo
       std::uint16_t* to =
           work.q_bf16 + r / kTileSide * kTileSide * depth + r % kTileSide * kTileDepth;
       for (std::int64_t i = 0; i < depth; i += kTileDepth, to += kTileSide * kTileDepth) {
-        bf16::round_left(from + i, 0, 1, std::min(kTileDepth, dim - i), scale, to);
+        bf16::round_left(from + i, 0, 1, std::min(kTileDepth, dim - i), scale, to, kTileDepth);
       }
     }
     if (layout.gate_heads == 0) return;
@@ -380,7 +380,7 @@ HWY_INLINE void page_output(const Page& page, const KvLayout& layout, std::int64
   float* o = work.stretch.o + row * stride;
 #if defined(__x86_64__)
   if (page.packed) {
-    bf16::round_left(work.scores, kKvPage, rows, kKvPage, 1, work.weights);
+    bf16::round_left(work.scores, kKvPage, rows, kKvPage, 1, work.weights, kKvPage);
     bf16::multiply({.left = work.weights,
                     .left_stride = kKvPage,
                     .right = work.values,
@@ -411,8 +411,9 @@ HWY_INLINE void visit_page(const ForgettingAttentionArgs& args, const Block& blo
 #if defined(__x86_64__)
   if (page.packed) {
     const std::int64_t dim = layout.head_dim;
-    bf16::pack_right(page.keys, kKvPage, dim, padded_depth(dim), kKvPage, work.keys);
-    bf16::pack_right(page.values, stride, page.seen, kKvPage, stride, work.values);
+    bf16::pack_right(page.keys, kKvPage, dim, padded_depth(dim), kKvPage, work.keys,
+                     padded_depth(dim));
+    bf16::pack_right(page.values, stride, page.seen, kKvPage, stride, work.values, kKvPage);
   }
 #endif
   // Rows before the page see nothing of it.
@@ -524,10 +525,10 @@ HWY_INLINE void pack_stretch(const ForgettingAttentionArgs& args, const Block& b
     const std::int64_t at = (p - begin) * kKvPage;
     const std::int64_t seen = block.position + block.count - p * kKvPage;
     bf16::pack_right(keys, kKvPage, dim, padded_depth(dim), kKvPage,
-                     work.keys + at * padded_depth(dim));
+                     work.keys + at * padded_depth(dim), padded_depth(dim));
     for (std::int64_t k = 0; k < kKvPage; k += kStep) {
       bf16::pack_right(values + k * stride, stride, std::clamp<std::int64_t>(seen - k, 0, kStep),
-                       kStep, stride, work.values + (at + k) * stride);
+                       kStep, stride, work.values + (at + k) * stride, kStep);
     }
     if (layout.gate_heads == 0) continue;
     const Gates gates(cache, p, head);

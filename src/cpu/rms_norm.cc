@@ -31,6 +31,9 @@ HWY_INLINE void scale_row(const float* x, float scale, const float* w, const flo
         if (w != nullptr) v = hn::Mul(v, weights(load(w + i)));
         if (gate != nullptr) v = hn::Mul(v, activate(activation, load(gate + i)));
         store(v, y + i);
+        // The next row.
+        __builtin_prefetch(x + width + i);
+        __builtin_prefetch(y + width + i);
       },
       [&](std::int64_t i, std::int64_t n) HWY_ATTR {
         VF32 v = hn::Mul(load_first(x + i, n), scales);
@@ -63,7 +66,9 @@ HWY_INLINE void norm_row(const RmsNormArgs& args, std::int64_t r, std::int64_t w
 void rms_norm_target(Context& ctx, const RmsNormArgs& args) {
   const std::int64_t rows = args.x.shape[0];
   const std::int64_t width = args.x.shape[1];
-  const std::int64_t rows_per_task = std::max<std::int64_t>(1, 4096 / width);
+  // Long stretches, which are read the faster, but enough for all threads to end together.
+  const std::int64_t rows_per_task = std::max<std::int64_t>(
+      {1, 4096 / width, rows / (8 * static_cast<std::int64_t>(ctx.threads().size()))});
   ctx.threads().parallel_for((rows + rows_per_task - 1) / rows_per_task, [&](std::int64_t task) {
     const std::int64_t end = std::min(rows, (task + 1) * rows_per_task);
     for (std::int64_t r = task * rows_per_task; r < end; ++r) norm_row(args, r, width);

@@ -11,11 +11,15 @@
 HWY_BEFORE_NAMESPACE();
 namespace deltafox::cpu::HWY_NAMESPACE {
 
-// Channels of a task: rows of x are read in stretches of this many, and weights and history are
-// first turned so that neighbouring channels lie side by side.
+// Channels of a task, or as many heads as fit: weights and history are first turned so that
+// neighbouring channels lie side by side. Where that makes enough tasks, whole rows, which
+// processors foresee.
 constexpr std::int64_t kBlock = 256;
-// Rows lie apart, which no processor foresees: those of a block are asked for so many rows ahead.
-constexpr std::int64_t kRowsAhead = 8;
+constexpr std::int64_t kWideBlock = 2048;
+constexpr std::int64_t kStretch = 32;  // tokens of a task
+// Tokens that are convolved at once, vector by vector of channels: what two of them read is loaded
+// once.
+constexpr std::int64_t kTogether = 4;
 constexpr std::int64_t kLine = 16;  // floats of a cache line
 
 struct ConvBlock {
@@ -23,105 +27,154 @@ struct ConvBlock {
   std::int64_t channel;   // the first of the block
   std::int64_t channels;  // of the block
   std::int64_t width;     // W
-  float* taps;            // [W, kBlock]
-  float* history;         // [W - 1, kBlock], the rows before the sequence's first
+  std::int64_t stride;    // channels of a whole block, rounded up to vectors
+  float* taps;            // [W, stride]
+  float* history;         // [W - 1, stride], the rows before the sequence's first
 
   // Row t of the sequence that starts at row `begin` of x; negative rows are history.
   const float* row(std::int64_t begin, std::int64_t t) const {
-    if (t < 0) return history + (t + width - 1) * kBlock;
+    if (t < 0) return history + (t + width - 1) * stride;
     return args.x.f32() + (begin + t) * args.x.shape[1] + channel;
   }
 
-  void load_taps() const {
-    for (std::int64_t c = 0; c < channels; ++c) {
-      for (std::int64_t i = 0; i < width; ++i) {
-        taps[i * kBlock + c] = args.w.f32()[(channel + c) * width + i];
-      }
+  // to [W - first, stride] = from [C, W]ᵀ, this block's channels and columns from `first` on.
+  void turn(const float* from, std::int64_t first, float* to) const {
+    from += channel * width;
+    std::int64_t c = 0;
+    for (; width == 4 && c + lanes() <= channels; c += lanes()) {
+      VF32 column[4];
+      hn::LoadInterleaved4(kF32, from + c * width, column[0], column[1], column[2], column[3]);
+      for (std::int64_t i = first; i < width; ++i) store(column[i], to + (i - first) * stride + c);
+    }
+    for (; c < channels; ++c) {
+      for (std::int64_t i = first; i < width; ++i)
+        to[(i - first) * stride + c] = from[c * width + i];
     }
   }
+  void load_taps() const { turn(args.w.f32(), 0, taps); }
+  void load_history(const float* state) const { turn(state, 1, history); }
 
-  void load_history(const float* state) const {
-    for (std::int64_t c = 0; c < channels; ++c) {
-      for (std::int64_t i = 1; i < width; ++i) {
-        history[(i - 1) * kBlock + c] = state[(channel + c) * width + i];
-      }
-    }
-  }
-
+  // Of history, which was loaded, and x.
   void update(float* state, std::int64_t begin, std::int64_t length) const {
-    for (std::int64_t c = 0; c < channels; ++c) {
-      float* window = state + (channel + c) * width;
-      for (std::int64_t i = 0; i < width; ++i) {
-        const std::int64_t t = length - width + i;
-        window[i] = t < 0 ? window[i + length] : row(begin, t)[c];
+    float* to = state + channel * width;
+    const auto last = [&](std::int64_t i) { return row(begin, length - width + i); };
+    std::int64_t c = 0;
+    for (; width == 4 && c + lanes() <= channels; c += lanes()) {
+      hn::StoreInterleaved4(load(last(0) + c), load(last(1) + c), load(last(2) + c),
+                            load(last(3) + c), kF32, to + c * width);
+    }
+    for (; c < channels; ++c) {
+      for (std::int64_t i = 0; i < width; ++i) to[c * width + i] = last(i)[c];
+    }
+  }
+
+  // Tokens [t, t + kTogether), of W = kWidth, whole vectors of channels; returns their number.
+  template <int kWidth>
+  HWY_INLINE std::int64_t convolve_together(std::int64_t begin, std::int64_t t) const {
+    const std::int64_t row_floats = args.x.shape[1];
+    float* y = args.y.f32() + (begin + t) * row_floats + channel;
+    const float* bias = args.bias.data != nullptr ? args.bias.f32() + channel : nullptr;
+    const float* rows[kWidth - 1 + kTogether];
+    for (int i = 0; i < kWidth - 1 + kTogether; ++i) rows[i] = row(begin, t - kWidth + 1 + i);
+    std::int64_t c = 0;
+    for (; c + lanes() <= channels; c += lanes()) {
+      VF32 sums[kTogether];
+      for (VF32& sum : sums) sum = bias != nullptr ? load(bias + c) : hn::Zero(kF32);
+      VF32 w[kWidth];
+      for (int i = 0; i < kWidth; ++i) w[i] = load(taps + i * stride + c);
+      for (int i = 0; i < kWidth - 1 + kTogether; ++i) {
+        const VF32 x = load(rows[i] + c);
+        for (int token = 0; token < kTogether; ++token) {
+          const int tap = i - token;
+          if (tap >= 0 && tap < kWidth) sums[token] = hn::MulAdd(w[tap], x, sums[token]);
+        }
+      }
+      activate_all(args.activation, sums);
+      for (int token = 0; token < kTogether; ++token) {
+        store(sums[token], y + token * row_floats + c);
+        // What the next tokens read and write.
+        __builtin_prefetch(rows[kWidth - 1 + token] + kTogether * row_floats + c);
+        __builtin_prefetch(y + (token + kTogether) * row_floats + c);
       }
     }
+    return c;
   }
 
-  void fetch(std::int64_t row) const {
-    const std::int64_t at = row * args.x.shape[1] + channel;
-    for (std::int64_t c = 0; c < channels; c += kLine) {
-      hwy::Prefetch(args.x.f32() + at + c);
-      hwy::Prefetch(args.y.f32() + at + c);
+  // One token, channels from c of the block on.
+  void convolve(std::int64_t begin, std::int64_t t, std::int64_t from) const {
+    float* y = args.y.f32() + (begin + t) * args.x.shape[1] + channel + from;
+    const float* bias = args.bias.data != nullptr ? args.bias.f32() + channel + from : nullptr;
+    for_vectors(channels - from,
+                [&](std::int64_t c, auto&& load_vector, auto&& store_vector) HWY_ATTR {
+                  VF32 sum = bias != nullptr ? load_vector(bias + c) : hn::Zero(kF32);
+                  for (std::int64_t i = 0; i < width; ++i) {
+                    const float* x = row(begin, t - width + 1 + i) + from;
+                    sum = hn::MulAdd(load(taps + i * stride + from + c), load_vector(x + c), sum);
+                  }
+                  store_vector(activate(args.activation, sum), y + c);
+                });
+  }
+
+  // The heads of a token at length one, as feature_map makes them.
+  void normalize(std::int64_t row) const {
+    float* y = args.y.f32() + row * args.x.shape[1] + channel;
+    for (std::int64_t c = 0; c < channels; c += args.norm_width) {
+      float* head = y + c;
+      const VF32 scale = hn::Set(kF32, l2_scale(sum_of_squares(head, args.norm_width)));
+      for_vectors(args.norm_width,
+                  [&](std::int64_t i, auto&& load_vector, auto&& store_vector)
+                      HWY_ATTR { store_vector(hn::Mul(load_vector(head + i), scale), head + i); });
     }
-  }
-
-  void convolve(std::int64_t begin, std::int64_t t) const {
-    float* y = args.y.f32() + (begin + t) * args.x.shape[1] + channel;
-    const float* bias = args.bias.data != nullptr ? args.bias.f32() + channel : nullptr;
-    for_row(
-        channels,
-        [&](std::int64_t c) HWY_ATTR {
-          VF32 sum = bias != nullptr ? load(bias + c) : hn::Zero(kF32);
-          for (std::int64_t i = 0; i < width; ++i) {
-            const float* x = row(begin, t - width + 1 + i);
-            sum = hn::MulAdd(load(taps + i * kBlock + c), load(x + c), sum);
-          }
-          store(activate(args.activation, sum), y + c);
-        },
-        [&](std::int64_t c, std::int64_t n) HWY_ATTR {
-          VF32 sum = bias != nullptr ? load_first(bias + c, n) : hn::Zero(kF32);
-          for (std::int64_t i = 0; i < width; ++i) {
-            const float* x = row(begin, t - width + 1 + i);
-            sum = hn::MulAdd(load_first(taps + i * kBlock + c, n), load_first(x + c, n), sum);
-          }
-          store_first(activate(args.activation, sum), y + c, n);
-        });
   }
 };
 
 void short_conv_target(Context& ctx, const ShortConvArgs& args) {
   const std::int64_t channels = args.x.shape[1];
   const std::int64_t width = args.w.shape[1];
-  const std::int64_t blocks = (channels + kBlock - 1) / kBlock;
   // Only the first tokens of a sequence see its history, and only their task touches the state.
-  const std::int64_t stretch = std::max<std::int64_t>(64, width);
+  const std::int64_t stretch = std::max(kStretch, width);
   std::int64_t longest = 0;
   for (std::int64_t b = 0; b < args.sequences.count(); ++b) {
     longest = std::max(longest, args.sequences.length(b));
   }
   const std::int64_t stretches = (longest + stretch - 1) / stretch;
+  const bool wide = args.sequences.count() * stretches >= 4 * ctx.threads().size();
+  const std::int64_t head = std::max<std::int64_t>(1, args.norm_width);
+  const std::int64_t heads = std::max<std::int64_t>(1, (wide ? kWideBlock : kBlock) / head);
+  const std::int64_t block_channels = std::min(channels, heads * head);
+  const std::int64_t blocks = (channels + block_channels - 1) / block_channels;
   ScratchScope scratch(ctx);
-  const std::int64_t slot_floats = (2 * width - 1) * kBlock;
+  const std::int64_t stride = (block_channels + kLine - 1) / kLine * kLine;
+  const std::int64_t slot_floats = (2 * width - 1) * stride;
   float* slots = scratch.tensor({ctx.threads().size(), slot_floats}).f32();
   const std::int64_t tasks = args.sequences.count() * stretches * blocks;
   ctx.threads().parallel_for(tasks, [&](std::int64_t task, int slot) {
     const std::int64_t b = task / (stretches * blocks);
     const std::int64_t first = task / blocks % stretches * stretch;
-    const std::int64_t channel = task % blocks * kBlock;
+    const std::int64_t channel = task % blocks * block_channels;
     const std::int64_t length = args.sequences.length(b);
     if (first >= length) return;
     float* memory = slots + slot * slot_floats;
-    const ConvBlock block{args,  channel, std::min(kBlock, channels - channel),
-                          width, memory,  memory + width * kBlock};
+    const ConvBlock block{.args = args,
+                          .channel = channel,
+                          .channels = std::min(block_channels, channels - channel),
+                          .width = width,
+                          .stride = stride,
+                          .taps = memory,
+                          .history = memory + width * stride};
     float* state = args.states[static_cast<std::size_t>(b)];
     block.load_taps();
     if (first == 0) block.load_history(state);
     const std::int64_t begin = args.sequences.begin(b);
     const std::int64_t end = std::min(length, first + stretch);
-    for (std::int64_t t = first; t < end; ++t) {
-      if (t + kRowsAhead < end) block.fetch(begin + t + kRowsAhead);
-      block.convolve(begin, t);
+    for (std::int64_t t = first; t < end;) {
+      const bool together = width == 4 && t + kTogether <= end;
+      const std::int64_t next = together ? t + kTogether : t + 1;
+      const std::int64_t done = together ? block.convolve_together<4>(begin, t) : 0;
+      for (; t < next; ++t) {
+        if (done < block.channels) block.convolve(begin, t, done);
+        if (args.norm_width > 0) block.normalize(begin + t);
+      }
     }
     if (first == 0) block.update(state, begin, length);
   });
@@ -129,6 +182,8 @@ void short_conv_target(Context& ctx, const ShortConvArgs& args) {
 
 namespace {
 
+// Rows lie apart, which no processor foresees: those of a block are asked for so many rows ahead.
+constexpr std::int64_t kRowsAhead = 8;
 // Channels of a task of backward, which has all sequences.
 constexpr std::int64_t kBackwardBlock = 64;
 

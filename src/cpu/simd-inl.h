@@ -12,6 +12,7 @@
 #include <hwy/contrib/math/math-inl.h>
 #include <hwy/highway.h>
 
+#include <cmath>
 #include <cstdint>
 #include <type_traits>
 
@@ -109,10 +110,32 @@ HWY_INLINE void for_vectors(std::int64_t size, F&& f) {
       });
 }
 
-// Through e^-|x|, which cannot overflow: the vector exponential is wrong above 104.
+// e^x for x ≤ 0, to 2⁻²³ or so; zero where it is below the normal numbers.
+HWY_INLINE VF32 exp_of_negative(VF32 x) {
+  // Added to a number, it leaves that rounded in the low bits, and -127 to 0 shifted to the
+  // exponent.
+  const VF32 rounding = hn::Set(kF32, 12582912.0f);  // 1.5 · 2²³
+  const VF32 biased = hn::MulAdd(x, hn::Set(kF32, 1.44269504f), rounding);
+  const VF32 power = hn::Sub(biased, rounding);                      // of two
+  VF32 rest = hn::NegMulAdd(power, hn::Set(kF32, 0.693145752f), x);  // log 2 in two parts
+  rest = hn::NegMulAdd(power, hn::Set(kF32, 1.42860677e-6f), rest);
+  VF32 y = hn::Set(kF32, 0.00139261759f);
+  y = hn::MulAdd(y, rest, hn::Set(kF32, 0.00836317334f));
+  y = hn::MulAdd(y, rest, hn::Set(kF32, 0.0416665561f));
+  y = hn::MulAdd(y, rest, hn::Set(kF32, 0.166665778f));
+  y = hn::MulAdd(y, rest, hn::Set(kF32, 0.5f));
+  y = hn::MulAdd(y, rest, hn::Set(kF32, 1.0f));
+  y = hn::MulAdd(y, rest, hn::Set(kF32, 1.0f));
+  const hn::RebindToSigned<F32> bits;
+  const auto exponent = hn::ShiftLeft<23>(hn::BitCast(bits, biased));
+  y = hn::BitCast(kF32, hn::Add(hn::BitCast(bits, y), exponent));
+  return hn::IfThenElseZero(hn::Ge(x, hn::Set(kF32, -87.33f)), y);
+}
+
+// Through e^-|x|, which cannot overflow.
 HWY_INLINE VF32 sigmoid(VF32 x) {
   const VF32 one = hn::Set(kF32, 1.0f);
-  const VF32 e = hn::Exp(kF32, hn::Neg(hn::Abs(x)));
+  const VF32 e = exp_of_negative(hn::Neg(hn::Abs(x)));
   return hn::Div(hn::IfThenElse(hn::Lt(x, hn::Zero(kF32)), e, one), hn::Add(one, e));
 }
 
@@ -137,6 +160,16 @@ HWY_INLINE VF32 activate(Activation activation, VF32 x) {
                             hn::Exp(kF32, hn::Min(x, hn::Zero(kF32))));
   }
   return x;
+}
+
+// Of several vectors, which need not wait for one another.
+template <std::size_t kVectors>
+HWY_INLINE void activate_all(Activation activation, VF32 (&x)[kVectors]) {
+  if (activation == Activation::kSilu) {
+    for (VF32& v : x) v = activate(Activation::kSilu, v);
+  } else {
+    for (VF32& v : x) v = activate(activation, v);
+  }
 }
 
 // The derivative of activate.
@@ -173,6 +206,20 @@ HWY_INLINE float sum_of_squares(const float* x, std::int64_t size) {
         sum = hn::MulAdd(v, v, sum);
       });
   return sum_of(sum);
+}
+
+// y = x · scale [· w], x's mean square being one behind that but for eps; y may be x.
+HWY_INLINE void normalize(const float* x, const float* w, float eps, float* y, std::int64_t size) {
+  const float mean = sum_of_squares(x, size) / static_cast<float>(size);
+  const VF32 scale = hn::Set(kF32, 1 / std::sqrt(mean + eps));
+  for_vectors(size, [&](std::int64_t i, auto&& load_vector, auto&& store_vector) HWY_ATTR {
+    store_vector(hn::Mul(hn::Mul(load_vector(x + i), scale), load_vector(w + i)), y + i);
+  });
+}
+
+// What an L2 norm (ops/activation.h) multiplies by, of Σ x².
+inline float l2_scale(float squares) {
+  return 1 / std::sqrt(squares + 1e-6f);
 }
 
 }  // namespace deltafox::cpu::HWY_NAMESPACE

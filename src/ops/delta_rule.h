@@ -31,8 +31,7 @@ struct DeltaRuleArgs {
   // it has tiles for such products; sums, S and the solution within 32 tokens stay float32.
   bool bf16_products = false;
   TensorView o;  // [T, H, V]
-  // On a GPU [V] F32: o ← rms_norm(o) · norm of each head, with norm_eps (ops/rms_norm.h); or no
-  // data.
+  // [V] F32: o ← rms_norm(o) · norm of each head, with norm_eps (ops/rms_norm.h); or no data.
   ConstTensorView norm = {};
   float norm_eps = 0;
   // On a GPU: delta_inputs with these, whose sequences, q, k, v and beta are the above, belongs

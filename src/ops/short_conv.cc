@@ -8,6 +8,12 @@
 namespace deltafox::ops {
 namespace {
 
+void check_heads(std::string_view op, std::int64_t channels, std::int64_t norm_width) {
+  if (channels % norm_width != 0) {
+    fail("{}: {} channels are not whole heads of {}", op, channels, norm_width);
+  }
+}
+
 // Where no kernel does it at once, of rows of C: the convolution once more, the norm's gradient,
 // the rest.
 void norm_backward(Context& ctx, ShortConvBackwardArgs args) {
@@ -50,11 +56,17 @@ void short_conv(Context& ctx, const ShortConvArgs& args) {
   check("short_conv", "w", args.w, {channels, args.w.shape[1]});
   check_activation(ctx, "short_conv", "y", args.y, args.x.shape);
   if (args.bias.data != nullptr) check("short_conv", "bias", args.bias, {channels});
+  if (args.norm_width > 0) check_heads("short_conv", channels, args.norm_width);
   switch (ctx.device()) {
     case Device::kCpu:
       return cpu::short_conv(ctx, args);
     case Device::kCuda:
-      return cuda::short_conv(ctx, args);
+      cuda::short_conv(ctx, args);
+      if (args.norm_width > 0) {
+        const Shape heads{args.y.shape[0], channels / args.norm_width, args.norm_width};
+        feature_map(ctx, {.norm = FeatureNorm::kL2, .x = args.y.reshaped(heads)});
+      }
+      return;
   }
 }
 
@@ -72,9 +84,7 @@ void short_conv_backward(Context& ctx, const ShortConvBackwardArgs& args) {
   if (args.dw.data != nullptr) check("short_conv_backward", "dw", args.dw, args.w.shape);
   if (args.dbias.data != nullptr) check("short_conv_backward", "dbias", args.dbias, {channels});
   if (args.norm_width > 0) {
-    if (channels % args.norm_width != 0) {
-      fail("short_conv_backward: {} channels are not whole heads of {}", channels, args.norm_width);
-    }
+    check_heads("short_conv_backward", channels, args.norm_width);
     const bool at_once = ctx.device() == Device::kCuda && cuda::short_conv_backward_has_norm(args);
     if (!at_once && longer) {
       fail("short_conv_backward: heads of {} and rows of {} are not for one call", args.norm_width,

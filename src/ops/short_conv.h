@@ -3,7 +3,8 @@
 //
 // What lies before the first row comes from the sequence's state: the last W inputs of each
 // channel, oldest first, as the official cache keeps them. The state is updated. Sums run from the
-// oldest input to the newest, starting from the bias.
+// oldest input to the newest, starting from the bias. With `norm_width` an L2 norm of y over each
+// head's channels follows (FeatureNorm::kL2 of ops/activation.h), to the bit as feature_map.
 //
 // On a GPU x, y and their gradients are F32 or of the Context's activation dtype; the rest is F32.
 #pragma once
@@ -23,7 +24,8 @@ struct ShortConvArgs {
   Sequences sequences;
   std::span<float* const> states;  // [B], each [C, W]
   Activation activation = Activation::kIdentity;
-  TensorView y;  // [T, C], not x
+  std::int64_t norm_width = 0;  // channels of a head, or 0
+  TensorView y;                 // [T, C], not x
 };
 
 // Of whole sequences, which begin from a zero state. With s the sums before the activation:

@@ -55,6 +55,19 @@ TEST_F(Elementwise, ActivationsOfExtremesAreFinite) {
   EXPECT_EQ(x.f32()[1], 1e4F);
 }
 
+// Through the whole range of e^-x, which is of a kernel's own making.
+TEST_F(Elementwise, SigmoidIsExactToAFewRoundings) {
+  constexpr int kCount = 200'000;
+  Tensor x(DType::kF32, {kCount});
+  for (int i = 0; i < kCount; ++i) x.f32()[i] = 0.001F * static_cast<float>(i - kCount / 2);
+  Tensor y = x;
+  ops::activation(ctx_, {Activation::kSigmoid, y.view()});
+  for (int i = 0; i < kCount; ++i) {
+    const double expected = 1 / (1 + std::exp(-static_cast<double>(x.f32()[i])));
+    ASSERT_NEAR(y.f32()[i], expected, 2.5e-7 * expected + 1.2e-38) << x.f32()[i];
+  }
+}
+
 TEST_F(Elementwise, GluEqualsPlain) {
   for (const Activation activation : {Activation::kSilu, Activation::kSigmoid}) {
     const std::int64_t rows = random_.integer(1, 20);

@@ -4,7 +4,9 @@
 #include <cmath>
 
 #include "cpu/isa.h"
+#include "ops/activation.h"
 #include "ops/delta_rule.h"
+#include "ops/rms_norm.h"
 #include "ops/short_conv.h"
 #include "support/random.h"
 #include "support/tensors.h"
@@ -17,8 +19,8 @@ using test::pointers;
 using test::Random;
 
 struct ConvCase {
-  explicit ConvCase(Random& random, std::int64_t channels, std::int64_t width)
-      : cu(random.lengths(3, 20)),
+  ConvCase(Random& random, std::int64_t longest, std::int64_t channels, std::int64_t width)
+      : cu(random.lengths(3, longest)),
         x(random.normal_tensor({cu.back(), channels})),
         w(random.normal_tensor({channels, width})),
         bias(random.normal_tensor({channels})) {
@@ -34,7 +36,10 @@ TEST(ShortConv, FastEqualsPlain) {
   ThreadPool threads(3);
   Context ctx(threads);
   for (int round = 0; round < 30; ++round) {
-    ConvCase c(random, random.integer(1, 600), random.integer(1, 6));
+    const std::int64_t head = random.integer(1, 70);
+    const std::int64_t channels = head * random.integer(1, 600 / head);
+    // A few tokens, or enough for tasks with whole rows.
+    ConvCase c(random, round % 5 == 4 ? 300 : 20, channels, random.integer(1, 6));
     std::vector<Tensor> plain_states = c.states;
     Tensor y(DType::kF32, c.x.view().shape);
     Tensor expected = y;
@@ -46,6 +51,7 @@ TEST(ShortConv, FastEqualsPlain) {
                        .sequences = Sequences(c.cu),
                        .states = pointer,
                        .activation = round % 3 == 0 ? Activation::kSilu : Activation::kIdentity,
+                       .norm_width = round % 4 == 0 ? head : 0,
                        .y = out.view()});
     };
     run([&](const ShortConvArgs& args) { ops::short_conv(ctx, args); }, c.states, y);
@@ -53,6 +59,57 @@ TEST(ShortConv, FastEqualsPlain) {
     expect_near(y, expected, 1e-5F);
     // The state is a copy of inputs: equal to the bit.
     for (std::size_t b = 0; b < 3; ++b) expect_near(c.states[b], plain_states[b], 0);
+  }
+}
+
+// What a model computes is the same whether heads are normed with the convolution or behind it, and
+// however its tokens fall into tasks.
+TEST(ShortConv, NormAndTasksChangeNothing) {
+  Random random(5);
+  ThreadPool threads(3);
+  Context ctx(threads);
+  ThreadPool one_thread(1);
+  Context alone(one_thread);
+  for (const std::int64_t head : {1, 13, 64, 128, 300}) {
+    ConvCase c(random, 250, 3 * head, 4);
+    std::vector<Tensor> states = c.states;
+    std::vector<Tensor> states_token = c.states;
+    Tensor y(DType::kF32, c.x.view().shape);
+    Tensor expected = y;
+    Tensor by_token = y;
+    const auto args = [&](std::span<float* const> of, std::int64_t norm_width, Tensor& out) {
+      return ShortConvArgs{.x = std::as_const(c.x).view(),
+                           .w = std::as_const(c.w).view(),
+                           .sequences = Sequences(c.cu),
+                           .states = of,
+                           .activation = Activation::kSilu,
+                           .norm_width = norm_width,
+                           .y = out.view()};
+    };
+    ops::short_conv(ctx, args(pointers(c.states), head, y));
+    ops::short_conv(alone, args(pointers(states), 0, expected));
+    ops::feature_map(
+        ctx, {.norm = FeatureNorm::kL2, .x = expected.view().reshaped({c.cu.back(), 3, head})});
+    expect_near(y, expected, 0);
+    // One token of the first sequence at a time.
+    const std::vector<float*> first{states_token[0].f32()};
+    const std::vector<std::int64_t> cu{0, 1};
+    for (std::int64_t t = 0; t < c.cu[1]; ++t) {
+      const auto row = [&](Tensor& tensor) {
+        return TensorView{tensor.f32() + t * 3 * head, DType::kF32, {1, 3 * head}};
+      };
+      ops::short_conv(ctx, {.x = row(c.x),
+                            .w = std::as_const(c.w).view(),
+                            .sequences = Sequences(cu),
+                            .states = first,
+                            .activation = Activation::kSilu,
+                            .norm_width = head,
+                            .y = row(by_token)});
+    }
+    for (std::int64_t i = 0; i < c.cu[1] * 3 * head; ++i) {
+      ASSERT_EQ(by_token.f32()[i], expected.f32()[i]);
+    }
+    expect_near(states_token[0], states[0], 0);
   }
 }
 
@@ -109,6 +166,41 @@ double relative_error(const Tensor& got, const Tensor& expected) {
     norm += std::pow(static_cast<double>(expected.f32()[i]), 2);
   }
   return std::sqrt(error / norm);
+}
+
+// Normed by the rule or behind it, outputs are the same to the bit: chunks, whole and short, and
+// what is left to the recurrence, with tiles and without.
+TEST(DeltaRule, NormChangesNothingElse) {
+  Random random(9);
+  ThreadPool threads(3);
+  Context ctx(threads);
+  for (const bool bf16_products : {false, true}) {
+    for (const std::int64_t dim : {5, 32, 128}) {
+      DeltaCase c(random, {0, 1, 70, 231}, 3, dim, dim);
+      c.bf16_products = bf16_products;
+      const Tensor w = random.normal_tensor({dim});
+      std::vector<Tensor> states = c.states;
+      std::vector<Tensor> plain_states = c.states;
+      Tensor o(DType::kF32, {c.cu.back(), 3, dim});
+      Tensor expected = o;
+      Tensor plain = o;
+      const auto with_norm = [&](DeltaRuleArgs args) {
+        args.norm = w.view();
+        args.norm_eps = 1e-5F;
+        return args;
+      };
+      c.run([&](const DeltaRuleArgs& args) { ops::delta_rule(ctx, with_norm(args)); }, c.states, o);
+      c.run([&](const DeltaRuleArgs& args) { ops::delta_rule(ctx, args); }, states, expected);
+      const TensorView rows = expected.view().reshaped({c.cu.back() * 3, dim});
+      ops::rms_norm(ctx, {.x = rows, .w = w.view(), .y = rows, .eps = 1e-5F});
+      expect_near(o, expected, 0);
+      for (std::size_t b = 0; b < 3; ++b) expect_near(c.states[b], states[b], 0);
+      if (bf16_products) continue;
+      c.run([&](const DeltaRuleArgs& args) { reference::delta_rule(with_norm(args)); },
+            plain_states, plain);
+      EXPECT_LT(relative_error(o, plain), 1e-4);
+    }
+  }
 }
 
 TEST(DeltaRule, ChunkedEqualsRecurrent) {

@@ -3,6 +3,8 @@
 #include <cmath>
 #include <vector>
 
+#include "ops/rms_norm.h"
+
 namespace deltafox::reference {
 
 void delta_rule(const DeltaRuleArgs& args) {
@@ -37,6 +39,9 @@ void delta_rule(const DeltaRuleArgs& args) {
       }
     }
   }
+  if (args.norm.data == nullptr) return;
+  const TensorView rows = args.o.reshaped({args.sequences.tokens() * heads, value_dim});
+  rms_norm({.x = rows, .w = args.norm, .y = rows, .eps = args.norm_eps});
 }
 
 void delta_rule_backward(const DeltaRuleBackwardArgs& args) {

@@ -20,6 +20,10 @@ void short_conv(const ShortConvArgs& args) {
       }
     }
   }
+  if (args.norm_width > 0) {
+    const Shape heads{args.y.shape[0], channels / args.norm_width, args.norm_width};
+    feature_map({.norm = FeatureNorm::kL2, .x = args.y.reshaped(heads)});
+  }
 }
 
 void short_conv_backward(const ShortConvBackwardArgs& args) {

@@ -90,7 +90,8 @@ DeltaNetMixer::Inputs DeltaNetMixer::inputs(Context& ctx, ScratchScope& scratch,
     return in;
   }
   const auto convolved = [&](const TensorView& projected, const std::optional<Param>& conv,
-                             Tensor State::*conv_state, Activation activation) {
+                             Tensor State::*conv_state, Activation activation,
+                             std::int64_t norm_width = 0) {
     if (!conv) {
       const TensorView y = copy_of(ctx, scratch, projected);
       ops::activation(ctx, {.activation = activation, .x = y});
@@ -98,19 +99,26 @@ DeltaNetMixer::Inputs DeltaNetMixer::inputs(Context& ctx, ScratchScope& scratch,
     }
     const std::span<float*> conv_states =
         state_pointers(ctx, scratch, sequences, states, conv_state, state_shape(*conv));
-    return convolve(ctx, scratch, projected, *conv, {}, sequences, conv_states, activation);
+    return convolve(ctx, scratch, projected, *conv, {}, sequences, conv_states, activation,
+                    norm_width);
   };
+  // Where nothing else reads what is before the norm, the convolutions leave it out.
+  const bool norm_within = config_.use_short_conv && !backward &&
+                           head_activation() == Activation::kIdentity &&
+                           config_.qk_norm == FeatureNorm::kL2;
+  const std::int64_t norm_width = norm_within ? config_.key_dim / config_.num_heads : 0;
   const auto mapped = [&](const TensorView& before) {
+    if (norm_within) return before;
     const TensorView y = backward ? copy_of(ctx, scratch, before) : before;
     ops::feature_map(ctx, {.activation = head_activation(), .norm = config_.qk_norm, .x = y});
     return y;
   };
-  in.q_convolved =
-      convolved(saved.q_projected, weights_.q_conv1d, &State::q_conv, qk_conv_activation())
-          .reshaped(keys(tokens));
-  in.k_convolved =
-      convolved(saved.k_projected, weights_.k_conv1d, &State::k_conv, qk_conv_activation())
-          .reshaped(keys(tokens));
+  in.q_convolved = convolved(saved.q_projected, weights_.q_conv1d, &State::q_conv,
+                             qk_conv_activation(), norm_width)
+                       .reshaped(keys(tokens));
+  in.k_convolved = convolved(saved.k_projected, weights_.k_conv1d, &State::k_conv,
+                             qk_conv_activation(), norm_width)
+                       .reshaped(keys(tokens));
   in.v = convolved(saved.v_projected, weights_.v_conv1d, &State::v_conv, Activation::kSilu)
              .reshaped(values(tokens));
   in.q = mapped(in.q_convolved);
@@ -207,8 +215,8 @@ void DeltaNetMixer::forward(Context& ctx, const ConstTensorView& x, const Sequen
   if (weights_.g_proj) kept.gate = projected(*weights_.g_proj);
   const bool keeps_output = saved != nullptr && !weights_.g_proj;
   const TensorView o = (keeps_output ? scratch : kept_scratch).activation(values(tokens));
-  // Where nothing else reads o, a GPU writes it normed.
-  const bool norm_within = ctx.device() == Device::kCuda && saved == nullptr && !weights_.g_proj;
+  // Where nothing else reads o, the rule writes it normed.
+  const bool norm_within = saved == nullptr && !weights_.g_proj;
   {
     ScratchScope input_scratch(ctx);
     const Inputs in = inputs(ctx, input_scratch, beta_within ? input : ConstTensorView{}, sequences,

@@ -101,7 +101,8 @@ void add_output(Context& ctx, const ConstTensorView& y, const Param& w, const Co
 
 TensorView convolve(Context& ctx, ScratchScope& scratch, const ConstTensorView& x,
                     const Param& conv, const ConstTensorView& bias, const Sequences& sequences,
-                    std::span<float* const> states, Activation activation) {
+                    std::span<float* const> states, Activation activation,
+                    std::int64_t norm_width) {
   const TensorView y = scratch.tensor(x.shape, x.dtype);
   ops::short_conv(ctx, {.x = x,
                         .w = conv.value.reshaped({conv.shape[0], conv.shape[2]}),
@@ -109,6 +110,7 @@ TensorView convolve(Context& ctx, ScratchScope& scratch, const ConstTensorView& 
                         .sequences = sequences,
                         .states = states,
                         .activation = activation,
+                        .norm_width = norm_width,
                         .y = y});
   return y;
 }

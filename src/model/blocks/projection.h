@@ -76,10 +76,12 @@ TensorView project(Context& ctx, ScratchScope& scratch, const ConstTensorView& x
 void add_output(Context& ctx, const ConstTensorView& y, const Param& w, const ConstTensorView& bias,
                 const TensorView& hidden);
 
-// y [T, N] = act(conv(x [T, N])), in scratch memory
+// y [T, N] = act(conv(x [T, N])), with `norm_width` behind an L2 norm of each so many columns, in
+// scratch memory
 TensorView convolve(Context& ctx, ScratchScope& scratch, const ConstTensorView& x,
                     const Param& conv, const ConstTensorView& bias, const Sequences& sequences,
-                    std::span<float* const> states, Activation activation);
+                    std::span<float* const> states, Activation activation,
+                    std::int64_t norm_width = 0);
 
 // y [T, N] = act(conv(x [T, C] wᵀ)), or act(x wᵀ) without a convolution, in scratch memory.
 // `projected` receives x wᵀ, which backward needs.
