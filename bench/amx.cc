@@ -6,10 +6,8 @@
 //            where the operands come from; the share of the peak that this is
 //   squares  nanoseconds of 32 tokens by 32 rows by 256 columns of int8, four such steps, whose
 //            integers are stored, scaled and added to float32 sums
-//   streams  GB/s of a bfloat16 matrix that is multiplied with sixteen tokens and comes from
-//   memory,
-//            in rows
-//            and in the order of tiles, beside reading alone
+//   streams  GB/s of a bfloat16 matrix that is multiplied with a token and comes from memory, in
+//            rows and in the order of tiles, beside reading alone
 //
 //   bench_amx [RUNS]
 #include <fmt/format.h>
