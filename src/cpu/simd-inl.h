@@ -110,7 +110,7 @@ HWY_INLINE void for_vectors(std::int64_t size, F&& f) {
       });
 }
 
-// e^x for x ≤ 0, to 2⁻²³ or so; zero where it is below the normal numbers.
+// e^x for x ≤ 0, to 2⁻²³ or so; zero where it is below the normal numbers, NaN of NaN.
 HWY_INLINE VF32 exp_of_negative(VF32 x) {
   // Added to a number, it leaves that rounded in the low bits, and -127 to 0 shifted to the
   // exponent.
@@ -129,7 +129,7 @@ HWY_INLINE VF32 exp_of_negative(VF32 x) {
   const hn::RebindToSigned<F32> bits;
   const auto exponent = hn::ShiftLeft<23>(hn::BitCast(bits, biased));
   y = hn::BitCast(kF32, hn::Add(hn::BitCast(bits, y), exponent));
-  return hn::IfThenElseZero(hn::Ge(x, hn::Set(kF32, -87.33f)), y);
+  return hn::IfThenZeroElse(hn::Lt(x, hn::Set(kF32, -87.33f)), y);
 }
 
 // Through e^-|x|, which cannot overflow.

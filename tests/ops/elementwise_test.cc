@@ -2,7 +2,9 @@
 // plain.
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <cmath>
+#include <limits>
 
 #include "core/float_convert.h"
 #include "ops/activation.h"
@@ -53,6 +55,15 @@ TEST_F(Elementwise, ActivationsOfExtremesAreFinite) {
   for (int i = 0; i < 4; ++i) EXPECT_EQ(sigmoid.f32()[i], expected_sigmoid[i]);
   EXPECT_EQ(x.f32()[0], 0);
   EXPECT_EQ(x.f32()[1], 1e4F);
+}
+
+TEST_F(Elementwise, ActivationsOfNanAreNan) {
+  for (const Activation activation : {Activation::kSigmoid, Activation::kSilu}) {
+    Tensor x(DType::kF32, {17});
+    std::fill_n(x.f32(), 17, std::numeric_limits<float>::quiet_NaN());
+    ops::activation(ctx_, {activation, x.view()});
+    for (int i = 0; i < 17; ++i) EXPECT_TRUE(std::isnan(x.f32()[i]));
+  }
 }
 
 // Through the whole range of e^-x, which is of a kernel's own making.
