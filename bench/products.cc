@@ -15,6 +15,7 @@
 #include <random>
 
 #include "core/context.h"
+#include "core/float_convert.h"
 #include "core/quantized.h"
 #include "ops/linear.h"
 #include "ops/peak_rate.h"
@@ -45,18 +46,12 @@ Tensor converted(Context& ctx, const Tensor& w, DType dtype) {
   Tensor to(dtype, shape);
   if (is_packed(dtype)) {
     ops::quantize(ctx, {.w = w.view(), .packed = to.view()});
-  } else if (dtype == DType::kF32) {
-    to.read_from(w.view().data);
+  } else if (dtype == DType::kBF16Tiles) {
+    const TensorView rows{to.view().data, DType::kBF16, shape};
+    convert(w.view(), rows);
+    ops::arrange_in_tiles(ctx, rows);
   } else {
-    auto* halves = static_cast<std::uint16_t*>(to.view().data);
-    for (std::int64_t i = 0; i < shape.size(); ++i) {
-      std::uint32_t bits = 0;
-      std::memcpy(&bits, w.f32() + i, sizeof bits);
-      halves[i] = static_cast<std::uint16_t>(bits >> 16);
-    }
-    if (dtype == DType::kBF16Tiles) {
-      ops::arrange_in_tiles(ctx, {halves, DType::kBF16, shape});
-    }
+    convert(w.view(), to.view());
   }
   return to;
 }

@@ -1,5 +1,5 @@
-// The packed kernel by the tile registers of AMX: four columns of sixteen rows, as they lie, are
-// rows of the right tile; rows of x, as they lie, of the left one.
+// The packed kernels by the tile registers of AMX: four columns of sixteen rows, in the order in
+// which they lie, are rows of the right tile; rows of x, as they lie, of the left one.
 #if defined(__x86_64__)
 #include <algorithm>
 #include <type_traits>
@@ -161,8 +161,8 @@ DELTAFOX_TARGET inline void advance(Square& square, std::int64_t tokens, std::in
   square.sums += tokens * kSumColumns;
 }
 
-// `count` squares, one behind the other. The last one's products wait to be added; those of
-// `waiting` are, if it has any tokens.
+// `count` squares, one behind the other. Products of `waiting`, if there is one, are added; those
+// of the last square, which becomes `square`, wait then.
 template <bool kTokens2>
 DELTAFOX_TARGET void whole_squares(Square& square, std::int64_t count, const Square* waiting,
                                    std::int64_t x_stride, Fetch& fetch_of_block,
